@@ -1,0 +1,42 @@
+# Everything here sets itself up from nothing but Python >= 3.11 and make.
+#
+#   make demo     installs what it needs and does the main job on real data
+#   make test     the whole test suite
+#   make check    linter, formatter and strict types
+#   make sweep    the whole table of replicas x devices x collectives x types x control flow (long)
+#
+# PYTHON, VENV and JAX choose the interpreter, the environment and the release of JAX, as in
+#   make test PYTHON=python3.13 VENV=.venv-new JAX='jax==0.12.0'
+
+PYTHON ?= python3
+VENV ?= .venv
+JAX ?= jax
+PYTEST_ARGS ?= -n 2
+
+BIN = $(VENV)/bin
+STAMP = $(VENV)/installed
+
+.PHONY: demo test check sweep clean
+
+demo: $(STAMP)
+	$(BIN)/python demo/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+sweep: $(STAMP)
+	REPLICAX_SWEEP=full $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_sweep.py
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(STAMP): pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "replicax needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade '$(JAX)' -e '.[test,check]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

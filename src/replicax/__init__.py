@@ -1,0 +1,25 @@
+"""Parallel map for JAX: any number of replicas of a program on any number of devices."""
+
+from replicax._devices import simulate_devices as simulate_devices
+from replicax._errors import AxisSpecError as AxisSpecError
+from replicax._errors import AxisSpecTypeError as AxisSpecTypeError
+from replicax._errors import DevicesError as DevicesError
+from replicax._errors import DivergentOutputError as DivergentOutputError
+from replicax._errors import MappedSizeError as MappedSizeError
+from replicax._errors import MismatchError as MismatchError
+from replicax._errors import NotAFunctionError as NotAFunctionError
+from replicax._errors import NotAnArrayError as NotAnArrayError
+from replicax._errors import ReplicaxError as ReplicaxError
+from replicax._errors import SimulationError as SimulationError
+from replicax._errors import StaticArgumentError as StaticArgumentError
+from replicax._errors import UnboundAxisError as UnboundAxisError
+from replicax._errors import UnknownBackendError as UnknownBackendError
+from replicax._errors import UnsupportedCollectiveError as UnsupportedCollectiveError
+from replicax._pmap import MappedFunction as MappedFunction
+from replicax._pmap import pmap as pmap
+from replicax._replicas import local_replicas as local_replicas
+from replicax._replicas import replicate as replicate
+from replicax._replicas import shard as shard
+from replicax._replicas import unreplicate as unreplicate
+
+__version__ = "0.1.0"

@@ -1,0 +1,240 @@
+"""Which axis of which argument is mapped: specifications matched with pytrees, faults told in the user's words."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.tree_util import keystr
+
+from replicax import _jax
+from replicax._errors import AxisSpecError, AxisSpecTypeError, MappedSizeError, report
+
+
+def is_none(x: object) -> bool:
+    """Whether ``x`` is None: in a specification that is a leaf ("not mapped")."""
+    return x is None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """``in_axes`` or ``out_axes``: a pytree of ints and None, hashable."""
+
+    leaves: tuple[int | None, ...]
+    treedef: Any
+
+    @property
+    def tree(self) -> Any:
+        """The specification as the user wrote it."""
+        return jax.tree.unflatten(self.treedef, self.leaves)
+
+
+def check_spec(which: str, spec: Any) -> Spec:
+    """Checks that ``in_axes`` or ``out_axes`` holds nothing but ints and None, without looking at any argument.
+
+    Raises:
+        AxisSpecTypeError: naming every entry that is neither.
+    """
+    faults = []
+
+    def leaf(path: Any, axis: Any) -> int | None:
+        if axis is None:
+            return None
+        try:
+            if isinstance(axis, bool):
+                raise TypeError
+            return operator.index(axis)
+        except TypeError:
+            faults.append(f"{which}{keystr(path)} is {axis!r}, of type {type(axis).__name__}")
+            return None
+
+    checked = jax.tree_util.tree_map_with_path(leaf, spec, is_leaf=is_none)
+    if faults:
+        raise AxisSpecTypeError(
+            report(
+                f"{which} must be an int, None, or a tuple, list or dict of those:",
+                faults,
+                f"Write the position of the mapped axis, as in {which}=0, or None for what is not mapped.",
+            )
+        )
+    return Spec(*_flatten(checked))
+
+
+def _flatten(spec: Any) -> tuple[tuple[int | None, ...], Any]:
+    leaves, treedef = jax.tree.flatten(spec, is_leaf=is_none)
+    return tuple(leaves), treedef
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array among the arguments: what to call it in a message, and its type."""
+
+    name: str
+    aval: jax.ShapeDtypeStruct
+
+    def __str__(self) -> str:
+        return f"{self.name} of shape {self.aval.shape}"
+
+
+def name_leaves(fun: Callable[..., Any], args: Mapping[int, Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """What the user calls each leaf of the arguments: parameter name and tree path.
+
+    Args:
+        fun: The function that they are passed to.
+        args: The positional arguments by position, those that are static left out.
+        kwargs: The keyword arguments.
+    """
+    names = parameter_names(fun, args)
+    roots = [(names[i], value) for i, value in args.items()]
+    roots += [(name, kwargs[name]) for name in sorted(kwargs)]
+    return [root + keystr(path) for root, tree in roots for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def parameter_names(fun: Callable[..., Any], positions: Sequence[int] | Mapping[int, Any]) -> dict[int, str]:
+    """The name of the parameter at each position; ``argument 0`` and so on where there is no telling."""
+    try:
+        parameters = list(inspect.signature(fun).parameters.values())
+    except (ValueError, TypeError):
+        parameters = []
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    variadic = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+
+    def name(i: int) -> str:
+        if i < len(positional):
+            return positional[i].name
+        return f"argument {i}" if variadic is None else f"{variadic}[{i - len(positional)}]"
+
+    return {i: name(i) for i in positions}
+
+
+def match_in_axes(
+    spec: Spec, args: Mapping[int, Any], arity: int, leaves: Sequence[Leaf]
+) -> list[int | None]:
+    """The mapped axis of each leaf of the arguments, as a non-negative position.
+
+    Args:
+        spec: ``in_axes``: one axis for all positional arguments, or a tuple with an entry for each.
+        args: The positional arguments by position, those that are static left out.
+        arity: The number of positional arguments, static ones included.
+        leaves: The leaves of those and then of the keyword arguments, which are always mapped along axis 0.
+
+    Raises:
+        AxisSpecError: ``in_axes`` is no prefix of the arguments, or a leaf lacks its mapped axis.
+    """
+    in_axes = spec.tree
+    per_argument = isinstance(in_axes, tuple | list)
+    if per_argument and len(in_axes) != arity:
+        raise AxisSpecError(
+            f"in_axes={in_axes!r} has {len(in_axes)} entries, and the function was called with {arity} positional "
+            f"arguments. Give one entry for each positional argument (keyword arguments are mapped along axis 0), "
+            f"or a single int for all of them."
+        )
+    entries = tuple(in_axes[i] if per_argument else in_axes for i in args)
+    axes = broadcast_prefix("in_axes", "the arguments", entries, tuple(args.values()))
+    axes += [0] * (len(leaves) - len(axes))
+    return normalize("in_axes", "argument", axes, leaves, extra=0)
+
+
+def match_out_axes(spec: Spec, out: Any) -> list[int | None]:
+    """The mapped axis of each leaf of the result, as a non-negative position.
+
+    Args:
+        spec: ``out_axes``.
+        out: The result of one replica: a tree of ``jax.ShapeDtypeStruct``.
+
+    Raises:
+        AxisSpecError: ``out_axes`` is no prefix of the result, or a leaf cannot have that axis.
+    """
+    axes = broadcast_prefix("out_axes", "the result", spec.tree, out)
+    paths = jax.tree_util.tree_leaves_with_path(out)
+    leaves = [Leaf(f"result{keystr(path)}", aval) for path, aval in paths]
+    return normalize("out_axes", "result", axes, leaves, extra=1)
+
+
+def broadcast_prefix(which: str, what: str, spec: Any, tree: Any) -> list[int | None]:
+    """The entry of a prefix tree for each leaf of ``tree``."""
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(spec, tree, is_leaf=is_none), is_leaf=is_none)
+    except ValueError:
+        faults = [str(error(which)) for error in _jax.prefix_errors(spec, tree, is_leaf=is_none)]
+        raise AxisSpecError(
+            report(
+                f"{which} does not fit {what}: it must be an axis, or a tree with the same structure down to some depth.",
+                [fault.replace("\n", "\n    ") for fault in faults],
+                f"Write one int or None for a whole subtree, or one for each of its entries, as {what} nest.",
+            )
+        ) from None
+
+
+def normalize(
+    which: str, role: str, axes: Sequence[int | None], leaves: Sequence[Leaf], *, extra: int
+) -> list[int | None]:
+    """Counts negative axes from the end.
+
+    Args:
+        which: ``in_axes`` or ``out_axes``.
+        role: What a leaf is.
+        axes: One entry a leaf.
+        leaves: The leaves.
+        extra: How many axes more than the leaf the mapped array has.
+
+    Raises:
+        AxisSpecError: naming every leaf that lacks its axis.
+    """
+    faults, normal = [], list[int | None]()
+    for axis, leaf in zip(axes, leaves, strict=True):
+        rank = len(leaf.aval.shape) + extra
+        if axis is not None and not -rank <= axis < rank:
+            faults.append(f"{leaf}: axis {axis}" if rank else f"{leaf}: a scalar has no axis to map")
+        normal.append(axis % rank if axis is not None and rank else axis)
+    if faults:
+        remedy = (
+            "Map an axis that the array has, or write None in in_axes for an argument that every replica gets whole."
+            if which == "in_axes"
+            else "The mapped axis of a result is inserted, at a position from 0 up to the number of its axes."
+        )
+        raise AxisSpecError(report(f"{which} names an axis that a{'n' if role == 'argument' else ''} {role} does not have:", faults, remedy))
+    return normal
+
+
+def mapped_size(axes: Sequence[int | None], leaves: Sequence[Leaf], axis_size: int | None) -> int:
+    """The number of replicas, which all mapped arguments and ``axis_size`` have to agree on.
+
+    Raises:
+        MappedSizeError: naming every argument with its shape, its mapped axis and its size.
+    """
+    mapped = [(leaf, axis, leaf.aval.shape[axis]) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
+    sizes = {size for _, _, size in mapped} | ({axis_size} if axis_size is not None else set())
+    if len(sizes) == 1 and (size := next(iter(sizes))) > 0:
+        return size
+    faults = [f"{leaf}: axis {axis} has size {size}" for leaf, axis, size in mapped]
+    if not sizes:
+        raise MappedSizeError(
+            report(
+                "pmap cannot tell the number of replicas, because no argument is mapped:",
+                [f"{leaf}: not mapped" for leaf in leaves] or ["the function was called without arrays"],
+                "Map an argument with in_axes, or give the number of replicas, as in pmap(f, axis_size=8).",
+            )
+        )
+    if len(sizes) == 1:
+        raise MappedSizeError(
+            report(
+                "pmap needs at least one replica:",
+                faults or [f"axis_size is {axis_size}"],
+                "Map an axis that is not empty.",
+            )
+        )
+    if axis_size is not None:
+        faults.insert(0, f"axis_size is {axis_size}")
+    raise MappedSizeError(
+        report(
+            "pmap maps all arguments together, but their mapped axes differ in size:",
+            faults,
+            "Pass arrays of one size along the mapped axis, or write None in in_axes for an argument that every "
+            "replica gets whole.",
+        )
+    )

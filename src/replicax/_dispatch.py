@@ -1,0 +1,303 @@
+"""From a call to a compiled program: the signature looked up, the arguments moved to where the program wants them."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from replicax import _jax
+from replicax._axes import Leaf, Spec, mapped_size, match_in_axes, name_leaves, parameter_names
+from replicax._errors import DevicesError, NotAnArrayError, StaticArgumentError, UnknownBackendError, report
+from replicax._layout import Layout, lanes_only, layout
+from replicax._lowering import Program, lower, pad_rows, trace_replica, tracing_replica
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of ``pmap``, checked: the part of a signature that does not change between calls.
+
+    Attributes:
+        axis_name: The user's name of the mapped axis (or the name of one without a name).
+        in_axes: The mapped axes of the positional arguments.
+        out_axes: The mapped axes of the result.
+        static: The positions of static arguments.
+        donated: The positions of donated arguments.
+        devices: The devices to use, or None for all of the backend.
+        backend: The platform to use, or None for JAX's default.
+        axis_size: The number of replicas, or None to read it off the arguments.
+    """
+
+    axis_name: Hashable
+    in_axes: Spec
+    out_axes: Spec
+    static: tuple[int, ...]
+    donated: tuple[int, ...]
+    devices: tuple[jax.Device, ...] | None
+    backend: str | None
+    axis_size: int | None
+
+    def resolve_devices(self) -> tuple[jax.Device, ...]:
+        """The devices that replicas may lie on; the first moment that JAX's backends are touched."""
+        if self.devices is not None and self.backend is None:
+            return self.devices
+        try:
+            known = tuple(jax.devices(self.backend))
+        except RuntimeError as error:
+            if self.backend is None:
+                raise
+            raise UnknownBackendError(
+                f"backend={self.backend!r}: JAX has no such backend here ({error}). Name one that it has, such as "
+                f"{jax.default_backend()!r}, or leave backend out."
+            ) from None
+        if self.devices is None:
+            return known
+        foreign = [repr(device) for device in self.devices if device not in known]
+        if foreign:
+            raise DevicesError(
+                report(
+                    f"devices and backend={self.backend!r} contradict each other:",
+                    [f"{device} is not a device of that backend" for device in foreign],
+                    "Give one of the two.",
+                )
+            )
+        return self.devices
+
+
+class Dispatcher:
+    """The compiled programs of one function under one set of options.
+
+    It does not hold the function: a function that is dropped takes its programs with it.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._programs: dict[Hashable, Program] = {}
+
+    def __call__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs ``fun`` once for each replica."""
+        program, leaves = self.resolve(fun, args, kwargs)
+        if not _jax.eager():
+            results = program.staged(*map(functools.partial(_settle, program), leaves, program.in_axes))
+        else:
+            results = self._run(program, leaves)
+        return jax.tree.unflatten(program.out_tree, results)
+
+    def _run(self, program: Program, leaves: list[Any]) -> tuple[Any, ...]:
+        placed = place(program, leaves)
+        results = program.compiled(*placed)
+        for i in program.donated:  # What was moved is still there; what was not, the program has taken.
+            if placed[i] is not leaves[i] and isinstance(leaves[i], jax.Array):
+                leaves[i].delete()
+        return results
+
+    def resolve(
+        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program, list[Any]]:
+        """The program for a call, traced and lowered at most once a signature, and the leaves to run it on."""
+        static, dynamic = self._split(fun, args)
+        leaves, tree = jax.tree.flatten((dynamic, kwargs))
+        try:
+            types = tuple(map(_type_key, leaves))
+        except (TypeError, ValueError):
+            _refuse_non_arrays(fun, dynamic, kwargs, leaves)
+            raise
+        values = tuple((i, type(value), value) for i, value in static.items())
+        key = (tree, types, values, _jax.trace_context(), _jax.eager())
+        try:
+            program = self._programs.get(key)
+        except TypeError:
+            _refuse_unhashable(fun, static)
+            raise
+        if program is None:
+            program, reusable = self._lower(fun, args, dynamic, kwargs, leaves)
+            if reusable:
+                self._programs[key] = program
+        return program, leaves
+
+    def lowered(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.stages.Lowered:
+        """The program for a call, lowered to StableHLO but not compiled."""
+        program, leaves = self.resolve(fun, args, kwargs)
+        return program.compiled.lower(*map(program.padded_type, leaves, program.in_axes))
+
+    def _split(self, fun: Callable[..., Any], args: tuple[Any, ...]) -> tuple[dict[int, Any], dict[int, Any]]:
+        """The static and the other positional arguments, by position."""
+        positions = {i % len(args) if -len(args) <= i < len(args) else i for i in self.options.static}
+        missing = [i for i in sorted(positions) if i >= len(args) or i < 0]
+        if missing:
+            names = parameter_names(fun, missing)
+            raise StaticArgumentError(
+                report(
+                    f"static_broadcasted_argnums={self.options.static} names positional arguments that are missing "
+                    f"from a call with {len(args)}:",
+                    [names[i] for i in missing],
+                    "Pass static arguments by position.",
+                )
+            )
+        static = {i: args[i] for i in positions}
+        return static, {i: arg for i, arg in enumerate(args) if i not in positions}
+
+    def _lower(
+        self,
+        fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        dynamic: Mapping[int, Any],
+        kwargs: dict[str, Any],
+        leaves: Sequence[Any],
+    ) -> tuple[Program, bool]:
+        options = self.options
+        names = name_leaves(fun, dynamic, kwargs)
+        named = [Leaf(name, _type(x)) for name, x in zip(names, leaves, strict=True)]
+        in_axes = match_in_axes(options.in_axes, dynamic, len(args), named)
+        size = mapped_size(in_axes, named, options.axis_size)
+        if tracing_replica():
+            placed = lanes_only(options.axis_name, size)
+        else:
+            placed = layout(options.axis_name, size, options.resolve_devices(), spread=not _jax.eager())
+
+        one = [_without(leaf.aval, axis) for leaf, axis in zip(named, in_axes, strict=True)]
+        one_dynamic, one_kwargs = jax.tree.unflatten(jax.tree.structure((dict(dynamic), kwargs)), one)
+        one_args = [one_dynamic.get(i, arg) for i, arg in enumerate(args)]
+        static = [i for i in range(len(args)) if i not in dynamic]
+        replica = trace_replica(fun, one_args, one_kwargs, static, options.axis_name, size)
+
+        donated_args = {i % len(args) for i in options.donated if -len(args) <= i < len(args)}
+        owners = [i for i, tree in dynamic.items() for _ in jax.tree.leaves(tree)]
+        donated = [k for k, i in enumerate(owners) if i in donated_args]
+        name = getattr(fun, "__name__", type(fun).__name__)
+        program = lower(replica, placed, in_axes, options.out_axes, donated, name)
+        return program, not replica.closes_over_tracers
+
+
+def _type(x: Any) -> jax.ShapeDtypeStruct:
+    aval = _jax.typeof(x)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+def _type_key(x: Any) -> Hashable:
+    aval = _jax.typeof(x)
+    return aval.shape, aval.dtype, getattr(aval, "weak_type", False)
+
+
+def _without(aval: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
+    """The type of one replica's part of a mapped array."""
+    if axis is None:
+        return aval
+    shape = (*aval.shape[:axis], *aval.shape[axis + 1 :])
+    return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+def _refuse_non_arrays(
+    fun: Callable[..., Any], dynamic: Mapping[int, Any], kwargs: Mapping[str, Any], leaves: Sequence[Any]
+) -> None:
+    faults = []
+    for name, x in zip(name_leaves(fun, dynamic, kwargs), leaves, strict=True):
+        try:
+            _jax.typeof(x)
+        except (TypeError, ValueError):
+            faults.append(f"{name} is of type {type(x).__name__}: {x!r:.60}")
+    raise NotAnArrayError(
+        report(
+            "pmap maps arrays, and these arguments are none:",
+            faults,
+            "Pass them by position and name those positions in static_broadcasted_argnums (they have to be hashable), "
+            "or bind them beforehand with functools.partial.",
+        )
+    )
+
+
+def _refuse_unhashable(fun: Callable[..., Any], static: Mapping[int, Any]) -> None:
+    names, faults = parameter_names(fun, static), []
+    for i, value in static.items():
+        try:
+            hash(value)
+        except (TypeError, ValueError):
+            faults.append(f"{names[i]} is of type {type(value).__name__}")
+    raise StaticArgumentError(
+        report(
+            "Static arguments must be hashable, since each new value is compiled for anew, and these are not:",
+            faults,
+            "Pass a hashable value, such as a tuple for a list, or drop the position from static_broadcasted_argnums.",
+        )
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Moving arguments
+
+
+def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
+    """The argument leaves, padded, and moved to where the program wants them; what lies right is not touched.
+
+    NumPy arrays and scalars are left to ``jit``, which copies them: ``jax.device_put`` may alias their memory, which
+    their owner is free to change as soon as the call returns.
+    """
+    placed = list(leaves)
+    if program.layout.axis.padding:
+        for i, axis in enumerate(program.in_axes):
+            if axis is not None:
+                placed[i] = _pad(placed[i], axis, program.layout)
+    wanted = program.in_shardings
+    astray = [i for i, x in enumerate(placed) if isinstance(x, jax.Array) and x.sharding != wanted[i]]
+    if astray:
+        moved = jax.device_put([placed[i] for i in astray], [wanted[i] for i in astray])
+        for i, x in zip(astray, moved, strict=True):
+            placed[i] = x
+    return placed
+
+
+def _pad(x: Any, axis: int, where: Layout) -> Any:
+    """A mapped argument with the last replica's row for each padding lane."""
+    if isinstance(x, jax.Array):
+        return _pad_where_it_lies(x, axis, where.axis.padding)
+    host = np.asarray(x, _jax.typeof(x).dtype)
+
+    def block(index: tuple[slice, ...]) -> np.ndarray[Any, Any]:
+        start, stop, _ = index[axis].indices(where.padded_size)
+        if stop <= where.size:
+            return host[index].copy()  # since JAX may alias what a callback returns
+        return host.take(np.minimum(np.arange(start, stop), where.size - 1), axis)
+
+    shape = (*host.shape[:axis], where.padded_size, *host.shape[axis + 1 :])
+    return jax.make_array_from_callback(shape, where.sharding(axis), block)
+
+
+_pad_where_it_lies = jax.jit(pad_rows, static_argnums=(1, 2))
+
+
+def _settle(program: Program, x: Any, axis: int | None) -> Any:
+    """An argument of a traced call, moved if its value is known already and lies on devices of its own."""
+    value = _jax.outermost_value(x)
+    known = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+    if known and program.layout.mesh is not None:
+        return jax.device_put(x, program.layout.result_sharding(axis))
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One dispatcher for each function and options
+
+
+_dispatchers: dict[int, tuple[weakref.ref[Any], dict[Hashable, Dispatcher]]] = {}
+
+
+def dispatcher(fun: Callable[..., Any], options: Options) -> Dispatcher:
+    """The dispatcher of ``fun``, shared by all who map the same function in the same way, and freed with it."""
+    owner = getattr(fun, "__self__", None) if hasattr(fun, "__func__") else fun
+    try:
+        reference = weakref.ref(owner, lambda _, key=id(owner): _dispatchers.pop(key, None))  # type: ignore[misc]
+        key = (getattr(fun, "__func__", None), options)
+        hash(key)
+    except TypeError:  # no weak references, or an unhashable axis name: not shared
+        return Dispatcher(options)
+    _, known = _dispatchers.setdefault(id(owner), (reference, {}))
+    return known.setdefault(key, Dispatcher(options))

@@ -1,0 +1,85 @@
+"""The exception tree.
+
+Every error that replicax raises is a :class:`ReplicaxError` and also the builtin that ``jax.pmap`` (or, where that
+has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written for either keep working::
+
+    ReplicaxError
+    ├── MappedSizeError              ValueError           the arguments do not say one number of replicas
+    ├── AxisSpecError                ValueError           in_axes or out_axes does not fit
+    ├── AxisSpecTypeError            TypeError            in_axes or out_axes holds something that is no axis
+    ├── NotAnArrayError              TypeError            an argument or a result is no array
+    ├── NotAFunctionError            TypeError            what was to be mapped is no function
+    ├── StaticArgumentError          ValueError           a static argument is missing, unhashable or donated
+    ├── DevicesError                 ValueError           devices is empty, repeated or mixed
+    ├── UnknownBackendError          RuntimeError         no such backend here
+    ├── UnboundAxisError             NameError            a collective over a name that no map binds
+    ├── UnsupportedCollectiveError   NotImplementedError  a collective that replicax has no rule for
+    ├── DivergentOutputError         ValueError           out_axes=None for a result that differs between replicas
+    ├── SimulationError              RuntimeError         simulate_devices after JAX has started
+    └── MismatchError                AssertionError       replicax.testing found a difference
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ReplicaxError(Exception):
+    """The base of every error that replicax raises."""
+
+
+class MappedSizeError(ReplicaxError, ValueError):
+    """The mapped arguments, and ``axis_size``, do not agree on one number of replicas, or name none."""
+
+
+class AxisSpecError(ReplicaxError, ValueError):
+    """``in_axes`` or ``out_axes`` does not fit the arguments or results, or names an axis that they lack."""
+
+
+class AxisSpecTypeError(ReplicaxError, TypeError):
+    """``in_axes`` or ``out_axes`` holds something that is neither an int nor None."""
+
+
+class NotAnArrayError(ReplicaxError, TypeError):
+    """An argument, or a result of the mapped function, is not an array."""
+
+
+class NotAFunctionError(ReplicaxError, TypeError):
+    """What was to be mapped cannot be called."""
+
+
+class StaticArgumentError(ReplicaxError, ValueError):
+    """A static argument is missing or unhashable, or is to be donated too."""
+
+
+class DevicesError(ReplicaxError, ValueError):
+    """``devices`` is empty, holds something that is no device, one twice, or devices of several platforms."""
+
+
+class UnknownBackendError(ReplicaxError, RuntimeError):
+    """``backend`` names a platform that this installation of JAX does not have."""
+
+
+class UnboundAxisError(ReplicaxError, NameError):
+    """A collective names an axis that no enclosing map binds."""
+
+
+class UnsupportedCollectiveError(ReplicaxError, NotImplementedError):
+    """A collective over a mapped axis that replicax has no rule for."""
+
+
+class DivergentOutputError(ReplicaxError, ValueError):
+    """``out_axes=None`` for a result that differs, or may differ, between replicas."""
+
+
+class SimulationError(ReplicaxError, RuntimeError):
+    """Devices cannot be simulated any more, because JAX has started already."""
+
+
+class MismatchError(ReplicaxError, AssertionError):
+    """A program does not compute under ``pmap`` what it computes under the oracle."""
+
+
+def report(headline: str, faults: Sequence[str], remedy: str) -> str:
+    """One message for all offending leaves: what was given, one line a fault, and what to write instead."""
+    return "\n".join([headline, *(f"  * {fault}" for fault in faults), remedy])

@@ -1,0 +1,312 @@
+"""The only door to JAX's non-public parts, and the only branch on its version.
+
+Everything here works on jaxprs generically: the parameters of a primitive differ between JAX versions (0.10 wraps
+a jaxpr with constants in ``ClosedJaxpr``, 0.12 has one class), so an equation is never rebuilt from parameters
+known by name, except for the three control-flow primitives whose carries :func:`loop_counts` has to tell apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import ad_util, config, core, source_info_util
+from jax._src import linear_util as lu
+from jax._src.interpreters import ad
+from jax._src.interpreters import partial_eval as pe
+from jax._src.lax import lax as lax_internal
+from jax._src.tree_util import prefix_errors
+from jax.extend import core as extend_core
+
+#: A jaxpr, open or with its constants.
+type_jaxpr = (extend_core.ClosedJaxpr, extend_core.Jaxpr)
+Jaxpr = Any
+Equation = Any
+AxisName = Hashable
+
+# ---------------------------------------------------------------------------------------------------------------
+# The state of tracing
+
+
+def eager() -> bool:
+    """Whether no JAX transformation is being traced around this call."""
+    return bool(core.trace_state_clean())
+
+
+def trace_context() -> Hashable:
+    """What JAX's own compilation caches depend on besides the arguments (x64 mode, precision, axes in scope, …)."""
+    return config.trace_context()  # type: ignore[no-any-return]
+
+
+def typeof(x: Any) -> Any:
+    """The type of an array, a scalar or a ``ShapeDtypeStruct``; TypeError or ValueError for anything else."""
+    return core.shaped_abstractify(x)
+
+
+def axis_env(sizes: Mapping[AxisName, int]) -> contextlib.AbstractContextManager[None]:
+    """Brings mapped axes of the given sizes into scope while a function is traced."""
+    return core.extend_axis_env_nd(list(sizes.items()))  # type: ignore[no-any-return]
+
+
+def axes_in_scope() -> tuple[AxisName, ...]:
+    """The names of the mapped axes that enclosing transformations have bound."""
+    return tuple(core.get_axis_env().axis_sizes)
+
+
+def outermost_value(x: Any) -> Any:
+    """The primal value under any number of ``grad``/``jvp`` tracers (``x`` itself when it is under none)."""
+    while isinstance(x, ad.JVPTracer | ad.LinearizeTracer):
+        x = x.primal
+    return x
+
+
+def unbound_axis_name(error: NameError, known: Sequence[AxisName]) -> str | None:
+    """The axis name that JAX says nobody bound, or None when ``error`` is about something else."""
+    found = re.search(r"unbound axis name: (.*?)(?:\. |\.?$)", str(error))
+    return found and found.group(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Jaxprs
+
+
+def is_jaxpr(x: object) -> bool:
+    """Whether ``x`` is a jaxpr of either class."""
+    return isinstance(x, type_jaxpr)
+
+
+def body(jaxpr: Jaxpr) -> Any:
+    """The open jaxpr: its ``eqns``, ``invars``, ``constvars`` and ``outvars``."""
+    return jaxpr.jaxpr if isinstance(jaxpr, extend_core.ClosedJaxpr) else jaxpr
+
+
+def constants(jaxpr: Jaxpr) -> Sequence[Any]:
+    """The values of the jaxpr's ``constvars`` (none for an open jaxpr of JAX 0.10)."""
+    return getattr(jaxpr, "consts", ())
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an equation's operand is a constant written into the equation."""
+    return isinstance(atom, extend_core.Literal)
+
+
+def sub_jaxprs(eqn: Equation) -> Iterator[Jaxpr]:
+    """The jaxprs among an equation's parameters, in a fixed order."""
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if is_jaxpr(item):
+                yield item
+
+
+def named_axes(eqn: Equation) -> tuple[AxisName, ...]:
+    """The mapped axes that an equation without sub-jaxprs names; empty when it communicates over none."""
+    names: list[AxisName] = []
+    for key in ("axes", "axis_name"):
+        value = eqn.params.get(key, ())
+        names.extend(value if isinstance(value, tuple | list) else (value,))
+    names.extend(effect.name for effect in eqn.effects if isinstance(effect, core.NamedAxisEffect))
+    return tuple(dict.fromkeys(name for name in names if not isinstance(name, int)))
+
+
+def loop_counts(eqn: Equation) -> tuple[int, int]:
+    """How many constants and how many carried values a ``scan`` has."""
+    if "num_carry" in eqn.params:  # JAX 0.10
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def loop_carry(eqn: Equation) -> slice:
+    """Which operands of a ``scan`` are carried."""
+    consts, carries = loop_counts(eqn)
+    return slice(consts, consts + carries)
+
+
+def trace(
+    fun: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    static: Sequence[int],
+    sizes: Mapping[AxisName, int],
+) -> tuple[Jaxpr, list[Any], Any]:
+    """Traces the user's ``fun`` with mapped axes in scope.
+
+    Returns:
+        The jaxpr, its constants (which may be tracers of an enclosing trace), and the tree of
+        ``jax.ShapeDtypeStruct`` that ``fun`` returned.
+    """
+    traced = jax.make_jaxpr(fun, static_argnums=tuple(static), axis_env=list(sizes.items()), return_shape=True)
+    jaxpr, out = traced(*args, **kwargs)
+    return jaxpr, list(constants(jaxpr)), out
+
+
+def trace_flat(fun: Callable[..., Sequence[Any]], avals: Sequence[Any], debug_info: Any) -> tuple[Jaxpr, list[Any]]:
+    """Traces a function of flat arguments; the open jaxpr and the constants that it closed over."""
+    jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(lu.wrap_init(fun, debug_info=debug_info), list(avals))
+    return jaxpr, list(consts)
+
+
+def retrace(fun: Callable[..., Sequence[Any]], like: Jaxpr) -> Jaxpr:
+    """A jaxpr of ``fun`` with the argument and result types, and the class, of ``like``.
+
+    ``fun`` takes what ``like`` takes and returns what it returns, to within weak types, which are put back: loops
+    and branches compare them.
+    """
+
+    def same_types(*args: Any) -> list[Any]:
+        return [_as_type(x, var.aval) for x, var in zip(fun(*args), body(like).outvars, strict=True)]
+
+    in_avals = [var.aval for var in body(like).invars]
+    jaxpr, consts = trace_flat(same_types, in_avals, body(like).debug_info)
+    if not isinstance(like, extend_core.ClosedJaxpr):  # JAX 0.10's remat
+        assert not consts, "an open jaxpr cannot bear constants"
+        return jaxpr
+    return extend_core.ClosedJaxpr(jaxpr, consts) if _two_classes else jaxpr.with_consts(consts)
+
+
+#: JAX 0.10 has one class for jaxprs with constants and one for those without; 0.12 has one class for both.
+_two_classes = extend_core.ClosedJaxpr is not extend_core.Jaxpr
+
+
+def _as_type(x: Any, aval: Any) -> Any:
+    if getattr(core.typeof(x), "weak_type", False) == getattr(aval, "weak_type", False):
+        return x
+    return lax_internal._convert_element_type(x, aval.dtype, weak_type=aval.weak_type)
+
+
+def eval_jaxpr(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
+    """Runs a jaxpr on values or tracers."""
+    return core.eval_jaxpr(body(jaxpr), constants(jaxpr), *args)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def equation_context(eqn: Equation) -> Iterator[None]:
+    """What is bound inside keeps the user's source line and name stack of ``eqn``."""
+    name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack):
+        yield
+
+
+def bind(eqn: Equation, args: Sequence[Any]) -> list[Any]:
+    """Binds an equation as it is."""
+    return _bind(eqn, args, eqn.primitive.get_bind_params(eqn.params))
+
+
+def _bind(eqn: Equation, args: Sequence[Any], params: Mapping[str, Any]) -> list[Any]:
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def bind_again(
+    eqn: Equation,
+    args: Sequence[Any],
+    rewrite_jaxpr: Callable[[Jaxpr], Jaxpr],
+    rewrite_rule: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> list[Any]:
+    """Binds a higher-order equation with every jaxpr in it rewritten.
+
+    The derivative rules of ``custom_jvp`` and ``custom_vjp`` are not jaxprs but functions that JAX calls when, and
+    if, it differentiates: ``rewrite_rule`` wraps each of them.
+    """
+
+    def rewritten(value: Any) -> Any:
+        if is_jaxpr(value):
+            return rewrite_jaxpr(value)
+        if isinstance(value, tuple | list) and any(is_jaxpr(item) for item in value):
+            return type(value)(rewritten(item) for item in value)
+        return value
+
+    params = eqn.primitive.get_bind_params({key: rewritten(value) for key, value in eqn.params.items()})
+    if "subfuns" in params:
+        primal, *rules = params["subfuns"]
+        wrapped = (lu.wrap_init(rewrite_rule(rule.call_wrapped), debug_info=rule.debug_info) for rule in rules)
+        params = {**params, "subfuns": (primal, *wrapped)}
+    return _bind(eqn, args, params)
+
+
+def has_derivative_rules(eqn: Equation) -> bool:
+    """Whether the equation carries derivative rules of the user's, which may communicate when they are called."""
+    return eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call")
+
+
+def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, list[Any], list[Any], Callable[..., Any]]:
+    """Traces a derivative rule, whose arguments and results mix arrays with JAX's symbolic zeros and flags.
+
+    Returns:
+        The open jaxpr, its constants, its (array) arguments, and the function that puts the rule's own result
+        together again from the jaxpr's results.
+    """
+    is_array = [is_array_type(x) for x in args]
+    arrays = [x for x, dynamic in zip(args, is_array, strict=True) if dynamic]
+    restore: list[Callable[..., Any]] = []
+
+    def flat(*tracers: Any) -> list[Any]:
+        it = iter(tracers)
+        out = rule(*(next(it) if dynamic else x for x, dynamic in zip(args, is_array, strict=True)))
+        leaves, treedef = jax.tree.flatten(out)
+        dynamic_out = [is_array_type(x) for x in leaves]
+
+        def unflatten(results: Sequence[Any]) -> Any:
+            it = iter(results)
+            return treedef.unflatten(next(it) if dyn else x for x, dyn in zip(leaves_kept, dynamic_out, strict=True))
+
+        leaves_kept = [None if dyn else x for x, dyn in zip(leaves, dynamic_out, strict=True)]
+        restore.append(unflatten)
+        return [x for x, dyn in zip(leaves, dynamic_out, strict=True) if dyn]
+
+    dbg = lu.DebugInfo("replicax derivative rule", "derivative rule", None, None)
+    jaxpr, consts = trace_flat(flat, [core.typeof(x) for x in arrays], dbg)
+    return jaxpr, consts, arrays, restore[0]
+
+
+def is_array_type(x: object) -> bool:
+    """Whether ``x`` is an array, a scalar or a tracer: not a flag, nor one of JAX's symbolic zeros."""
+    if isinstance(x, bool | ad_util.Zero | ad_util.SymbolicZero):
+        return False
+    try:
+        core.typeof(x)
+    except TypeError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Callbacks
+
+
+def has_side_effect(eqn: Equation) -> bool:
+    """Whether the equation calls back into Python for an effect: a debug print or callback, or an ``io_callback``."""
+    return eqn.primitive.name in ("debug_callback", "debug_print", "io_callback")
+
+
+def bind_callback_where(eqn: Equation, args: Sequence[Any], runs: Any) -> list[Any]:
+    """Binds a :func:`has_side_effect` equation so that Python is called only where ``runs`` is true.
+
+    Elsewhere the results of an ``io_callback`` are zeros.
+    """
+    if eqn.primitive.name == "io_callback":
+        results = eqn.params["result_avals"]
+
+        def call(run: Any, *args: Any) -> Any:
+            if run:
+                return eqn.params["callback"](*args)
+            return tuple(np.zeros(aval.shape, aval.dtype) for aval in results)
+
+        with eqn.ctx.manager:
+            return list(eqn.primitive.bind(runs, *args, **{**eqn.params, "callback": call}))
+
+    def show(run: Any, *args: Any) -> None:
+        if run:
+            eqn.primitive.impl(*args, **eqn.params)
+
+    jax.debug.callback(show, runs, *args, ordered=_is_ordered(eqn))
+    return []
+
+
+def _is_ordered(eqn: Equation) -> bool:
+    return any("Ordered" in type(effect).__name__ for effect in eqn.effects)

@@ -1,0 +1,257 @@
+"""From a function and the types of its arguments to one compiled program on a mesh of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import keystr
+
+from replicax import _jax
+from replicax._axes import Spec, match_out_axes
+from replicax._errors import DivergentOutputError, UnboundAxisError, report
+from replicax._layout import Layout, LogicalAxis
+from replicax._rewrite import Rewriter
+
+
+class Anonymous:
+    """The name of a mapped axis that the user gave none: no collective can name it."""
+
+    def __repr__(self) -> str:
+        return "an unnamed mapped axis"
+
+
+ANONYMOUS = Anonymous()
+
+
+@dataclass(frozen=True)
+class Replica:
+    """The program of one replica, traced.
+
+    Attributes:
+        jaxpr: The program, its collectives over the user's axis.
+        consts: The arrays that the function closed over.
+        out: Its result: a tree of ``jax.ShapeDtypeStruct``.
+    """
+
+    jaxpr: _jax.Jaxpr
+    consts: Sequence[Any]
+    out: Any
+
+    @property
+    def closes_over_tracers(self) -> bool:
+        """Whether the program belongs to the call of an enclosing transformation, and no other call may reuse it."""
+        return any(isinstance(const, jax.core.Tracer) for const in self.consts)
+
+
+def trace_replica(
+    fun: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    static: Sequence[int],
+    name: Hashable,
+    size: int,
+) -> Replica:
+    """Traces ``fun`` as one replica runs it.
+
+    Args:
+        fun: The user's function.
+        args: The positional arguments of one replica: trees of ``jax.ShapeDtypeStruct``, static ones as they are.
+        kwargs: The keyword arguments, likewise.
+        static: The positions of the static arguments.
+        name: The user's name of the mapped axis.
+        size: The number of replicas.
+
+    Raises:
+        UnboundAxisError: a collective names an axis that no map binds.
+    """
+    depth = _tracing.set(True)
+    try:
+        jaxpr, consts, out = _jax.trace(fun, args, kwargs, static, {name: size})
+    except NameError as error:
+        unbound = _jax.unbound_axis_name(error)
+        if unbound is None:
+            raise
+        raise _unbound(unbound, name).with_traceback(error.__traceback__) from None
+    finally:
+        _tracing.reset(depth)
+    return Replica(jaxpr, consts, out)
+
+
+_tracing: ContextVar[bool] = ContextVar("_tracing", default=False)
+
+
+def tracing_replica() -> bool:
+    """Whether a replica of an enclosing map is being traced."""
+    return _tracing.get()
+
+
+def _unbound(unbound: str, name: Hashable) -> UnboundAxisError:
+    names = [repr(n) for n in (*_jax.axes_in_scope(), name) if n is not ANONYMOUS]
+    known = f"The names in scope are {', '.join(names)}." if names else "No axis in scope has a name."
+    return UnboundAxisError(
+        f"unbound axis name: {unbound}. A collective in the mapped function names an axis that no enclosing map "
+        f"binds. {known} Use one of them in the collective, or name the axis where you map: "
+        f"pmap(f, axis_name={unbound!r})."
+    )
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function lowered for one signature: types of arguments, number of replicas, devices.
+
+    Attributes:
+        layout: Where the replicas lie.
+        in_axes: The mapped axis of each argument leaf.
+        out_axes: The mapped axis of each result leaf.
+        out_tree: The structure of the result.
+        function: From padded argument leaves to result leaves of N rows, on the layout's devices; not compiled.
+        donated: The positions of the donated argument leaves.
+        name: The name of the user's function.
+    """
+
+    layout: Layout
+    in_axes: Sequence[int | None]
+    out_axes: Sequence[int | None]
+    out_tree: Any
+    function: Callable[..., tuple[Any, ...]]
+    donated: tuple[int, ...]
+    name: str
+
+    @cached_property
+    def in_shardings(self) -> tuple[jax.sharding.NamedSharding, ...]:
+        """Where each (padded) argument leaf has to lie."""
+        return tuple(self.layout.sharding(axis) for axis in self.in_axes)
+
+    def padded_type(self, x: Any, axis: int | None) -> jax.ShapeDtypeStruct:
+        """The type of an argument leaf once every padding lane has its row."""
+        shape = list(x.shape)
+        if axis is not None:
+            shape[axis] = self.layout.padded_size
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    @cached_property
+    def compiled(self) -> Callable[..., tuple[Any, ...]]:
+        """The function for arrays that lie in place: what an eager call runs."""
+        return jax.jit(
+            self.function,
+            in_shardings=self.in_shardings,
+            out_shardings=tuple(self.layout.result_sharding(axis) for axis in self.out_axes),
+            donate_argnums=self.donated,
+        )
+
+    @cached_property
+    def staged(self) -> Callable[..., tuple[Any, ...]]:
+        """The function for an enclosing trace, which pads by itself and leaves the places of results to XLA."""
+
+        def padded_first(*args: Any) -> tuple[Any, ...]:
+            rows = self.layout.axis.padding
+            return self.function(
+                *(x if axis is None else pad_rows(x, axis, rows) for x, axis in zip(args, self.in_axes, strict=True))
+            )
+
+        padded_first.__name__ = padded_first.__qualname__ = self.name
+        return jax.jit(padded_first)
+
+
+def pad_rows(x: Any, axis: int, rows: int) -> Any:
+    """``x`` with its last row along ``axis`` repeated ``rows`` more times.
+
+    The copies have no part in derivatives: not even a NaN, from a slope of infinity times a cotangent of zero.
+    """
+    if not rows:
+        return x
+    last = lax.stop_gradient(lax.slice_in_dim(x, x.shape[axis] - 1, None, axis=axis))
+    return jnp.concatenate([x, jnp.repeat(last, rows, axis)], axis)
+
+
+def lower(
+    replica: Replica,
+    layout: Layout,
+    in_axes: Sequence[int | None],
+    out_axes: Spec,
+    donated: Sequence[int],
+    name: str,
+) -> Program:
+    """Lowers the program of one replica to a function of all of them.
+
+    Raises:
+        AxisSpecError: ``out_axes`` does not fit the result.
+        DivergentOutputError: ``out_axes`` is None where the result differs between replicas.
+        UnsupportedCollectiveError: the program communicates in a way that replicax has no rule for.
+    """
+    flat_out_axes = match_out_axes(out_axes, replica.out)
+    axis = layout.axis
+    rewriter = Rewriter({axis.name: axis})
+    varying = [frozenset() if a is None else frozenset({axis.name}) for a in in_axes]
+    _check_broadcast_results(replica, flat_out_axes, rewriter.analysis.results(replica.jaxpr, varying), axis.name)
+
+    def one_replica(*args: Any) -> tuple[Any, ...]:
+        return tuple(rewriter.run(replica.jaxpr, replica.consts, args, varying))
+
+    one_device = _over_lanes(one_replica, axis, in_axes, flat_out_axes)
+    mapped = one_device
+    if layout.mesh is not None:
+        mapped = jax.shard_map(
+            one_device,
+            mesh=layout.mesh,
+            in_specs=tuple(map(layout.spec, in_axes)),
+            out_specs=tuple(map(layout.spec, flat_out_axes)),
+            check_vma=False,
+        )
+
+    def program(*args: Any) -> tuple[Any, ...]:
+        outs = mapped(*args)
+        return tuple(
+            out if a is None or not axis.padding else lax.slice_in_dim(out, 0, axis.size, axis=a)
+            for out, a in zip(outs, flat_out_axes, strict=True)
+        )
+
+    program.__name__ = program.__qualname__ = name
+    return Program(layout, in_axes, flat_out_axes, jax.tree.structure(replica.out), program, tuple(donated), name)
+
+
+def _over_lanes(
+    one_replica: Callable[..., tuple[Any, ...]],
+    axis: LogicalAxis,
+    in_axes: Sequence[int | None],
+    out_axes: Sequence[int | None],
+) -> Callable[..., tuple[Any, ...]]:
+    """What one device runs on its block of each argument: its lanes, vectorized."""
+    if axis.lane_axis is not None:
+        return jax.vmap(
+            one_replica, tuple(in_axes), tuple(out_axes), axis_name=axis.lane_axis, axis_size=axis.lanes
+        )
+
+    def only_lane(*blocks: Any) -> tuple[Any, ...]:
+        args = (x if a is None else lax.squeeze(x, [a]) for x, a in zip(blocks, in_axes, strict=True))
+        outs = one_replica(*args)
+        return tuple(y if a is None else lax.expand_dims(y, [a]) for y, a in zip(outs, out_axes, strict=True))
+
+    return only_lane
+
+
+def _check_broadcast_results(
+    replica: Replica, out_axes: Sequence[int | None], varying: Sequence[frozenset[Hashable]], name: Hashable
+) -> None:
+    paths = jax.tree_util.tree_leaves_with_path(replica.out)
+    faults = [
+        f"result{keystr(path)} of shape {aval.shape}"
+        for (path, aval), axis, where in zip(paths, out_axes, varying, strict=True)
+        if axis is None and name in where
+    ]
+    if faults:
+        raise DivergentOutputError(
+            report(
+                "out_axes=None returns one value for all replicas, but these results may differ between them:",
+                faults,
+                "Write an int in out_axes to get each replica's value, or make them equal first, for example with "
+                "jax.lax.pmean or jax.lax.psum over the mapped axis.",
+            )
+        )

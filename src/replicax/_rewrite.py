@@ -1,0 +1,195 @@
+"""The rewriter: runs a program of one replica, traced with logical axes, on lanes and devices.
+
+It walks a jaxpr's equations. A collective over a logical axis becomes its rule; a higher-order equation is bound
+again with every jaxpr in it rewritten; everything else is bound as it is. Rewriting changes no type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from replicax import _jax
+from replicax._collectives import REGISTRY, any_replica, is_replica
+from replicax._errors import UnsupportedCollectiveError
+from replicax._jax import Equation, Jaxpr
+from replicax._layout import LogicalAxes
+from replicax._varying import Analysis, Varying
+
+
+class Rewriter:
+    """Rewrites one traced program for the logical axes in scope.
+
+    Args:
+        logical: The logical axes, by the user's names.
+    """
+
+    def __init__(self, logical: LogicalAxes) -> None:
+        self.logical = logical
+        self.analysis = Analysis()
+        self._communicates: dict[int, tuple[Jaxpr, frozenset[Hashable]]] = {}
+        self._rewritten: dict[tuple[int, tuple[Varying, ...]], tuple[Jaxpr, Jaxpr]] = {}
+
+    def run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], varying: Sequence[Varying]) -> list[Any]:
+        """Runs a jaxpr on the values of one replica.
+
+        Args:
+            jaxpr: The program.
+            consts: The values of its constants; none of them varies.
+            args: The values of its arguments.
+            varying: Where each argument varies.
+
+        Returns:
+            The values of its results.
+        """
+        jaxpr = _jax.body(jaxpr)
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+        where = dict.fromkeys(jaxpr.constvars, frozenset[Hashable]()) | dict(zip(jaxpr.invars, varying, strict=True))
+        last_use = {atom: eqn for eqn in jaxpr.eqns for atom in eqn.invars if not _jax.is_literal(atom)}
+        kept = {atom for atom in jaxpr.outvars if not _jax.is_literal(atom)}
+
+        def read(atom: Any) -> Any:
+            return atom.val if _jax.is_literal(atom) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = [frozenset() if _jax.is_literal(atom) else where[atom] for atom in eqn.invars]
+            with _jax.equation_context(eqn):
+                results = self._equation(eqn, [read(atom) for atom in eqn.invars], operands)
+            env.update(zip(eqn.outvars, results, strict=True))
+            where.update(zip(eqn.outvars, self.analysis.equation(eqn, operands), strict=True))
+            for atom in eqn.invars:
+                if not _jax.is_literal(atom) and last_use[atom] is eqn and atom not in kept:
+                    env.pop(atom, None)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _equation(self, eqn: Equation, args: list[Any], varying: list[Varying]) -> list[Any]:
+        if not any(True for _ in _jax.sub_jaxprs(eqn)):
+            return self._leaf(eqn, args)
+        if not self._touches(eqn):
+            return _jax.bind(eqn, args)
+        if self.analysis.predicate(eqn, varying) & self._axes_inside(eqn):
+            return {"while": self._divergent_while, "cond": self._divergent_cond}[eqn.primitive.name](
+                eqn, args, varying
+            )
+        inside = zip(_jax.sub_jaxprs(eqn), self.analysis.operands(eqn, varying), strict=True)
+        new = {id(sub): self._sub_jaxpr(sub, operands) for sub, operands in inside}
+        return _jax.bind_again(eqn, args, lambda sub: new[id(sub)], self._rule)
+
+    def _leaf(self, eqn: Equation, args: list[Any]) -> list[Any]:
+        names = [name for name in _jax.named_axes(eqn) if name in self.logical]
+        if names:
+            known = REGISTRY.get(eqn.primitive.name)
+            if known is None:
+                raise UnsupportedCollectiveError(_unsupported(eqn.primitive.name, names))
+            return [known.rule(self.logical, *args, **eqn.params)]
+        if self._padded and _jax.has_side_effect(eqn):
+            return self._guarded(eqn, args)
+        return _jax.bind(eqn, args)
+
+    # What a higher-order equation holds ------------------------------------------------------------------------
+
+    def _touches(self, eqn: Equation) -> bool:
+        """Whether anything in the equation has to be rewritten."""
+        return (
+            _jax.has_derivative_rules(eqn)
+            or bool(self._axes_inside(eqn))
+            or any(self._any_leaf(sub, self._rewrites_leaf) for sub in _jax.sub_jaxprs(eqn))
+        )
+
+    def _rewrites_leaf(self, eqn: Equation) -> bool:
+        return _jax.has_derivative_rules(eqn) or (self._padded and _jax.has_side_effect(eqn))
+
+    def _any_leaf(self, jaxpr: Jaxpr, test: Callable[[Equation], bool]) -> bool:
+        return any(
+            test(eqn) or any(self._any_leaf(sub, test) for sub in _jax.sub_jaxprs(eqn))
+            for eqn in _jax.body(jaxpr).eqns
+        )
+
+    def _axes_inside(self, eqn: Equation) -> frozenset[Hashable]:
+        """The logical axes that collectives anywhere inside the equation are over."""
+        return frozenset().union(*map(self._axes_of, _jax.sub_jaxprs(eqn)))
+
+    def _axes_of(self, jaxpr: Jaxpr) -> frozenset[Hashable]:
+        if id(jaxpr) not in self._communicates:
+            axes: set[Hashable] = set()
+            for eqn in _jax.body(jaxpr).eqns:
+                axes.update(self._axes_inside(eqn), *[{n} for n in _jax.named_axes(eqn) if n in self.logical])
+            self._communicates[id(jaxpr)] = (jaxpr, frozenset(axes))
+        return self._communicates[id(jaxpr)][1]
+
+    @property
+    def _padded(self) -> bool:
+        return any(axis.padding for axis in self.logical.values())
+
+    # How it is bound again -------------------------------------------------------------------------------------
+
+    def _sub_jaxpr(self, jaxpr: Jaxpr, varying: Sequence[Varying]) -> Jaxpr:
+        key = (id(jaxpr), tuple(varying))
+        if key not in self._rewritten:
+
+            def run(*args: Any) -> list[Any]:
+                return self.run(jaxpr, _jax.constants(jaxpr), args, varying)
+
+            self._rewritten[key] = (jaxpr, _jax.retrace(run, jaxpr))
+        return self._rewritten[key][1]
+
+    def _rule(self, rule: Callable[..., Any]) -> Callable[..., Any]:
+        """A derivative rule of the user's, rewritten when JAX calls it; its arguments may vary anywhere."""
+        everywhere = frozenset(self.logical)
+
+        def rewritten(*args: Any) -> Any:
+            with _jax.axis_env({name: axis.size for name, axis in self.logical.items()}):
+                jaxpr, consts, arrays, restore = _jax.trace_rule(rule, args)
+            return restore(self.run(jaxpr, consts, arrays, [everywhere] * len(arrays)))
+
+        return rewritten
+
+    def _divergent_while(self, eqn: Equation, args: list[Any], varying: list[Varying]) -> list[Any]:
+        """A loop that replicas leave at different times, and that communicates: all stay until the last leaves.
+
+        As in ``vmap``, a replica that is done keeps its carry, and goes on taking part in the collectives.
+        """
+        cond, body = _jax.sub_jaxprs(eqn)
+        for_cond, for_body = self.analysis.operands(eqn, varying)
+        split = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+        cond_consts, body_consts, carry = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
+        axes = [self.logical[n] for n in self.analysis.predicate(eqn, varying) & self._axes_inside(eqn)]
+
+        def goes_on(carry: Sequence[Any]) -> Any:
+            return self.run(cond, _jax.constants(cond), [*cond_consts, *carry], for_cond)[0]
+
+        def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+            own, carry = state
+            after = self.run(body, _jax.constants(body), [*body_consts, *carry], for_body)
+            carry = [lax.select_n(own, old, new) for old, new in zip(carry, after, strict=True)]
+            return goes_on(carry), carry
+
+        state = lax.while_loop(lambda state: any_replica(axes, state[0]), step, (goes_on(carry), carry))
+        return list(state[1])
+
+    def _divergent_cond(self, eqn: Equation, args: list[Any], varying: list[Varying]) -> list[Any]:
+        """A choice that replicas make differently, and that communicates: all run every branch, as in ``vmap``."""
+        index, *operands = args
+        branches = zip(_jax.sub_jaxprs(eqn), self.analysis.operands(eqn, varying), strict=True)
+        results = [self.run(branch, _jax.constants(branch), operands, ops) for branch, ops in branches]
+        return [lax.select_n(index, *cases) if len(cases) > 1 else cases[0] for cases in zip(*results, strict=True)]
+
+    def _guarded(self, eqn: Equation, args: list[Any]) -> list[Any]:
+        """A callback of the user's that padding lanes do not make."""
+        runs = jax.numpy.bool_(True)
+        for axis in self.logical.values():
+            if axis.padding:
+                runs = runs & is_replica(axis)
+        return _jax.bind_callback_where(eqn, args, runs)
+
+
+def _unsupported(primitive: str, names: Sequence[Hashable]) -> str:
+    axes = ", ".join(map(repr, names))
+    known = ", ".join(sorted(REGISTRY))
+    return (
+        f"{primitive} over the mapped axis {axes}: replicax has no rule for this collective. "
+        f"It has rules for {known}. Express the exchange with those, for example with all_gather and indexing."
+    )
