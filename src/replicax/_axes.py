@@ -111,9 +111,7 @@ def parameter_names(fun: Callable[..., Any], positions: Sequence[int] | Mapping[
     return {i: name(i) for i in positions}
 
 
-def match_in_axes(
-    spec: Spec, args: Mapping[int, Any], arity: int, leaves: Sequence[Leaf]
-) -> list[int | None]:
+def match_in_axes(spec: Spec, args: Mapping[int, Any], arity: int, leaves: Sequence[Leaf]) -> list[int | None]:
     """The mapped axis of each leaf of the arguments, as a non-negative position.
 
     Args:
@@ -157,17 +155,23 @@ def match_out_axes(spec: Spec, out: Any) -> list[int | None]:
 
 def broadcast_prefix(which: str, what: str, spec: Any, tree: Any) -> list[int | None]:
     """The entry of a prefix tree for each leaf of ``tree``."""
+    axes: list[int | None] = []
+
+    def repeat(axis: int | None, subtree: Any) -> None:
+        axes.extend([axis] * jax.tree.structure(subtree).num_leaves)
+
     try:
-        return jax.tree.leaves(jax.tree.broadcast(spec, tree, is_leaf=is_none), is_leaf=is_none)
+        jax.tree.map(repeat, spec, tree, is_leaf=is_none)
     except ValueError:
-        faults = [str(error(which)) for error in _jax.prefix_errors(spec, tree, is_leaf=is_none)]
+        faults = _jax.prefix_faults(which, spec, tree, is_none)
         raise AxisSpecError(
             report(
-                f"{which} does not fit {what}: it must be an axis, or a tree with the same structure down to some depth.",
+                f"{which} does not fit {what}: it must be an axis, or a tree of them with the same structure.",
                 [fault.replace("\n", "\n    ") for fault in faults],
                 f"Write one int or None for a whole subtree, or one for each of its entries, as {what} nest.",
             )
         ) from None
+    return axes
 
 
 def normalize(
@@ -197,7 +201,11 @@ def normalize(
             if which == "in_axes"
             else "The mapped axis of a result is inserted, at a position from 0 up to the number of its axes."
         )
-        raise AxisSpecError(report(f"{which} names an axis that a{'n' if role == 'argument' else ''} {role} does not have:", faults, remedy))
+        raise AxisSpecError(
+            report(
+                f"{which} names an axis that a{'n' if role == 'argument' else ''} {role} does not have:", faults, remedy
+            )
+        )
     return normal
 
 

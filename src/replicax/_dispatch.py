@@ -238,14 +238,14 @@ def _refuse_unhashable(fun: Callable[..., Any], static: Mapping[int, Any]) -> No
 def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
     """The argument leaves, padded, and moved to where the program wants them; what lies right is not touched.
 
-    NumPy arrays and scalars are left to ``jit``, which copies them: ``jax.device_put`` may alias their memory, which
-    their owner is free to change as soon as the call returns.
+    A NumPy array is copied first. JAX aliases the memory of one that is aligned to 64 bytes, in ``jit`` as in
+    ``device_put``, and reads it later, while its owner is free to change it as soon as the call returns.
     """
-    placed = list(leaves)
-    if program.layout.axis.padding:
-        for i, axis in enumerate(program.in_axes):
-            if axis is not None:
-                placed[i] = _pad(placed[i], axis, program.layout)
+    padding = program.layout.axis.padding
+    placed = [
+        _pad(x, axis, program.layout) if padding and axis is not None else _own(x)
+        for x, axis in zip(leaves, program.in_axes, strict=True)
+    ]
     wanted = program.in_shardings
     astray = [i for i, x in enumerate(placed) if isinstance(x, jax.Array) and x.sharding != wanted[i]]
     if astray:
@@ -253,6 +253,20 @@ def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
         for i, x in zip(astray, moved, strict=True):
             placed[i] = x
     return placed
+
+
+def _own(x: Any) -> Any:
+    """``x``; of a NumPy array, a copy that nobody changes, aligned so that it can serve as a CPU device's memory."""
+    if not isinstance(x, np.ndarray):
+        return x
+    raw = np.empty(x.nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    copy = raw[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
+_ALIGNMENT = 64
 
 
 def _pad(x: Any, axis: int, where: Layout) -> Any:
@@ -294,10 +308,14 @@ def dispatcher(fun: Callable[..., Any], options: Options) -> Dispatcher:
     """The dispatcher of ``fun``, shared by all who map the same function in the same way, and freed with it."""
     owner = getattr(fun, "__self__", None) if hasattr(fun, "__func__") else fun
     try:
-        reference = weakref.ref(owner, lambda _, key=id(owner): _dispatchers.pop(key, None))  # type: ignore[misc]
+        reference = weakref.ref(owner, functools.partial(_forget, id(owner)))
         key = (getattr(fun, "__func__", None), options)
         hash(key)
     except TypeError:  # no weak references, or an unhashable axis name: not shared
         return Dispatcher(options)
     _, known = _dispatchers.setdefault(id(owner), (reference, {}))
     return known.setdefault(key, Dispatcher(options))
+
+
+def _forget(owner: int, _: object) -> None:
+    _dispatchers.pop(owner, None)

@@ -14,19 +14,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import ad_util, config, core, source_info_util
+from jax._src import ad_util, config, core, source_info_util, tree_util
 from jax._src import linear_util as lu
 from jax._src.interpreters import ad
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
-from jax._src.tree_util import prefix_errors
 from jax.extend import core as extend_core
 
-#: A jaxpr, open or with its constants.
-type_jaxpr = (extend_core.ClosedJaxpr, extend_core.Jaxpr)
 Jaxpr = Any
 Equation = Any
 AxisName = Hashable
+
+#: JAX 0.10 has one class for jaxprs with constants and one for those without; 0.12 has one class for both.
+_Closed: Any = vars(extend_core)["ClosedJaxpr"]
+_Open: Any = extend_core.Jaxpr
 
 # ---------------------------------------------------------------------------------------------------------------
 # The state of tracing
@@ -39,7 +40,7 @@ def eager() -> bool:
 
 def trace_context() -> Hashable:
     """What JAX's own compilation caches depend on besides the arguments (x64 mode, precision, axes in scope, …)."""
-    return config.trace_context()  # type: ignore[no-any-return]
+    return config.trace_context()
 
 
 def typeof(x: Any) -> Any:
@@ -49,7 +50,7 @@ def typeof(x: Any) -> Any:
 
 def axis_env(sizes: Mapping[AxisName, int]) -> contextlib.AbstractContextManager[None]:
     """Brings mapped axes of the given sizes into scope while a function is traced."""
-    return core.extend_axis_env_nd(list(sizes.items()))  # type: ignore[no-any-return]
+    return core.extend_axis_env_nd(list(sizes.items()))
 
 
 def axes_in_scope() -> tuple[AxisName, ...]:
@@ -64,10 +65,15 @@ def outermost_value(x: Any) -> Any:
     return x
 
 
-def unbound_axis_name(error: NameError, known: Sequence[AxisName]) -> str | None:
+def unbound_axis_name(error: NameError) -> str | None:
     """The axis name that JAX says nobody bound, or None when ``error`` is about something else."""
     found = re.search(r"unbound axis name: (.*?)(?:\. |\.?$)", str(error))
     return found and found.group(1)
+
+
+def prefix_faults(which: str, prefix: Any, tree: Any, is_leaf: Callable[[Any], bool]) -> list[str]:
+    """Where ``prefix`` is no tree prefix of ``tree``, in JAX's words."""
+    return [str(error(which)) for error in tree_util.prefix_errors(prefix, tree, is_leaf=is_leaf)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -76,12 +82,12 @@ def unbound_axis_name(error: NameError, known: Sequence[AxisName]) -> str | None
 
 def is_jaxpr(x: object) -> bool:
     """Whether ``x`` is a jaxpr of either class."""
-    return isinstance(x, type_jaxpr)
+    return isinstance(x, _Closed | _Open)
 
 
 def body(jaxpr: Jaxpr) -> Any:
     """The open jaxpr: its ``eqns``, ``invars``, ``constvars`` and ``outvars``."""
-    return jaxpr.jaxpr if isinstance(jaxpr, extend_core.ClosedJaxpr) else jaxpr
+    return jaxpr.jaxpr if isinstance(jaxpr, _Closed) else jaxpr
 
 
 def constants(jaxpr: Jaxpr) -> Sequence[Any]:
@@ -162,14 +168,10 @@ def retrace(fun: Callable[..., Sequence[Any]], like: Jaxpr) -> Jaxpr:
 
     in_avals = [var.aval for var in body(like).invars]
     jaxpr, consts = trace_flat(same_types, in_avals, body(like).debug_info)
-    if not isinstance(like, extend_core.ClosedJaxpr):  # JAX 0.10's remat
+    if not isinstance(like, _Closed):  # JAX 0.10's remat
         assert not consts, "an open jaxpr cannot bear constants"
         return jaxpr
-    return extend_core.ClosedJaxpr(jaxpr, consts) if _two_classes else jaxpr.with_consts(consts)
-
-
-#: JAX 0.10 has one class for jaxprs with constants and one for those without; 0.12 has one class for both.
-_two_classes = extend_core.ClosedJaxpr is not extend_core.Jaxpr
+    return _Closed(jaxpr, consts) if _Closed is not _Open else jaxpr.with_consts(consts)
 
 
 def _as_type(x: Any, aval: Any) -> Any:
@@ -180,7 +182,7 @@ def _as_type(x: Any, aval: Any) -> Any:
 
 def eval_jaxpr(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     """Runs a jaxpr on values or tracers."""
-    return core.eval_jaxpr(body(jaxpr), constants(jaxpr), *args)  # type: ignore[no-any-return]
+    return core.eval_jaxpr(body(jaxpr), constants(jaxpr), *args)
 
 
 @contextlib.contextmanager

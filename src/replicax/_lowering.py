@@ -137,7 +137,7 @@ class Program:
         return jax.ShapeDtypeStruct(shape, x.dtype)
 
     @cached_property
-    def compiled(self) -> Callable[..., tuple[Any, ...]]:
+    def compiled(self) -> jax.stages.Wrapped:
         """The function for arrays that lie in place: what an eager call runs."""
         return jax.jit(
             self.function,
@@ -147,14 +147,23 @@ class Program:
         )
 
     @cached_property
-    def staged(self) -> Callable[..., tuple[Any, ...]]:
+    def staged(self) -> jax.stages.Wrapped:
         """The function for an enclosing trace, which pads by itself and leaves the places of results to XLA."""
 
+        where, rows = self.layout, self.layout.axis.padding
+
+        def placed(x: Any, axis: int | None) -> Any:
+            if axis is None or not rows or where.mesh is None:
+                return x
+            # XLA may choose a sharding of N rows that JAX cannot express, and JAX then refuses the array.
+            return lax.with_sharding_constraint(x, where.result_sharding(axis))
+
         def padded_first(*args: Any) -> tuple[Any, ...]:
-            rows = self.layout.axis.padding
-            return self.function(
-                *(x if axis is None else pad_rows(x, axis, rows) for x, axis in zip(args, self.in_axes, strict=True))
+            args = tuple(
+                x if axis is None else pad_rows(placed(x, axis), axis, rows)
+                for x, axis in zip(args, self.in_axes, strict=True)
             )
+            return tuple(map(placed, self.function(*args), self.out_axes))
 
         padded_first.__name__ = padded_first.__qualname__ = self.name
         return jax.jit(padded_first)
@@ -225,9 +234,7 @@ def _over_lanes(
 ) -> Callable[..., tuple[Any, ...]]:
     """What one device runs on its block of each argument: its lanes, vectorized."""
     if axis.lane_axis is not None:
-        return jax.vmap(
-            one_replica, tuple(in_axes), tuple(out_axes), axis_name=axis.lane_axis, axis_size=axis.lanes
-        )
+        return jax.vmap(one_replica, tuple(in_axes), tuple(out_axes), axis_name=axis.lane_axis, axis_size=axis.lanes)
 
     def only_lane(*blocks: Any) -> tuple[Any, ...]:
         args = (x if a is None else lax.squeeze(x, [a]) for x, a in zip(blocks, in_axes, strict=True))

@@ -29,7 +29,7 @@ class MappedFunction(Generic[P, R]):
         self._dispatcher: Dispatcher = dispatcher(fun, options)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._dispatcher(self._fun, args, kwargs)  # type: ignore[no-any-return]
+        return self._dispatcher(self._fun, args, kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -173,8 +173,12 @@ def _positions(argnums: int | Iterable[int]) -> tuple[int, ...]:
 
 def _check_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
     given = tuple(devices)
-    faults = [f"devices[{i}] is {d!r}, which is no device" for i, d in enumerate(given) if not isinstance(d, jax.Device)]
-    faults = faults or [f"{d!r} stands in it {given.count(d)} times" for d in dict.fromkeys(given) if given.count(d) > 1]
+    faults = [
+        f"devices[{i}] is {d!r}, which is no device" for i, d in enumerate(given) if not isinstance(d, jax.Device)
+    ]
+    faults = faults or [
+        f"{d!r} stands in it {given.count(d)} times" for d in dict.fromkeys(given) if given.count(d) > 1
+    ]
     platforms = sorted({d.platform for d in given}) if not faults else []
     if len(platforms) > 1:
         faults = [f"its devices are of the platforms {', '.join(platforms)}"]

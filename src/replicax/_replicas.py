@@ -118,9 +118,7 @@ def unreplicate(tree: Tree) -> Tree:
     return jax.tree.unflatten(treedef, [_first(x) if isinstance(x, jax.Array) else x[0] for x in blocks])
 
 
-@jax.jit
-def _first(block: jax.Array) -> jax.Array:
-    return block[0]
+_first = jax.jit(lambda block: block[0])
 
 
 def local_replicas(tree: Tree) -> list[Tree]:
@@ -161,7 +159,7 @@ def _blocks(x: Any) -> list[Any]:
     """This process' parts of an array along axis 0, in order, each part once however many devices hold it."""
     if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
         return [x]
-    parts = {}
+    parts: dict[int, jax.Array] = {}
     for part in x.addressable_shards:
         start, stop, _ = part.index[0].indices(x.shape[0])
         if (stop - start, *x.shape[1:]) != part.data.shape:  # split along another axis too: no device has a row
@@ -171,7 +169,7 @@ def _blocks(x: Any) -> list[Any]:
 
 
 def _rows(block: Any) -> Sequence[Any]:
-    if isinstance(block, jax.Array) and jax.dtypes.issubdtype(block.dtype, jax.dtypes.prng_key):
+    if isinstance(block, jax.Array) and jax.numpy.issubdtype(block.dtype, jax.dtypes.prng_key):
         return [block[i] for i in range(block.shape[0])]
     return list(np.asarray(block))
 

@@ -104,8 +104,7 @@ class Rewriter:
 
     def _any_leaf(self, jaxpr: Jaxpr, test: Callable[[Equation], bool]) -> bool:
         return any(
-            test(eqn) or any(self._any_leaf(sub, test) for sub in _jax.sub_jaxprs(eqn))
-            for eqn in _jax.body(jaxpr).eqns
+            test(eqn) or any(self._any_leaf(sub, test) for sub in _jax.sub_jaxprs(eqn)) for eqn in _jax.body(jaxpr).eqns
         )
 
     def _axes_inside(self, eqn: Equation) -> frozenset[Hashable]:

@@ -1,0 +1,142 @@
+"""One call that holds a program against a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr
+
+from replicax._errors import MismatchError, report
+from replicax._pmap import pmap
+
+
+def check(
+    fun: Callable[..., Any],
+    *args: Any,
+    axis_name: Hashable | None = None,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    axis_size: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    reference: Callable[..., Any] = jax.vmap,
+    derivatives: bool = False,
+    rtol: float | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Checks that ``pmap(fun)`` computes what ``jax.vmap(fun)`` computes.
+
+    Results have to agree in structure, shape and dtype, and in value to rounding: to ``rtol`` times the largest
+    magnitude in the reference's array, so that sums taken in another order pass and wrong ones do not.
+
+    Args:
+        fun: The program of one replica.
+        args: Its arguments, with the mapped axis in them.
+        axis_name: As for :func:`replicax.pmap`.
+        in_axes: Likewise.
+        out_axes: Likewise.
+        axis_size: Likewise.
+        devices: Likewise.
+        reference: What is right: ``jax.vmap``, or :func:`lockstep` where ``vmap`` has no rule or a wrong one.
+        derivatives: Whether to compare also the derivatives, from outside, of a weighted sum of all results by all
+            floating-point arguments.
+        rtol: The relative tolerance; by default by dtype, 1e-5 for float32.
+        kwargs: Keyword arguments, mapped along axis 0.
+
+    Raises:
+        MismatchError: naming every result or derivative that differs, and by how much.
+
+    Example:
+        >>> import jax, numpy as np, replicax.testing
+        >>> replicax.testing.check(lambda x: x - jax.lax.pmean(x, "i"), np.arange(12.0), axis_name="i")
+    """
+    options = {"axis_name": axis_name, "in_axes": in_axes, "out_axes": out_axes, "axis_size": axis_size}
+    options = {key: value for key, value in options.items() if value is not None or key in ("in_axes", "out_axes")}
+    mapped = pmap(fun, devices=devices, **options)
+    right = reference(fun, **options)
+    if reference is jax.vmap:
+        right = jax.jit(right)
+    kwargs = dict(kwargs or {})
+    expected = right(*args, **kwargs)
+    compare("result", mapped(*args, **kwargs), expected, rtol)
+    if derivatives:
+        ours, theirs = (_derivatives(f, args, kwargs) for f in (mapped, right))
+        compare("derivative by args", ours, theirs, rtol)
+
+
+def _derivatives(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[jax.Array]:
+    """The derivative of a scalar that depends on every floating-point result, by each floating-point argument leaf.
+
+    Each element has a weight of its own, so that none can stand for another.
+    """
+    leaves, treedef = jax.tree.flatten(args)
+    smooth = [i for i, x in enumerate(leaves) if _is_differentiable(x)]
+
+    def scalar(values: Sequence[jax.Array]) -> jax.Array:
+        changed = list(leaves)
+        for i, value in zip(smooth, values, strict=True):
+            changed[i] = value
+        total = jnp.float32(0)
+        for k, x in enumerate(jax.tree.leaves(fun(*jax.tree.unflatten(treedef, changed), **kwargs))):
+            if _is_differentiable(x):
+                weight = np.cos(np.arange(x.size) + k).reshape(x.shape).astype(np.float32)
+                total += jnp.sum(jnp.real(x).astype(jnp.float32) * weight)
+                total += jnp.sum(jnp.imag(x).astype(jnp.float32) * weight)
+        return total
+
+    return jax.grad(scalar)([jnp.asarray(leaves[i]) for i in smooth])
+
+
+def _is_differentiable(x: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+
+
+def compare(what: str, ours: Any, theirs: Any, rtol: float | None = None) -> None:
+    """Checks two trees of arrays leaf by leaf.
+
+    Raises:
+        MismatchError: naming every leaf that differs.
+    """
+    if (structure := jax.tree.structure(ours)) != (expected := jax.tree.structure(theirs)):
+        raise MismatchError(f"{what}: pmap returns the structure {structure}, and the reference returns {expected}.")
+    paths = jax.tree_util.tree_leaves_with_path(ours)
+    faults = [
+        f"{what}{keystr(path)}: {fault}"
+        for (path, x), y in zip(paths, jax.tree.leaves(theirs), strict=True)
+        if (fault := difference(x, y, rtol))
+    ]
+    if faults:
+        raise MismatchError(report("pmap does not compute what the reference computes:", faults, ""))
+
+
+def difference(ours: Any, theirs: Any, rtol: float | None = None) -> str | None:
+    """What tells two arrays apart, or None when nothing does."""
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return f"{ours.dtype}{list(ours.shape)}, and the reference is {theirs.dtype}{list(theirs.shape)}"
+    if jnp.issubdtype(ours.dtype, jax.dtypes.prng_key):
+        ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
+    x, y = np.asarray(ours), np.asarray(theirs)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        wrong = x != y
+    else:
+        tolerance = _tolerance(x.dtype) if rtol is None else rtol
+        wide = np.complex128 if jnp.issubdtype(x.dtype, jnp.complexfloating) else np.float64
+        x, y = x.astype(wide), y.astype(wide)
+        finite = np.isfinite(y)
+        scale = float(np.max(np.abs(y[finite]), initial=0.0))
+        same = (x == y) | (np.isnan(x) & np.isnan(y))
+        with np.errstate(invalid="ignore"):
+            wrong = ~(same | (finite & (np.abs(x - y) <= tolerance * scale)))
+    if not wrong.any():
+        return None
+    at = tuple(int(i) for i in np.argwhere(wrong)[0])
+    return f"{int(wrong.sum())} of {x.size} elements differ, first at {at}: {x[at]} where the reference has {y[at]}"
+
+
+def _tolerance(dtype: Any) -> float:
+    """The relative rounding that sums in another order may show: some units in the last place."""
+    units = 100 if jnp.finfo(dtype).bits > 16 else 8
+    return min(0.5, units * float(jnp.finfo(dtype).eps))

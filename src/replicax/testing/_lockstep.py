@@ -1,0 +1,211 @@
+"""A reference that runs replicas in lock step: equation by equation, all replicas stacked along a first axis.
+
+It shares nothing with the engine but the tracing of the program. A collective is what NumPy's documentation would
+make of its definition in JAX's: a sum, a maximum, a concatenation along the first axis. It has rules where
+``jax.vmap`` has none, or a wrong one (found with JAX 0.12: the derivative of a ``cond`` that replicas disagree on
+and that communicates). It is slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from replicax import _jax
+from replicax._axes import Leaf, check_spec, mapped_size, match_in_axes, match_out_axes, name_leaves
+from replicax._errors import UnsupportedCollectiveError
+
+
+def lockstep(
+    fun: Callable[..., Any],
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    axis_name: Hashable | None = None,
+    axis_size: int | None = None,
+) -> Callable[..., Any]:
+    """Maps ``fun`` as ``jax.vmap`` does, replica beside replica, on one device.
+
+    Args:
+        fun: The program of one replica.
+        in_axes: As for :func:`replicax.pmap`.
+        out_axes: Likewise.
+        axis_name: Likewise.
+        axis_size: Likewise.
+
+    Returns:
+        A function of the mapped arguments that returns the mapped results.
+
+    Raises:
+        UnsupportedCollectiveError: when called, for a collective that it has no definition of.
+
+    Example:
+        >>> import jax, numpy as np, replicax.testing
+        >>> replicax.testing.lockstep(lambda x: jax.lax.psum(x, "i"), axis_name="i")(np.arange(3))
+        Array([3, 3, 3], dtype=int32)
+    """
+    in_spec, out_spec = check_spec("in_axes", in_axes), check_spec("out_axes", out_axes)
+
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        names = name_leaves(fun, dict(enumerate(args)), kwargs)
+        named = [
+            Leaf(name, jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)))
+            for name, x in zip(names, leaves, strict=True)
+        ]
+        axes = match_in_axes(in_spec, dict(enumerate(args)), len(args), named)
+        size = mapped_size(axes, named, axis_size)
+        stacked = [
+            jnp.broadcast_to(x, (size, *jnp.shape(x))) if axis is None else jnp.moveaxis(jnp.asarray(x), axis, 0)
+            for x, axis in zip(leaves, axes, strict=True)
+        ]
+        one_args, one_kwargs = jax.tree.unflatten(treedef, [x[0] for x in stacked])
+        name = object() if axis_name is None else axis_name
+        jaxpr, consts, out = _jax.trace(fun, one_args, one_kwargs, (), {name: size})
+        results = _Interpreter(name, size).run(
+            jaxpr, [jnp.broadcast_to(c, (size, *jnp.shape(c))) for c in consts], stacked
+        )
+        placed = [
+            x[0] if axis is None else jnp.moveaxis(x, 0, axis)
+            for x, axis in zip(results, match_out_axes(out_spec, out), strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(out), placed)
+
+    return mapped
+
+
+class _Interpreter:
+    """Runs a jaxpr on stacked values, ``(replicas, ...)`` each."""
+
+    def __init__(self, name: Hashable, size: int) -> None:
+        self.name = name
+        self.size = size
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        jaxpr = _jax.body(jaxpr)
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+        def read(atom: Any) -> Any:
+            if _jax.is_literal(atom):
+                return jnp.broadcast_to(jnp.asarray(atom.val, atom.aval.dtype), (self.size, *atom.aval.shape))
+            return env[atom]
+
+        for eqn in jaxpr.eqns:
+            env.update(zip(eqn.outvars, self.equation(eqn, [read(atom) for atom in eqn.invars]), strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def closed(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+        consts = [jnp.broadcast_to(c, (self.size, *jnp.shape(c))) for c in _jax.constants(jaxpr)]
+        return self.run(jaxpr, consts, args)
+
+    def equation(self, eqn: Any, args: list[Any]) -> list[Any]:
+        subs = list(_jax.sub_jaxprs(eqn))
+        if not any(map(self.communicates, subs)):
+            if not subs and self.name in _jax.named_axes(eqn):
+                return [self.collective(eqn, *args)]
+            return list(jax.vmap(lambda *xs: _jax.bind(eqn, xs), axis_size=self.size)(*args))
+        match eqn.primitive.name:
+            case "scan":
+                return self.scan(eqn, subs[0], args)
+            case "while":
+                return self.while_(eqn, subs, args)
+            case "cond":
+                index, *operands = args
+                cases = [self.closed(branch, operands) for branch in subs]
+                chosen = jnp.asarray(index, jnp.int32)
+                return [_select(chosen, results) for results in zip(*cases, strict=True)]
+        if len(subs) == 1:  # jit, remat, custom_jvp, custom_vjp
+            return self.closed(subs[0], args)
+        raise UnsupportedCollectiveError(f"lockstep has no definition of {eqn.primitive.name}")
+
+    def communicates(self, jaxpr: Any) -> bool:
+        return any(
+            self.name in _jax.named_axes(eqn) or any(map(self.communicates, _jax.sub_jaxprs(eqn)))
+            for eqn in _jax.body(jaxpr).eqns
+        )
+
+    def scan(self, eqn: Any, step: Any, args: list[Any]) -> list[Any]:
+        carry_at = _jax.loop_carry(eqn)
+        consts, carry, xs = args[: carry_at.start], args[carry_at], args[carry_at.stop :]
+        length, rows = eqn.params["length"], []
+        for t in reversed(range(length)) if eqn.params["reverse"] else range(length):
+            out = self.closed(step, [*consts, *carry, *(x[:, t] for x in xs)])
+            carry = out[: len(carry)]
+            rows.append(out[len(carry) :])
+        rows = rows[::-1] if eqn.params["reverse"] else rows
+        avals = [var.aval for var in eqn.outvars[len(carry) :]]
+        empty = [jnp.zeros((self.size, *aval.shape), aval.dtype) for aval in avals]
+        return [*carry, *([jnp.stack(column, 1) for column in zip(*rows, strict=True)] if rows else empty)]
+
+    def while_(self, eqn: Any, subs: list[Any], args: list[Any]) -> list[Any]:
+        cond, body = subs
+        n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        for_cond, for_body, carry = args[:n], args[n : n + m], args[n + m :]
+        while (goes_on := self.closed(cond, [*for_cond, *carry])[0]).any():
+            after = self.closed(body, [*for_body, *carry])
+            carry = [_select(goes_on.astype(jnp.int32), pair) for pair in zip(carry, after, strict=True)]
+        return carry
+
+    def collective(self, eqn: Any, *args: Any) -> Any:
+        definition = _DEFINITIONS.get(eqn.primitive.name)
+        if definition is None or eqn.params.get("axis_index_groups") is not None:
+            raise UnsupportedCollectiveError(f"lockstep has no definition of {eqn.primitive.name}")
+        return definition(self.size, *args, eqn.params)
+
+
+def _select(chosen: jax.Array, cases: Sequence[jax.Array]) -> jax.Array:
+    out = cases[0]
+    for k, case in enumerate(cases[1:], 1):
+        out = jnp.where((chosen == k).reshape(-1, *[1] * (out.ndim - 1)), case, out)
+    return out
+
+
+def _to_all(size: int, x: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(x, (size, *x.shape))
+
+
+def _positional(params: Any) -> tuple[int, ...]:
+    return tuple(axis + 1 for axis in params["axes"] if isinstance(axis, int))
+
+
+def _psum(size: int, x: jax.Array, params: Any) -> jax.Array:
+    return _to_all(size, jnp.sum(x, (0, *_positional(params)), dtype=x.dtype))
+
+
+def _pmax(size: int, x: jax.Array, params: Any) -> jax.Array:
+    return _to_all(size, jnp.max(x, (0, *_positional(params))))
+
+
+def _pmin(size: int, x: jax.Array, params: Any) -> jax.Array:
+    return _to_all(size, jnp.min(x, (0, *_positional(params))))
+
+
+def _all_gather(size: int, x: jax.Array, params: Any) -> jax.Array:
+    dimension = params["all_gather_dimension"]
+    if params["tiled"]:
+        return _to_all(size, jnp.concatenate(list(x), dimension))
+    return _to_all(size, jnp.stack(list(x), dimension))
+
+
+def _psum_scatter(size: int, x: jax.Array, params: Any) -> jax.Array:
+    total, dimension = jnp.sum(x, 0, dtype=x.dtype), params["scatter_dimension"]
+    if params["tiled"]:
+        return jnp.stack(jnp.split(total, size, dimension))
+    return jnp.moveaxis(total, dimension, 0)
+
+
+def _axis_index(size: int, params: Any) -> jax.Array:
+    del params
+    return jnp.arange(size, dtype=jnp.int32)
+
+
+_DEFINITIONS: dict[str, Callable[..., jax.Array]] = {
+    "psum": _psum,
+    "pmax": _pmax,
+    "pmin": _pmin,
+    "all_gather": _all_gather,
+    "reduce_scatter": _psum_scatter,
+    "axis_index": _axis_index,
+}

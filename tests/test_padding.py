@@ -1,0 +1,70 @@
+"""Padding is invisible: to collectives, results, side effects, and to the user's patience."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from replicax import pmap
+from replicax.testing import check
+
+PADDED = [(9, 8), (13, 8), (5, 3), (7, 2), (19, 5)]
+
+
+@pytest.mark.parametrize(("n", "d"), PADDED)
+def test_prints_and_callbacks_come_once_from_each_replica(n, d, capfd):
+    seen, kept = [], []
+
+    def fun(x):
+        jax.debug.print("replica {}", lax.axis_index("i"))
+        jax.debug.callback(lambda i: seen.append(int(i)), lax.axis_index("i"))
+        lax.cond(x > 2, lambda: jax.debug.callback(lambda v: kept.append(float(v)), x), lambda: None)
+        return lax.scan(lambda c, t: (c, jax.debug.callback(lambda i: seen.append(int(i)), t)), x, jnp.arange(2))[0]
+
+    jax.block_until_ready(pmap(fun, axis_name="i", devices=jax.devices()[:d])(np.arange(n, dtype=np.float32)))
+    jax.effects_barrier()
+    assert sorted(seen) == sorted([*range(n), *[0, 1] * n])
+    assert set(kept) >= {float(v) for v in range(3, n)}
+    lines = capfd.readouterr().out.split("\n")
+    assert sorted(line for line in lines if line) == sorted(f"replica {i}" for i in range(n))
+
+
+@pytest.mark.parametrize(("n", "d"), PADDED)
+def test_io_callbacks_come_once_from_each_replica(n, d):
+    seen = []
+
+    def count(x):
+        seen.append(float(x))
+        return np.float32(x + 1)
+
+    def fun(x):
+        return jax.experimental.io_callback(count, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+    out = pmap(fun, devices=jax.devices()[:d])(np.arange(n, dtype=np.float32))
+    np.testing.assert_array_equal(out, np.arange(n) + 1)
+    assert sorted(seen) == list(range(n))
+
+
+@pytest.mark.parametrize(("n", "d"), PADDED)
+def test_a_loop_that_zeros_would_never_leave(n, d):
+    """Padding that held zeros would go on for ever here."""
+    check(lambda x: lax.while_loop(lambda y: y < 10, lambda y: y * 2, x), np.arange(1.0, n + 1), devices=jax.devices()[:d])
+
+
+@pytest.mark.parametrize(("n", "d"), PADDED)
+def test_padding_makes_no_nan(n, d):
+    with jax.debug_nans(True):
+        check(lambda x: jnp.log(x) / x + lax.psum(x, "i"), np.arange(1.0, n + 1), axis_name="i", devices=jax.devices()[:d])
+
+
+@pytest.mark.parametrize(("n", "d"), PADDED)
+def test_padding_has_no_part_in_derivatives(n, d):
+    """The last replica's slope is infinite: its copies would add a NaN to it."""
+    x = np.arange(n, dtype=np.float32)[::-1].copy()
+    ours = jax.grad(lambda x: pmap(jnp.sqrt, devices=jax.devices()[:d])(x).sum())(x)
+    np.testing.assert_array_equal(ours, jax.grad(lambda x: jax.vmap(jnp.sqrt)(x).sum())(x))
+
+
+def test_many_replicas_one_at_a_time_far_over_the_devices():
+    check(lambda x: x - lax.pmean(x, "i"), np.random.default_rng(0).normal(size=(10_003, 2)), axis_name="i")
