@@ -132,11 +132,11 @@ def split_of(mapped: replicax.MappedFunction[..., Any], *args: Any) -> dict[jax.
 def in_words(lanes: dict[jax.Device, range], size: int, devices: Sequence[jax.Device]) -> str:
     each = len(next(iter(lanes.values())))
     idle, padding = len(devices) - len(lanes), len(lanes) * each - size
-    words = f"{len(lanes)} of {count(len(devices), 'device')} run{'s' if len(lanes) == 1 else ''} {each} each"
+    words = f"{len(lanes)} of {count(len(devices), 'device')} run{'s' if len(lanes) == 1 else ''} {each:,} each"
     if idle:
         words += f", {idle} {'is' if idle == 1 else 'are'} not needed"
     if padding:
-        words += f", and {count(padding, 'spare lane')} cop{'ies' if padding == 1 else 'y'} replica {size - 1}"
+        words += f", and {count(padding, 'spare lane')} cop{'ies' if padding == 1 else 'y'} replica {size - 1:,}"
     return words + "."
 
 
@@ -342,12 +342,13 @@ def show_surprising(console: Console, params: Params, digits: Digits, devices: S
         "The three images that surprise the trained network most:"
     )
     top = np.argsort(-np.asarray(pull))[:3]
-    console.print(Columns([portrait(digits, int(i), float(pull[i]), int(guess[i])) for i in top]))
+    shades = " .:+#" if console.options.ascii_only else " ░▒▓█"
+    console.print(Columns([portrait(digits, int(i), float(pull[i]), int(guess[i]), shades) for i in top]))
 
 
-def portrait(digits: Digits, i: int, pull: float, guess: int) -> Panel:
-    rows = np.round(digits.images[i].reshape(8, 8) * 4).astype(int)
-    picture = "\n".join("".join(2 * " ░▒▓█"[shade] for shade in row) for row in rows)
+def portrait(digits: Digits, i: int, pull: float, guess: int, shades: str) -> Panel:
+    rows = np.round(digits.images[i].reshape(8, 8) * (len(shades) - 1)).astype(int)
+    picture = "\n".join("".join(2 * shades[value] for value in row) for row in rows)
     verdict = "right" if guess == digits.labels[i] else "wrong"
     seen = "trained on" if i < Digits.TRAINING else "held out"
     words = f"written   {digits.labels[i]}\ntaken for {guess} ({verdict})\n{pull:.0f} times the mean\n{seen}"

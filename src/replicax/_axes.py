@@ -132,7 +132,7 @@ def match_in_axes(spec: Spec, args: Mapping[int, Any], arity: int, leaves: Seque
             f"or a single int for all of them."
         )
     entries = tuple(in_axes[i] if per_argument else in_axes for i in args)
-    axes = broadcast_prefix("in_axes", "the arguments", entries, tuple(args.values()))
+    axes = broadcast_prefix("in_axes", "the tuple of arguments", entries, tuple(args.values()))
     axes += [0] * (len(leaves) - len(axes))
     return normalize("in_axes", "argument", axes, leaves, extra=0)
 
@@ -168,7 +168,7 @@ def broadcast_prefix(which: str, what: str, spec: Any, tree: Any) -> list[int | 
             report(
                 f"{which} does not fit {what}: it must be an axis, or a tree of them with the same structure.",
                 [fault.replace("\n", "\n    ") for fault in faults],
-                f"Write one int or None for a whole subtree, or one for each of its entries, as {what} nest.",
+                f"Write one int or None for a whole subtree, or one for each of its entries, following how {what} nests.",
             )
         ) from None
     return axes
@@ -197,7 +197,8 @@ def normalize(
         normal.append(axis % rank if axis is not None and rank else axis)
     if faults:
         remedy = (
-            "Map an axis that the array has, or write None in in_axes for an argument that every replica gets whole."
+            "Map an axis that the array has, or write None in in_axes for an argument that every replica gets whole, as "
+            "in in_axes=(0, None)."
             if which == "in_axes"
             else "The mapped axis of a result is inserted, at a position from 0 up to the number of its axes."
         )
@@ -243,6 +244,6 @@ def mapped_size(axes: Sequence[int | None], leaves: Sequence[Leaf], axis_size: i
             "pmap maps all arguments together, but their mapped axes differ in size:",
             faults,
             "Pass arrays of one size along the mapped axis, or write None in in_axes for an argument that every "
-            "replica gets whole.",
+            "replica gets whole, as in in_axes=(0, None).",
         )
     )

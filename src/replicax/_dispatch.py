@@ -15,7 +15,7 @@ from replicax import _jax
 from replicax._axes import Leaf, Spec, mapped_size, match_in_axes, name_leaves, parameter_names
 from replicax._errors import DevicesError, NotAnArrayError, StaticArgumentError, UnknownBackendError, report
 from replicax._layout import Layout, lanes_only, layout
-from replicax._lowering import Program, lower, pad_rows, trace_replica, tracing_replica
+from replicax._lowering import Program, describe_type, lower, pad_rows, trace_replica, tracing_replica
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _refuse_non_arrays(
         try:
             _jax.typeof(x)
         except (TypeError, ValueError):
-            faults.append(f"{name} is of type {type(x).__name__}: {x!r:.60}")
+            faults.append(f"{name} {describe_type(x)}")
     raise NotAnArrayError(
         report(
             "pmap maps arrays, and these arguments are none:",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from jax.tree_util import keystr
 
 from replicax import _jax
 from replicax._axes import Spec, match_out_axes
-from replicax._errors import DivergentOutputError, UnboundAxisError, report
+from replicax._errors import DivergentOutputError, NotAnArrayError, UnboundAxisError, report
 from replicax._layout import Layout, LogicalAxis
 from replicax._rewrite import Rewriter
 
@@ -70,10 +71,18 @@ def trace_replica(
 
     Raises:
         UnboundAxisError: a collective names an axis that no map binds.
+        NotAnArrayError: a result is no array.
     """
+
+    @functools.wraps(fun)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        out = fun(*args, **kwargs)
+        _check_results(out)
+        return out
+
     depth = _tracing.set(True)
     try:
-        jaxpr, consts, out = _jax.trace(fun, args, kwargs, static, {name: size})
+        jaxpr, consts, out = _jax.trace(checked, args, kwargs, static, {name: size})
     except NameError as error:
         unbound = _jax.unbound_axis_name(error)
         if unbound is None:
@@ -90,6 +99,27 @@ _tracing: ContextVar[bool] = ContextVar("_tracing", default=False)
 def tracing_replica() -> bool:
     """Whether a replica of an enclosing map is being traced."""
     return _tracing.get()
+
+
+def _check_results(out: Any) -> None:
+    faults = [
+        f"result{keystr(path)} {describe_type(x)}"
+        for path, x in jax.tree_util.tree_leaves_with_path(out)
+        if not _jax.is_array_type(x) and not isinstance(x, bool)
+    ]
+    if faults:
+        raise NotAnArrayError(
+            report(
+                "pmap returns arrays, and these results of the mapped function are none:",
+                faults,
+                "Return arrays, scalars and trees of them, and the rest outside the mapped function.",
+            )
+        )
+
+
+def describe_type(x: object) -> str:
+    """What a message says of something that is no array."""
+    return f"is of type {type(x).__name__}" + (f": {x!r:.60}" if isinstance(x, str | bytes) else "")
 
 
 def _unbound(unbound: str, name: Hashable) -> UnboundAxisError:

@@ -187,7 +187,7 @@ class Rewriter:
 
 def _unsupported(primitive: str, names: Sequence[Hashable]) -> str:
     axes = ", ".join(map(repr, names))
-    known = ", ".join(sorted(REGISTRY))
+    known = ", ".join(sorted(name for name in REGISTRY if not name.endswith("_invariant")))
     return (
         f"{primitive} over the mapped axis {axes}: replicax has no rule for this collective. "
         f"It has rules for {known}. Express the exchange with those, for example with all_gather and indexing."

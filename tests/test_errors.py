@@ -1,0 +1,243 @@
+"""Every fault of the user's: its class, the builtin that jax.pmap raises for it, and what the message says."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import replicax
+from replicax import pmap
+
+x8, x4 = np.arange(8.0), np.arange(4.0)
+
+
+def add(left, right):
+    return left
+
+
+def call(fun, *args, **options):
+    """A thunk that maps ``fun`` with these options and calls it."""
+    return lambda **kwargs: pmap(fun, **options)(*args, **kwargs)
+
+
+#: Name: (thunk, class, builtin, pieces that the message has).
+FAULTS = {
+    "sizes": (
+        call(add, x8, {"w": x4, "b": x8}),
+        replicax.MappedSizeError, ValueError,
+        ["left of shape (8,): axis 0 has size 8", "right['w'] of shape (4,): axis 0 has size 4", "None in in_axes"],
+    ),
+    "sizes of keyword arguments": (
+        lambda: pmap(add)(x8, right=x4),
+        replicax.MappedSizeError, ValueError, ["left of shape (8,)", "right of shape (4,): axis 0 has size 4"],
+    ),
+    "sizes on other axes": (
+        call(add, np.ones((8, 3)), np.ones((3, 4)), in_axes=(0, 1)),
+        replicax.MappedSizeError, ValueError, ["left of shape (8, 3): axis 0 has size 8", "axis 1 has size 4"],
+    ),
+    "axis_size disagrees": (
+        call(add, x8, x8, axis_size=5),
+        replicax.MappedSizeError, ValueError, ["axis_size is 5", "left of shape (8,)"],
+    ),
+    "nothing mapped": (
+        call(add, x8, x8, in_axes=None),
+        replicax.MappedSizeError, ValueError, ["no argument is mapped", "left of shape (8,)", "axis_size=8"],
+    ),
+    "no arguments": (call(lambda: 1), replicax.MappedSizeError, ValueError, ["called without arrays", "axis_size"]),
+    "an empty axis": (
+        call(add, np.ones((0, 2)), np.ones((0,))),
+        replicax.MappedSizeError, ValueError, ["at least one replica", "left of shape (0, 2)"],
+    ),
+    "axis_size zero": (
+        call(lambda: 1, axis_size=0), replicax.MappedSizeError, ValueError, ["axis_size is 0"],
+    ),
+    "a mapped scalar": (
+        call(add, x8, 3.0),
+        replicax.AxisSpecError, ValueError, ["right of shape (): a scalar has no axis to map", "None in in_axes"],
+    ),
+    "several mapped scalars": (
+        call(add, 1, {"a": 2.0, "b": x8}), replicax.AxisSpecError, ValueError, ["left of shape ()", "right['a']"],
+    ),
+    "an axis out of range": (
+        call(add, np.ones((8, 2)), x8, in_axes=2),
+        replicax.AxisSpecError, ValueError, ["left of shape (8, 2): axis 2", "right of shape (8,): axis 2"],
+    ),
+    "a negative axis out of range": (
+        call(add, x8, x8, in_axes=(0, -2)), replicax.AxisSpecError, ValueError, ["right of shape (8,): axis -2"],
+    ),
+    "in_axes of another length": (
+        call(add, x8, x8, in_axes=(0,)), replicax.AxisSpecError, ValueError, ["in_axes=(0,) has 1 entries", "2 pos"],
+    ),
+    "in_axes of another structure": (
+        call(add, x8, {"w": x8}, in_axes=(0, {"v": 0})),
+        replicax.AxisSpecError, ValueError, ["in_axes does not fit the tuple of arguments", "in_axes[1]"],
+    ),
+    "in_axes no int": (
+        call(add, x8, x8, in_axes=(0, {"w": 1.5, "v": "a"})),
+        replicax.AxisSpecTypeError, TypeError, ["in_axes[1]['w'] is 1.5, of type float", "in_axes[1]['v'] is 'a'"],
+    ),
+    "in_axes a truth value": (
+        call(add, x8, x8, in_axes=True), replicax.AxisSpecTypeError, TypeError, ["in_axes is True, of type bool"],
+    ),
+    "out_axes no int": (
+        call(add, x8, x8, out_axes="a"), replicax.AxisSpecTypeError, TypeError, ["out_axes is 'a', of type str"],
+    ),
+    "out_axes of another structure": (
+        call(lambda x: (x, x), x8, out_axes=(0, 0, 0)),
+        replicax.AxisSpecError, ValueError, ["out_axes does not fit the result", "out_axes"],
+    ),
+    "out_axes out of range": (
+        call(lambda x: {"a": x, "b": [x]}, x8, out_axes=2),
+        replicax.AxisSpecError, ValueError, ["result['a'] of shape (): axis 2", "result['b'][0] of shape (): axis 2"],
+    ),
+    "out_axes=None for what differs": (
+        call(lambda x: (x, lax.psum(x, "i"), {"i": lax.axis_index("i")}), x8, out_axes=None, axis_name="i"),
+        replicax.DivergentOutputError, ValueError, ["result[0] of shape ()", "result[2]['i']", "jax.lax.pmean"],
+    ),
+    "a string": (
+        call(add, x8, {"name": "abc", "w": x8}),
+        replicax.NotAnArrayError, TypeError, ["right['name'] is of type str: 'abc'", "static_broadcasted_argnums"],
+    ),
+    "a function and an object": (
+        call(add, print, {"w": object()}),
+        replicax.NotAnArrayError, TypeError, ["left is of type builtin_function_or_method", "right['w'] is of type obj"],
+    ),
+    "an array of strings": (
+        call(add, x8, np.array(["a"] * 8)), replicax.NotAnArrayError, TypeError, ["right is of type ndarray"],
+    ),
+    "a result that is no array": (
+        call(lambda x: {"good": x, "bad": "text"}, x8),
+        replicax.NotAnArrayError, TypeError, ["result['bad'] is of type str: 'text'"],
+    ),
+    "an unhashable static argument": (
+        call(add, x8, [1, 2], static_broadcasted_argnums=1),
+        replicax.StaticArgumentError, ValueError, ["right is of type list", "such as a tuple"],
+    ),
+    "a missing static argument": (
+        call(lambda x, n=2: x, x8, static_broadcasted_argnums=(1,)),
+        replicax.StaticArgumentError, ValueError, ["missing from a call with 1", "* n", "by position"],
+    ),
+    "static and donated": (
+        call(add, x8, 1, static_broadcasted_argnums=1, donate_argnums=(0, 1)),
+        replicax.StaticArgumentError, ValueError, ["both name [1]"],
+    ),
+    "no devices": (call(add, x8, x8, devices=[]), replicax.DevicesError, ValueError, ["it is empty", "jax.devices()"]),
+    "a device twice": (
+        lambda: pmap(add, devices=[jax.devices()[0]] * 2)(x8, x8),
+        replicax.DevicesError, ValueError, ["stands in it 2 times"],
+    ),
+    "no device": (
+        call(add, x8, x8, devices=[0, 1]), replicax.DevicesError, ValueError, ["devices[0] is 0, which is no device"],
+    ),
+    "an unknown backend": (
+        call(add, x8, x8, backend="abacus"), replicax.UnknownBackendError, RuntimeError, ["backend='abacus'", "'cpu'"],
+    ),
+    "an unbound axis": (
+        call(lambda x: lax.psum(x, "rows"), x8, axis_name="cols"),
+        replicax.UnboundAxisError, NameError, ["unbound axis name: rows", "names in scope are 'cols'"],
+    ),
+    "an unbound axis with no name in scope": (
+        call(lambda x: lax.pmean(x, "rows"), x8),
+        replicax.UnboundAxisError, NameError, ["No axis in scope has a name", "axis_name='rows'"],
+    ),
+    "an unbound axis asked for its index": (
+        call(lambda x: x + lax.axis_index("rows"), x8, axis_name="cols"),
+        replicax.UnboundAxisError, NameError, ["'cols'"],
+    ),
+    "a collective without a rule": (
+        call(lambda x: lax.ppermute(x, "i", [(0, 1)]), x8, axis_name="i"),
+        replicax.UnsupportedCollectiveError, NotImplementedError, ["ppermute over the mapped axis 'i'", "all_gather"],
+    ),
+    "a collective without a rule in a loop": (
+        call(lambda x: lax.fori_loop(0, 2, lambda _, y: lax.ppermute(y, "i", [(0, 1)]), x), x8, axis_name="i"),
+        replicax.UnsupportedCollectiveError, NotImplementedError, ["ppermute over the mapped axis 'i'"],
+    ),
+    "groups": (
+        call(lambda x: lax.psum(x, "i", axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]]), x8, axis_name="i"),
+        replicax.UnsupportedCollectiveError, NotImplementedError, ["psum with axis_index_groups"],
+    ),
+    "no function": (lambda: pmap(3), replicax.NotAFunctionError, TypeError, ["was given 3, of type int"]),
+    "shard that does not divide": (
+        lambda: replicax.shard({"a": np.ones((10, 2)), "b": np.float32(1)}, 4),
+        replicax.MappedSizeError, ValueError, ["tree['a'] of shape (10, 2)", "tree['b'] of shape ()", "4 equal parts"],
+    ),
+    "unreplicate a scalar": (
+        lambda: replicax.unreplicate({"a": x8, "b": 1.0}), replicax.AxisSpecError, ValueError, ["tree['b']", "float"],
+    ),
+    "local_replicas of unequal arrays": (
+        lambda: replicax.local_replicas({"a": x8, "b": x4}),
+        replicax.MappedSizeError, ValueError, ["tree['a'] of shape (8,)", "tree['b'] of shape (4,)"],
+    ),
+    "too late for other devices": (
+        lambda: (jax.devices(), replicax.simulate_devices(3)),
+        replicax.SimulationError, RuntimeError, ["simulate_devices(3)", "8 device(s) of platform 'cpu'"],
+    ),
+    "zero devices": (lambda: replicax.simulate_devices(0), replicax.SimulationError, RuntimeError, ["at least one"]),
+}  # fmt: skip
+
+INTERNAL = re.compile(r"flat_args|_internal|lane|dynamic\b|<locals>|0x[0-9a-f]{6}|ANONYMOUS|leaf\b|leaves\b|_spec", re.I)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault(fault):
+    thunk, kind, builtin, pieces = FAULTS[fault]
+    with pytest.raises(kind) as caught:
+        thunk()
+    message = str(caught.value)
+    assert isinstance(caught.value, builtin)
+    assert isinstance(caught.value, replicax.ReplicaxError)
+    missing = [piece for piece in pieces if piece not in message]
+    assert not missing, message
+    assert not INTERNAL.search(message), message
+    assert message.rstrip().endswith((".", ")")), "a message ends with what to write instead"
+
+
+def test_a_fault_inside_the_function_passes_as_it_is():
+    def fun(x):
+        return undefined_name  # noqa: F821
+
+    with pytest.raises(NameError, match="undefined_name") as caught:
+        pmap(fun)(x8)
+    assert not isinstance(caught.value, replicax.ReplicaxError)
+    with pytest.raises(ZeroDivisionError):
+        pmap(lambda x: x / (1 // 0))(x8)
+    with pytest.raises(jax.errors.TracerBoolConversionError, match=r"function branchy at .*value of the argument x"):
+        pmap(branchy)(x8)
+
+
+def branchy(x):
+    return x if x > 0 else -x
+
+
+def test_the_traceback_of_an_unbound_axis_shows_the_users_line():
+    def fun(x):
+        return lax.psum(x, "rows")
+
+    with pytest.raises(NameError) as caught:
+        pmap(fun)(x8)
+    assert "fun" in [frame.name for frame in caught.traceback]
+
+
+def test_a_call_that_fails_loses_nothing():
+    fun = pmap(lambda x, y: x + y, donate_argnums=0)
+    state = pmap(lambda x: x)(x8)
+    with pytest.raises(replicax.MappedSizeError):
+        fun(state, x4)
+    np.testing.assert_array_equal(fun(state, x8), 2 * x8)
+
+
+def test_nothing_is_checked_against_devices_at_decoration():
+    functools.partial(pmap, backend="abacus")(lambda x: x)
+    pmap(lambda x: x, axis_size=3, in_axes=None)
+
+
+def test_out_axes_none_returns_what_all_replicas_have():
+    for n in (1, 5, 8, 9, 64):
+        total, count = pmap(lambda x: (lax.psum(x, "i"), lax.axis_size("i")), out_axes=None, axis_name="i")(
+            jnp.arange(float(n))
+        )
+        assert (total.shape, float(total), int(count)) == ((), n * (n - 1) / 2, n)
