@@ -122,7 +122,7 @@ def show_split(console: Console, size: int, devices: Sequence[jax.Device]) -> No
         console.print(f"[dim]JAX cuts an array into equal parts only, and {size} do not divide by {len(lanes)}.[/]")
 
 
-def split_of(mapped: replicax.MappedFunction[..., Any], *args: Any) -> dict[jax.Device, range]:
+def split_of(mapped: replicax.MappedFunction[Any], *args: Any) -> dict[jax.Device, range]:
     """Which replicas each device runs, as the compiled program says. Those past the last one are padding."""
     lowered = mapped.lower(*args)
     where, shape = lowered.compile().input_shardings[0][-1], lowered.args_info[0][-1].shape

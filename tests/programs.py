@@ -77,7 +77,9 @@ def _while_condition(f, x):
         rounds, y = state
         return (rounds < 4) & (rounds < lax.axis_index(AXIS) + (jnp.sum(abs(_damped(f, y))) < 3))
 
-    return lax.while_loop(goes_on, lambda s: (s[0] + 1, s[1] - s[1] // 2 if jnp.issubdtype(x.dtype, jnp.integer) else s[1] / 2), (0, x))[1]
+    return lax.while_loop(
+        goes_on, lambda s: (s[0] + 1, s[1] - s[1] // 2 if jnp.issubdtype(x.dtype, jnp.integer) else s[1] / 2), (0, x)
+    )[1]
 
 
 def _cond(f, x):

@@ -104,7 +104,7 @@ FAULTS = {
     ),
     "a function and an object": (
         call(add, print, {"w": object()}),
-        replicax.NotAnArrayError, TypeError, ["left is of type builtin_function_or_method", "right['w'] is of type obj"],
+        replicax.NotAnArrayError, TypeError, ["left is of type builtin_function", "right['w'] is of type object"],
     ),
     "an array of strings": (
         call(add, x8, np.array(["a"] * 8)), replicax.NotAnArrayError, TypeError, ["right is of type ndarray"],
@@ -165,6 +165,7 @@ FAULTS = {
         lambda: replicax.shard({"a": np.ones((10, 2)), "b": np.float32(1)}, 4),
         replicax.MappedSizeError, ValueError, ["tree['a'] of shape (10, 2)", "tree['b'] of shape ()", "4 equal parts"],
     ),
+    "shard into none": (lambda: replicax.shard(x8, 0), replicax.MappedSizeError, ValueError, ["at least 1"]),
     "unreplicate a scalar": (
         lambda: replicax.unreplicate({"a": x8, "b": 1.0}), replicax.AxisSpecError, ValueError, ["tree['b']", "float"],
     ),
@@ -179,7 +180,9 @@ FAULTS = {
     "zero devices": (lambda: replicax.simulate_devices(0), replicax.SimulationError, RuntimeError, ["at least one"]),
 }  # fmt: skip
 
-INTERNAL = re.compile(r"flat_args|_internal|lane|dynamic\b|<locals>|0x[0-9a-f]{6}|ANONYMOUS|leaf\b|leaves\b|_spec", re.I)
+INTERNAL = re.compile(
+    r"flat_args|_internal|lane|dynamic\b|<locals>|0x[0-9a-f]{6}|ANONYMOUS|leaf\b|leaves\b|_spec", re.I
+)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

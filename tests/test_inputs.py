@@ -53,8 +53,10 @@ def test_broadcast_arguments_may_lie_anywhere(n, place):
 @pytest.mark.parametrize("n", N.values(), ids=N)
 @pytest.mark.parametrize(
     "dtype",
-    ["bool", "int8", "uint16", "int32", "float16", "float32", "complex64", "int64", "float64"]
-    + [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.int4],
+    [
+        *("bool", "int8", "uint16", "int32", "float16", "float32", "complex64", "int64", "float64"),
+        *(ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.int4),
+    ],
     ids=str,
 )
 def test_every_dtype(n, dtype):

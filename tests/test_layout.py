@@ -33,7 +33,7 @@ def test_a_result_lies_in_as_many_equal_parts_as_there_can_be(n, d, axis):
     shape[axis] = n
     parts = {index[axis].indices(n)[:2] for index in sharding.devices_indices_map(tuple(shape)).values()}
     assert len(parts) == math.gcd(n, where.axis.devices)
-    assert list(sharding.device_set) and len(sharding.device_set) == where.axis.devices
+    assert len(sharding.device_set) == where.axis.devices
     assert sorted(parts)[0][0] == 0
     assert sum(stop - start for start, stop in parts) == n
 

@@ -49,13 +49,17 @@ def test_io_callbacks_come_once_from_each_replica(n, d):
 @pytest.mark.parametrize(("n", "d"), PADDED)
 def test_a_loop_that_zeros_would_never_leave(n, d):
     """Padding that held zeros would go on for ever here."""
-    check(lambda x: lax.while_loop(lambda y: y < 10, lambda y: y * 2, x), np.arange(1.0, n + 1), devices=jax.devices()[:d])
+    check(
+        lambda x: lax.while_loop(lambda y: y < 10, lambda y: y * 2, x), np.arange(1.0, n + 1), devices=jax.devices()[:d]
+    )
 
 
 @pytest.mark.parametrize(("n", "d"), PADDED)
 def test_padding_makes_no_nan(n, d):
     with jax.debug_nans(True):
-        check(lambda x: jnp.log(x) / x + lax.psum(x, "i"), np.arange(1.0, n + 1), axis_name="i", devices=jax.devices()[:d])
+        check(
+            lambda x: jnp.log(x) / x + lax.psum(x, "i"), np.arange(1.0, n + 1), axis_name="i", devices=jax.devices()[:d]
+        )
 
 
 @pytest.mark.parametrize(("n", "d"), PADDED)

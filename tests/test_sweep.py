@@ -9,8 +9,8 @@ import os
 import jax
 import numpy as np
 import pytest
-from programs import AXIS, CONTROL, DIFFERENTIABLE, DTYPES, custom_rules, program
 
+from programs import AXIS, CONTROL, DIFFERENTIABLE, DTYPES, custom_rules, program
 from replicax.testing import check
 
 REPLICAS = (*range(1, 21), 64, 1000)

@@ -21,5 +21,6 @@ from replicax._replicas import local_replicas as local_replicas
 from replicax._replicas import replicate as replicate
 from replicax._replicas import shard as shard
 from replicax._replicas import unreplicate as unreplicate
+from replicax._report import show_replicas as show_replicas
 
 __version__ = "0.1.0"

@@ -168,7 +168,7 @@ def broadcast_prefix(which: str, what: str, spec: Any, tree: Any) -> list[int | 
             report(
                 f"{which} does not fit {what}: it must be an axis, or a tree of them with the same structure.",
                 [fault.replace("\n", "\n    ") for fault in faults],
-                f"Write one int or None for a whole subtree, or one for each of its entries, following how {what} nests.",
+                f"Write one int or None for a whole subtree, or one for each entry, following how {what} nests.",
             )
         ) from None
     return axes
@@ -197,8 +197,8 @@ def normalize(
         normal.append(axis % rank if axis is not None and rank else axis)
     if faults:
         remedy = (
-            "Map an axis that the array has, or write None in in_axes for an argument that every replica gets whole, as "
-            "in in_axes=(0, None)."
+            "Map an axis that the array has, or write None in in_axes for an argument that every replica gets whole, "
+            "as in in_axes=(0, None)."
             if which == "in_axes"
             else "The mapped axis of a result is inserted, at a position from 0 up to the number of its axes."
         )

@@ -81,6 +81,10 @@ class Dispatcher:
 
     def __call__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs ``fun`` once for each replica."""
+        with _jax.own_mesh():
+            return self._call(fun, args, kwargs)
+
+    def _call(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         program, leaves = self.resolve(fun, args, kwargs)
         if not _jax.eager():
             results = program.staged(*map(functools.partial(_settle, program), leaves, program.in_axes))
@@ -122,6 +126,10 @@ class Dispatcher:
 
     def lowered(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.stages.Lowered:
         """The program for a call, lowered to StableHLO but not compiled."""
+        with _jax.own_mesh():
+            return self._lowered(fun, args, kwargs)
+
+    def _lowered(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.stages.Lowered:
         program, leaves = self.resolve(fun, args, kwargs)
         return program.compiled.lower(*map(program.padded_type, leaves, program.in_axes))
 

@@ -38,6 +38,16 @@ def eager() -> bool:
     return bool(core.trace_state_clean())
 
 
+def own_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Puts aside a mesh that the user has set for all of JAX, since a map brings its own."""
+    if not eager() or jax.sharding.get_abstract_mesh().empty:
+        return _NOTHING
+    return jax.set_mesh(jax.sharding.Mesh(np.empty((), dtype=object), ()))
+
+
+_NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+
 def trace_context() -> Hashable:
     """What JAX's own compilation caches depend on besides the arguments (x64 mode, precision, axes in scope, …)."""
     return config.trace_context()

@@ -161,10 +161,11 @@ class Program:
 
     def padded_type(self, x: Any, axis: int | None) -> jax.ShapeDtypeStruct:
         """The type of an argument leaf once every padding lane has its row."""
-        shape = list(x.shape)
+        aval = _jax.typeof(x)
+        shape = list(aval.shape)
         if axis is not None:
             shape[axis] = self.layout.padded_size
-        return jax.ShapeDtypeStruct(shape, x.dtype)
+        return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
 
     @cached_property
     def compiled(self) -> jax.stages.Wrapped:
@@ -179,7 +180,6 @@ class Program:
     @cached_property
     def staged(self) -> jax.stages.Wrapped:
         """The function for an enclosing trace, which pads by itself and leaves the places of results to XLA."""
-
         where, rows = self.layout, self.layout.axis.padding
 
         def placed(x: Any, axis: int | None) -> Any:

@@ -6,7 +6,7 @@ import functools
 import operator
 import types
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import jax
 
@@ -15,20 +15,19 @@ from replicax._dispatch import Dispatcher, Options, dispatcher
 from replicax._errors import DevicesError, NotAFunctionError, StaticArgumentError, report
 from replicax._lowering import ANONYMOUS
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class MappedFunction(Generic[P, R]):
+class MappedFunction(Generic[R]):
     """A function that runs once for each replica; what :func:`pmap` returns."""
 
-    def __init__(self, fun: Callable[P, R], options: Options) -> None:
+    def __init__(self, fun: Callable[..., R], options: Options) -> None:
         functools.update_wrapper(self, fun)
         self._fun = fun
         self._options = options
         self._dispatcher: Dispatcher = dispatcher(fun, options)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, *args: Any, **kwargs: Any) -> R:
         return self._dispatcher(self._fun, args, kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -39,7 +38,7 @@ class MappedFunction(Generic[P, R]):
         axis = "" if name is ANONYMOUS else f" over axis {name!r}"
         return f"<replicax.pmap of {getattr(self._fun, '__qualname__', repr(self._fun))}{axis}>"
 
-    def lower(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Lowered:
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lowers the program for these arguments, without running or compiling it.
 
         Args:
@@ -55,7 +54,7 @@ class MappedFunction(Generic[P, R]):
 
 @overload
 def pmap(
-    fun: Callable[P, R],
+    fun: Callable[..., R],
     axis_name: Hashable | None = ...,
     *,
     in_axes: Any = ...,
@@ -65,7 +64,7 @@ def pmap(
     backend: str | None = ...,
     axis_size: int | None = ...,
     donate_argnums: int | Iterable[int] = ...,
-) -> MappedFunction[P, R]: ...
+) -> MappedFunction[R]: ...
 
 
 @overload
@@ -79,7 +78,7 @@ def pmap(
     backend: str | None = ...,
     axis_size: int | None = ...,
     donate_argnums: int | Iterable[int] = ...,
-) -> Callable[[Callable[P, R]], MappedFunction[P, R]]: ...
+) -> Callable[[Callable[..., R]], MappedFunction[R]]: ...
 
 
 def pmap(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -59,7 +60,8 @@ def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Dev
         The same tree, its arrays of shape ``(replicas, batch // replicas, ...)``, spread over the devices.
 
     Raises:
-        MappedSizeError: naming every array whose leading axis does not divide, or that has none.
+        MappedSizeError: naming every array whose leading axis does not divide, or that has none; or ``axis_size`` is
+            less than 1.
 
     Example:
         >>> import numpy as np, replicax
@@ -67,7 +69,9 @@ def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Dev
         (4, 3, 5)
     """
     devices = tuple(jax.devices() if devices is None else devices)
-    size = len(devices) if axis_size is None else axis_size
+    size = len(devices) if axis_size is None else operator.index(axis_size)
+    if size < 1:
+        raise MappedSizeError(f"shard into {size} parts: axis_size is the number of replicas, at least 1.")
     paths = jax.tree_util.tree_leaves_with_path(tree)
     faults = [
         f"tree{keystr(path)} of shape {np.shape(x)}" for path, x in paths if np.ndim(x) < 1 or np.shape(x)[0] % size
