@@ -109,11 +109,14 @@ def split_axes(logical: LogicalAxes, axes: Names) -> tuple[list[LogicalAxis], tu
     return ours, positional, foreign
 
 
-def over_lanes_then_devices(reduce: Callable[[Any, Hashable], Any], axes: Sequence[LogicalAxis], x: Any) -> Any:
-    """Reduces over the lanes of every axis, then over the devices, which so send one lane's bytes."""
-    for name in [axis.lane_axis for axis in axes] + [axis.device_axis for axis in axes]:
-        x = x if name is None else reduce(x, name)
-    return x
+def physical(axes: Sequence[LogicalAxis]) -> tuple[Hashable, ...]:
+    """The lanes of every axis, then the devices.
+
+    JAX reduces over a vmapped axis before it reduces over a mesh axis named in the same collective, so that devices
+    send one lane's bytes.
+    """
+    names = [axis.lane_axis for axis in axes] + [axis.device_axis for axis in axes]
+    return tuple(name for name in names if name is not None)
 
 
 def where_replica(axes: Sequence[LogicalAxis], x: Any) -> Any:
@@ -124,19 +127,14 @@ def where_replica(axes: Sequence[LogicalAxis], x: Any) -> Any:
     return x
 
 
-def sum_over(axes: Sequence[LogicalAxis], x: Any) -> Any:
-    """The sum over all replicas of the axes."""
-    return over_lanes_then_devices(lax.psum, axes, where_replica(axes, x))
-
-
 @collective("psum", "psum_invariant", uniform=True)
 def psum(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
     """The sum over the replicas; padding lanes add nothing."""
     refuse_groups("psum", axis_index_groups)
     ours, positional, foreign = split_axes(logical, axes)
     x = jnp.sum(x, positional, dtype=x.dtype) if positional else x
-    x = sum_over(ours, x)
-    return lax.psum(x, foreign) if foreign else x
+    names = physical(ours) + foreign
+    return lax.psum(where_replica(ours, x), names) if names else x
 
 
 @collective("pmax", uniform=True)
@@ -158,16 +156,14 @@ def extremum(
 ) -> Any:
     """A maximum or minimum over the replicas."""
     ours, positional, foreign = split_axes(logical, axes)
-
-    def reduce(x: Any, name: Hashable) -> Any:
-        if jnp.issubdtype(x.dtype, jnp.complexfloating) and not isinstance(name, LaneAxis):
-            # XLA's CPU backend reduces complex numbers between devices by sums alone.
-            return positional_extremum(lax.all_gather(x, name), axis=0)
-        return named(x, name)
-
     x = positional_extremum(x, positional) if positional else x
-    x = over_lanes_then_devices(reduce, ours, x)
-    return named(x, foreign) if foreign else x
+    names = physical(ours) + foreign
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        # XLA's CPU backend reduces complex numbers between devices by sums alone.
+        for name in [name for name in names if not isinstance(name, LaneAxis)]:
+            x = positional_extremum(lax.all_gather(x, name), axis=0)
+        names = tuple(name for name in names if isinstance(name, LaneAxis))
+    return named(x, names) if names else x
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -250,4 +246,5 @@ def psum_scatter(
 
 def any_replica(axes: Sequence[LogicalAxis], x: Any) -> Any:
     """Whether a truth value holds in any replica."""
-    return over_lanes_then_devices(lax.pmax, axes, x.astype(jnp.int32)) > 0
+    names = physical(axes)
+    return lax.pmax(x.astype(jnp.int32), names) > 0 if names else x

@@ -167,6 +167,11 @@ class Program:
             shape[axis] = self.layout.padded_size
         return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
 
+    @property
+    def taken(self) -> tuple[int, ...]:
+        """The donated leaves whose buffers the program can reuse: not a padded copy, which fits no result."""
+        return tuple(i for i in self.donated if self.in_axes[i] is None or not self.layout.axis.padding)
+
     @cached_property
     def compiled(self) -> jax.stages.Wrapped:
         """The function for arrays that lie in place: what an eager call runs."""
@@ -174,7 +179,7 @@ class Program:
             self.function,
             in_shardings=self.in_shardings,
             out_shardings=tuple(self.layout.result_sharding(axis) for axis in self.out_axes),
-            donate_argnums=self.donated,
+            donate_argnums=self.taken,
         )
 
     @cached_property

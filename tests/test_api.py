@@ -1,0 +1,87 @@
+"""The public surface, pinned; and the layers of the code, read off its syntax trees."""
+
+import ast
+import pathlib
+
+import replicax
+import replicax.testing
+
+SOURCE = pathlib.Path(replicax.__file__).parent
+
+PUBLIC = {
+    "AxisSpecError", "AxisSpecTypeError", "DevicesError", "DivergentOutputError", "MappedFunction", "MappedSizeError",
+    "MismatchError", "NotAFunctionError", "NotAnArrayError", "ReplicaxError", "SimulationError",
+    "StaticArgumentError", "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError", "local_replicas",
+    "pmap", "replicate", "shard", "show_replicas", "simulate_devices", "unreplicate",
+}  # fmt: skip
+
+#: From the top down: a module imports only from layers below its own, or nothing of its own layer but in order.
+LAYERS = [
+    "testing._check", "testing._lockstep", "_report", "_replicas", "_devices", "_pmap", "_dispatch", "_lowering",
+    "_rewrite", "_varying", "_collectives", "_axes", "_layout", "_jax", "_errors",
+]  # fmt: skip
+
+
+def test_the_public_names():
+    assert {name for name in vars(replicax) if not name.startswith("_") and name != "testing"} == PUBLIC
+    assert {name for name in vars(replicax.testing) if not name.startswith("_")} == {
+        "MismatchError",
+        "check",
+        "lockstep",
+    }
+
+
+def test_every_public_name_is_documented():
+    for module in (replicax, replicax.testing):
+        for name in vars(module):
+            thing = getattr(module, name)
+            if not name.startswith("_") and name != "testing":
+                assert thing.__doc__, name
+
+
+def modules():
+    for path in sorted(SOURCE.rglob("_*.py")):
+        if path.name != "__init__.py":
+            yield ".".join(path.relative_to(SOURCE).with_suffix("").parts), ast.parse(path.read_text())
+
+
+def test_imports_go_down_the_layers():
+    seen = set()
+    for name, tree in modules():
+        seen.add(name)
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("replicax"):
+                continue
+            bases = (
+                [node.module.removeprefix("replicax").lstrip(".")]
+                if node.module != "replicax"
+                else [alias.name for alias in node.names]
+            )
+            for base in bases:
+                assert LAYERS.index(base) > LAYERS.index(name), f"{name} imports {base}"
+    assert seen == set(LAYERS)
+
+
+def test_no_import_hides_in_a_function():
+    for name, tree in modules():
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef):
+                hidden = [n for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)]
+                assert not hidden, f"{name}.{function.name}"
+
+
+def test_only_one_module_knows_jax_from_within():
+    for name, tree in modules():
+        for node in ast.walk(tree):
+            imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            private = [m for m in imported if m.startswith(("jax._src", "jax.extend", "jax.interpreters"))]
+            assert not private or name == "_jax", f"{name} imports {private}"
+
+
+def test_init_modules_only_re_export():
+    for path in SOURCE.rglob("__init__.py"):
+        for node in ast.parse(path.read_text()).body:
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            version = isinstance(node, ast.Assign) and node.targets[0].id == "__version__"
+            assert isinstance(node, ast.ImportFrom) or docstring or version

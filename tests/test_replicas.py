@@ -1,0 +1,89 @@
+"""replicate, shard, unreplicate and local_replicas: right, and without copies of everything on one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import replicax
+
+SIZES = [1, 3, 8, 12, 13, 64]
+
+
+def tree():
+    return {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3), "n": 3, "key": jax.random.key(0), "b": jnp.bfloat16(2)}
+
+
+def rows_held(x):
+    return max(shard.data.shape[0] for shard in x.addressable_shards)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_replicate_and_back(n):
+    many = replicax.replicate(tree(), n)
+    assert many["w"].shape == (n, 2, 3)
+    assert many["n"].shape == (n,)
+    one = replicax.unreplicate(many)
+    np.testing.assert_array_equal(one["w"], tree()["w"])
+    assert one["w"].devices() == {jax.devices()[0]}
+    assert (int(one["n"]), float(one["b"]), one["b"].dtype) == (3, 2.0, jnp.bfloat16)
+    assert jax.random.bits(one["key"]) == jax.random.bits(jax.random.key(0))
+    if n % 8 == 0:
+        assert rows_held(many["w"]) == n // 8
+
+
+def test_replicate_onto_all_devices_or_some():
+    assert replicax.replicate(np.ones(2)).shape == (8, 2)
+    some = replicax.replicate(np.ones(2), devices=jax.devices()[2:4])
+    assert some.shape == (2, 2)
+    assert some.devices() == set(jax.devices()[2:4])
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_shard(n):
+    x = np.arange(n * 4 * 2).reshape(n * 4, 2)
+    for batch in (x, jnp.asarray(x), jax.device_put(x, jax.devices()[5])):
+        out = replicax.shard({"x": batch}, n)["x"]
+        np.testing.assert_array_equal(out, x.reshape(n, 4, 2))
+    if n % 8 == 0:
+        assert rows_held(out) == n // 8
+    np.testing.assert_array_equal(replicax.pmap(lambda rows: rows.sum())(out), x.reshape(n, -1).sum(1))
+
+
+def test_shard_copies_what_its_owner_may_change():
+    x = np.ones((64, 4096), np.float32)
+    out = replicax.shard(x)
+    x[:] = 7
+    np.testing.assert_array_equal(np.unique(out), 1)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_local_replicas_are_the_rows_in_order(n):
+    x = np.arange(n * 3.0, dtype=np.float32).reshape(n, 3)
+    out = replicax.pmap(lambda a: {"a": a, "k": jax.random.key(a[0].astype(int))})(x)
+    rows = replicax.local_replicas(out)
+    assert len(rows) == n
+    for row, expected in zip(rows, x, strict=True):
+        assert isinstance(row["a"], np.ndarray)
+        np.testing.assert_array_equal(row["a"], expected)
+        assert jax.random.bits(row["k"]) == jax.random.bits(jax.random.key(int(expected[0])))
+    assert len(replicax.local_replicas(x)) == n
+
+
+def test_reading_moves_nothing_between_devices():
+    out = replicax.pmap(lambda a: a + 1)(np.ones((16, 3), np.float32))
+    with jax.transfer_guard_device_to_device("disallow_explicit"):
+        replicax.local_replicas(out)
+        replicax.unreplicate(out)
+
+
+def test_unreplicate_reads_any_placement():
+    x = np.arange(8.0).reshape(4, 2)
+    mesh = Mesh(np.array(jax.devices()[::-1]).reshape(4, 2), ("a", "b"))
+    for spec in (P("a"), P(None, "b"), P("a", "b"), P()):
+        placed = jax.device_put(x, NamedSharding(mesh, spec))
+        np.testing.assert_array_equal(replicax.unreplicate(placed), x[0])
+        np.testing.assert_array_equal(replicax.local_replicas(placed), x)
+    np.testing.assert_array_equal(replicax.unreplicate([x, x[:, 0]])[0], x[0])

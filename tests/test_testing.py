@@ -1,0 +1,71 @@
+"""The oracle finds what is wrong, and the two references agree where both are right."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from programs import AXIS, CONTROL, DTYPES, program
+from replicax.testing import MismatchError, check, lockstep
+from replicax.testing._check import compare
+
+x5 = np.abs(np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)) + 0.1
+
+
+@pytest.mark.parametrize("control", CONTROL)
+def test_lockstep_agrees_with_vmap(control):
+    fun = program((control,), DTYPES)
+    compare("result", lockstep(fun, axis_name=AXIS)(x5), jax.jit(jax.vmap(fun, axis_name=AXIS))(x5))
+
+
+def test_pmap_agrees_with_lockstep_where_vmap_has_a_wrong_derivative():
+    def fun(x):
+        return lax.cond(lax.axis_index("i") % 2 == 0, lambda a: lax.psum(a, "i"), lambda a: a, x)
+
+    for d in (1, 2, 3, 8):
+        check(fun, x5, axis_name="i", reference=lockstep, derivatives=True, devices=jax.devices()[:d])
+    with pytest.raises(MismatchError, match="derivative"):
+        check(fun, x5, axis_name="i", derivatives=True)
+    # Finite differences say who is right.
+    loss = lambda x: float(jnp.sum(jnp.sin(lockstep(fun, axis_name="i")(x))))
+    slope = jax.grad(lambda x: jnp.sum(jnp.sin(lockstep(fun, axis_name="i")(x))))(x5)
+    step = np.zeros_like(x5)
+    step[1, 0] = 1e-2
+    np.testing.assert_allclose((loss(x5 + step) - loss(x5 - step)) / 2e-2, slope[1, 0], rtol=1e-2)
+
+
+def wrong(how):
+    """A reference that errs."""
+
+    def reference(fun, **options):
+        return lambda *args: how(jnp.asarray(jax.vmap(fun, **options)(*args)))
+
+    return reference
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (lambda y: y.at[2, 1].add(1e-3), r"1 of 15 elements differ, first at \(2, 1\)"),
+        (lambda y: y.at[0].set(jnp.nan), "3 of 15 elements differ"),
+        (lambda y: y.at[0].set(jnp.inf), "3 of 15 elements differ"),
+        (lambda y: y.astype(jnp.bfloat16), "the reference is bfloat16"),
+        (lambda y: y[:, None], r"float32\[5, 3\], and the reference is float32\[5, 1, 3\]"),
+        (lambda y: [y], "structure"),
+        (lambda y: (y * 0) + y[::-1], "elements differ"),
+        (lambda y: lax.stop_gradient(y), "derivative by args"),
+    ],
+)
+def test_check_finds_every_kind_of_difference(how, says):
+    with pytest.raises(MismatchError, match=says):
+        check(lambda x: x * 2, x5, reference=wrong(how), derivatives=True)
+
+
+def test_check_finds_integers_that_differ_by_one():
+    with pytest.raises(MismatchError, match="1 of 5 elements differ"):
+        check(lambda x: x, np.arange(5), reference=wrong(lambda y: y.at[4].add(1)))
+
+
+def test_nan_and_infinity_agree_with_themselves():
+    check(lambda x: (jnp.log(x - 1), 1 / (x - x[0])), x5)
