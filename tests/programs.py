@@ -171,6 +171,8 @@ def _cast(x, dtype):
         return lax.complex(x, 1 - x)
     if jnp.issubdtype(jnp.dtype(dtype), jnp.integer):
         return jnp.round(3 * abs(x)).astype(dtype)
+    if dtype.startswith("float8"):  # sums of two, since vmap's own sums of many lose everything to rounding
+        return jnp.where(lax.axis_index(AXIS) < 2, x, 0).astype(dtype)
     return x.astype(dtype)
 
 

@@ -12,7 +12,7 @@ To add a collective, write one function with the parameters of its primitive und
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -110,13 +110,12 @@ def split_axes(logical: LogicalAxes, axes: Names) -> tuple[list[LogicalAxis], tu
 
 
 def physical(axes: Sequence[LogicalAxis]) -> tuple[Hashable, ...]:
-    """The lanes of every axis, then the devices.
+    """The lanes and devices of every axis.
 
     JAX reduces over a vmapped axis before it reduces over a mesh axis named in the same collective, so that devices
     send one lane's bytes.
     """
-    names = [axis.lane_axis for axis in axes] + [axis.device_axis for axis in axes]
-    return tuple(name for name in names if name is not None)
+    return tuple(name for axis in axes for name, _ in axis.physical)
 
 
 def where_replica(axes: Sequence[LogicalAxis], x: Any) -> Any:
@@ -173,8 +172,8 @@ def extremum(
 def gather(axis: LogicalAxis, x: Any) -> Any:
     """Every replica's ``x``, stacked along a new first dimension of length N."""
     shape = x.shape
-    for name in (axis.lane_axis, axis.device_axis):
-        x = x if name is None else lax.all_gather(x, name)
+    for name, _ in axis.physical:
+        x = lax.all_gather(x, name)
     return x.reshape(axis.devices * axis.lanes, *shape)[: axis.size]
 
 
@@ -248,3 +247,11 @@ def any_replica(axes: Sequence[LogicalAxis], x: Any) -> Any:
     """Whether a truth value holds in any replica."""
     names = physical(axes)
     return lax.pmax(x.astype(jnp.int32), names) > 0 if names else x
+
+
+def lane_by_lane(axes: Iterable[LogicalAxis], x: Any) -> Any:
+    """``x``, which ``vmap`` takes to differ between lanes from here on, whether it does or not."""
+    for axis in axes:
+        if axis.lane_axis is not None:
+            x = lax.select(jnp.broadcast_to(lax.axis_index(axis.lane_axis) >= 0, x.shape), x, x)
+    return x

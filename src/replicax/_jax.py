@@ -218,12 +218,13 @@ def bind_again(
     eqn: Equation,
     args: Sequence[Any],
     rewrite_jaxpr: Callable[[Jaxpr], Jaxpr],
-    rewrite_rule: Callable[[Callable[..., Any]], Callable[..., Any]],
+    rewrite_rule: Callable[[Callable[..., Any], str], Callable[..., Any]],
 ) -> list[Any]:
     """Binds a higher-order equation with every jaxpr in it rewritten.
 
     The derivative rules of ``custom_jvp`` and ``custom_vjp`` are not jaxprs but functions that JAX calls when, and
-    if, it differentiates: ``rewrite_rule`` wraps each of them.
+    if, it differentiates: ``rewrite_rule`` wraps each of them, and is told whether it is ``"jvp"``, ``"fwd"`` or
+    ``"bwd"``.
     """
 
     def rewritten(value: Any) -> Any:
@@ -236,14 +237,20 @@ def bind_again(
     params = eqn.primitive.get_bind_params({key: rewritten(value) for key, value in eqn.params.items()})
     if "subfuns" in params:
         primal, *rules = params["subfuns"]
-        wrapped = (lu.wrap_init(rewrite_rule(rule.call_wrapped), debug_info=rule.debug_info) for rule in rules)
+        wrapped = (
+            lu.wrap_init(rewrite_rule(rule.call_wrapped, role), debug_info=rule.debug_info)
+            for rule, role in zip(rules, _RULES[eqn.primitive.name], strict=True)
+        )
         params = {**params, "subfuns": (primal, *wrapped)}
     return _bind(eqn, args, params)
 
 
-def has_derivative_rules(eqn: Equation) -> bool:
-    """Whether the equation carries derivative rules of the user's, which may communicate when they are called."""
-    return eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call")
+_RULES: dict[str, tuple[str, ...]] = {"custom_jvp_call": ("jvp",), "custom_vjp_call": ("fwd", "bwd")}
+
+
+def derivative_rules(eqn: Equation) -> tuple[str, ...]:
+    """The derivative rules of the user's that the equation carries, which may communicate when they are called."""
+    return _RULES.get(eqn.primitive.name, ())
 
 
 def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, list[Any], list[Any], Callable[..., Any]]:

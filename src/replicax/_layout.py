@@ -46,6 +46,12 @@ class LogicalAxis:
         """How many lanes exist only to fill the last devices."""
         return self.devices * self.lanes - self.size
 
+    @property
+    def physical(self) -> tuple[tuple[Hashable, int], ...]:
+        """The axes that it lies on, with their sizes: its lanes, then its devices, each if it has any."""
+        axes = ((self.lane_axis, self.lanes), (self.device_axis, self.devices))
+        return tuple((name, size) for name, size in axes if name is not None)
+
 
 #: The mapped axes in scope, by the user's names.
 LogicalAxes = Mapping[Hashable, LogicalAxis]

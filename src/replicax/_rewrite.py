@@ -13,7 +13,7 @@ import jax
 from jax import lax
 
 from replicax import _jax
-from replicax._collectives import REGISTRY, any_replica, is_replica
+from replicax._collectives import REGISTRY, any_replica, is_replica, lane_by_lane, where_replica
 from replicax._errors import UnsupportedCollectiveError
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxes
@@ -31,7 +31,7 @@ class Rewriter:
         self.logical = logical
         self.analysis = Analysis()
         self._communicates: dict[int, tuple[Jaxpr, frozenset[Hashable]]] = {}
-        self._rewritten: dict[tuple[int, tuple[Varying, ...]], tuple[Jaxpr, Jaxpr]] = {}
+        self._rewritten: dict[tuple[int, tuple[Varying, ...], bool], tuple[Jaxpr, Jaxpr]] = {}
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], varying: Sequence[Varying]) -> list[Any]:
         """Runs a jaxpr on the values of one replica.
@@ -74,9 +74,14 @@ class Rewriter:
             return {"while": self._divergent_while, "cond": self._divergent_cond}[eqn.primitive.name](
                 eqn, args, varying
             )
+        apart = bool(self._axes_inside(eqn)) and "bwd" in _jax.derivative_rules(eqn)
         inside = zip(_jax.sub_jaxprs(eqn), self.analysis.operands(eqn, varying), strict=True)
-        new = {id(sub): self._sub_jaxpr(sub, operands) for sub, operands in inside}
-        return _jax.bind_again(eqn, args, lambda sub: new[id(sub)], self._rule)
+        new = {id(sub): self._sub_jaxpr(sub, operands, apart=apart) for sub, operands in inside}
+
+        def rewrite_rule(rule: Callable[..., Any], role: str) -> Callable[..., Any]:
+            return self._rule(rule, role, apart=apart or (role == "bwd" and any(varying)))
+
+        return _jax.bind_again(eqn, args, lambda sub: new[id(sub)], rewrite_rule)
 
     def _leaf(self, eqn: Equation, args: list[Any]) -> list[Any]:
         names = [name for name in _jax.named_axes(eqn) if name in self.logical]
@@ -94,13 +99,13 @@ class Rewriter:
     def _touches(self, eqn: Equation) -> bool:
         """Whether anything in the equation has to be rewritten."""
         return (
-            _jax.has_derivative_rules(eqn)
+            bool(_jax.derivative_rules(eqn))
             or bool(self._axes_inside(eqn))
             or any(self._any_leaf(sub, self._rewrites_leaf) for sub in _jax.sub_jaxprs(eqn))
         )
 
     def _rewrites_leaf(self, eqn: Equation) -> bool:
-        return _jax.has_derivative_rules(eqn) or (self._padded and _jax.has_side_effect(eqn))
+        return bool(_jax.derivative_rules(eqn)) or (self._padded and _jax.has_side_effect(eqn))
 
     def _any_leaf(self, jaxpr: Jaxpr, test: Callable[[Equation], bool]) -> bool:
         return any(
@@ -125,24 +130,36 @@ class Rewriter:
 
     # How it is bound again -------------------------------------------------------------------------------------
 
-    def _sub_jaxpr(self, jaxpr: Jaxpr, varying: Sequence[Varying]) -> Jaxpr:
-        key = (id(jaxpr), tuple(varying))
+    def _sub_jaxpr(self, jaxpr: Jaxpr, varying: Sequence[Varying], *, apart: bool) -> Jaxpr:
+        key = (id(jaxpr), tuple(varying), apart)
         if key not in self._rewritten:
 
             def run(*args: Any) -> list[Any]:
-                return self.run(jaxpr, _jax.constants(jaxpr), args, varying)
+                results = self.run(jaxpr, _jax.constants(jaxpr), args, varying)
+                return [lane_by_lane(self.logical.values(), x) for x in results] if apart else results
 
             self._rewritten[key] = (jaxpr, _jax.retrace(run, jaxpr))
         return self._rewritten[key][1]
 
-    def _rule(self, rule: Callable[..., Any]) -> Callable[..., Any]:
-        """A derivative rule of the user's, rewritten when JAX calls it; its arguments may vary anywhere."""
-        everywhere = frozenset(self.logical)
+    def _rule(self, rule: Callable[..., Any], role: str, *, apart: bool) -> Callable[..., Any]:
+        """A derivative rule of the user's, rewritten when JAX calls it; its arguments may vary anywhere.
+
+        A reverse rule is one replica's, and so have to be the cotangents that it takes and gives, if it communicates:
+        JAX would hand it the sum over lanes for a result that it knows to be equal in all of them. With ``apart``
+        each lane gets results of its own, and padding has no part in cotangents.
+        """
+        everywhere, axes = frozenset(self.logical), tuple(self.logical.values())
 
         def rewritten(*args: Any) -> Any:
-            with _jax.axis_env({name: axis.size for name, axis in self.logical.items()}):
+            with _jax.axis_env({axis.name: axis.size for axis in axes}):
                 jaxpr, consts, arrays, restore = _jax.trace_rule(rule, args)
-            return restore(self.run(jaxpr, consts, arrays, [everywhere] * len(arrays)))
+            # JAX calls a rule when vmap and shard_map have long returned, and taken their axes along.
+            with _jax.axis_env({name: size for axis in axes for name, size in axis.physical}):
+                results = self.run(jaxpr, consts, arrays, [everywhere] * len(arrays))
+                if apart and self._axes_of(jaxpr):
+                    results = [where_replica(axes, x) for x in results] if role == "bwd" else results
+                    results = [lane_by_lane(axes, x) for x in results]
+                return restore(results)
 
         return rewritten
 
