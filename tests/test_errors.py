@@ -24,6 +24,16 @@ def call(fun, *args, **options):
     return lambda **kwargs: pmap(fun, **options)(*args, **kwargs)
 
 
+def donated_before(fun):
+    state = pmap(lambda x: x)(x8)
+    return fun(state), fun(state)
+
+
+def passed_twice(fun):
+    x = pmap(lambda x: x)(x8)
+    return fun({"a": x}, x)
+
+
 #: Name: (thunk, class, builtin, pieces that the message has).
 FAULTS = {
     "sizes": (
@@ -70,7 +80,7 @@ FAULTS = {
         call(add, x8, x8, in_axes=(0, -2)), replicax.AxisSpecError, ValueError, ["right of shape (8,): axis -2"],
     ),
     "in_axes of another length": (
-        call(add, x8, x8, in_axes=(0,)), replicax.AxisSpecError, ValueError, ["in_axes=(0,) has 1 entries", "2 pos"],
+        call(add, x8, x8, in_axes=(0,)), replicax.AxisSpecError, ValueError, ["in_axes=(0,) is of length 1", "2 pos"],
     ),
     "in_axes of another structure": (
         call(add, x8, {"w": x8}, in_axes=(0, {"v": 0})),
@@ -107,7 +117,7 @@ FAULTS = {
         replicax.NotAnArrayError, TypeError, ["left is of type builtin_function", "right['w'] is of type object"],
     ),
     "an array of strings": (
-        call(add, x8, np.array(["a"] * 8)), replicax.NotAnArrayError, TypeError, ["right is of type ndarray"],
+        call(add, x8, np.array(["a"] * 8)), replicax.NotAnArrayError, TypeError, ["right is a NumPy array of dtype"],
     ),
     "a result that is no array": (
         call(lambda x: {"good": x, "bad": "text"}, x8),
@@ -160,6 +170,53 @@ FAULTS = {
         call(lambda x: lax.psum(x, "i", axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]]), x8, axis_name="i"),
         replicax.UnsupportedCollectiveError, NotImplementedError, ["psum with axis_index_groups"],
     ),
+    "an array donated before": (
+        lambda: donated_before(pmap(lambda state: state + 1, donate_argnums=0)),
+        replicax.DeletedArrayError, RuntimeError, ["state was donated before", "x + 0"],
+    ),
+    "an array donated and passed twice": (
+        lambda: passed_twice(pmap(add, donate_argnums=0)),
+        replicax.DeletedArrayError, RuntimeError, ["left['a'] is donated, and passed", "right is donated, and passed"],
+    ),
+    "a type in place of an array": (
+        call(add, x8, jax.ShapeDtypeStruct((8,), "float32")),
+        replicax.NotAnArrayError, TypeError, ["right is of type ShapeDtypeStruct"],
+    ),
+    "shard_map inside": (
+        call(jax.pmap(lambda x: x), np.ones((4, 4))), replicax.NestedMapError, ValueError, ["jax.pmap", "jax.vmap"],
+    ),
+    "axis_size no int": (
+        call(add, x8, x8, axis_size="8"), replicax.OptionTypeError, TypeError, ["axis_size must be an int, and is '8'"],
+    ),
+    "argnums no int": (
+        call(add, x8, x8, donate_argnums="left"), replicax.OptionTypeError, TypeError, ["donate_argnums must be"],
+    ),
+    "devices no list": (
+        lambda: pmap(add, devices=jax.devices()[0]), replicax.OptionTypeError, TypeError, ["Write [device] for one"],
+    ),
+    "backend no string": (call(add, backend=3), replicax.OptionTypeError, TypeError, ["backend must be a string"]),
+    "axis_name unhashable": (
+        call(add, axis_name=["i"]), replicax.OptionTypeError, TypeError, ["axis_name must be hashable"],
+    ),
+    "a static argument far before the first": (
+        call(add, x8, x8, static_broadcasted_argnums=-5), replicax.StaticArgumentError, ValueError, ["argument -5"],
+    ),
+    "shard over no devices": (
+        lambda: replicax.shard(x8, devices=[0]), replicax.DevicesError, ValueError, ["which is no device"],
+    ),
+    "shard what is no array": (
+        lambda: replicax.shard({"a": np.array(["x"] * 8)}), replicax.NotAnArrayError, TypeError, ["tree['a'] is a"],
+    ),
+    "replicate what is no array": (
+        lambda: replicax.replicate({"f": jnp.sin}), replicax.NotAnArrayError, TypeError, ["tree['f'] is of type"],
+    ),
+    "replicate onto devices by position": (
+        lambda: replicax.replicate(x8, jax.devices()), replicax.OptionTypeError, TypeError, ["axis_size must be an"],
+    ),
+    "local_replicas of a tracer": (
+        lambda: jax.jit(replicax.local_replicas)(x8), replicax.NotAnArrayError, TypeError, ["tree is of type"],
+    ),
+    "no function at all": (lambda: pmap(None), replicax.NotAFunctionError, TypeError, ["was given None"]),
     "no function": (lambda: pmap(3), replicax.NotAFunctionError, TypeError, ["was given 3, of type int"]),
     "shard that does not divide": (
         lambda: replicax.shard({"a": np.ones((10, 2)), "b": np.float32(1)}, 4),

@@ -137,8 +137,20 @@ def test_numpy_arguments_may_change_as_soon_as_the_call_returns(n):
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_closed_over_arrays_may_lie_anywhere(n):
     x = np.arange(n, dtype=np.float32)
-    for c in (np.float32(2), jnp.float32(2), jax.device_put(np.float32(2), jax.devices()[5])):
-        np.testing.assert_array_equal(pmap(lambda a, c=c: a * c)(x), 2 * x)
+    for place, closed in everywhere(np.arange(n * 4, dtype=np.float32).reshape(n, 4)).items():
+        fun = lambda a, c=closed: (a * c[0], (c + a).sum(), jnp.asarray(c)[jax.lax.axis_index("i")])
+        for ours, theirs in zip(pmap(fun, "i")(x), jax.vmap(fun, axis_name="i")(jnp.asarray(x)), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, err_msg=place)
+
+
+def test_64_bit_arrays_made_while_they_were_enabled():
+    for n in (8, 13):
+        with jax.enable_x64(True):
+            wide = pmap(lambda a: a * 2.5)(np.arange(float(n)))
+            assert wide.dtype == np.float64
+        out = pmap(lambda a: a * 2)(wide)
+        assert out.dtype == np.float32
+        np.testing.assert_array_equal(out, np.arange(n) * 5)
 
 
 def test_the_result_is_one_array_over_the_devices():

@@ -1,6 +1,8 @@
 """Everything that jax.pmap can be asked for, the ways it is called, and what it is called on."""
 
+import copy
 import functools
+import pickle
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -120,6 +122,8 @@ def test_static_arguments(n):
     fun(x, 3, 3.0, jnp.sqrt)
     assert traces[1:] == [(2.0, jnp.sqrt), (3, jnp.sqrt)]
     np.testing.assert_array_equal(pmap(lambda x, n: x * n, static_broadcasted_argnums=-1)(x, 2), 2 * x)
+    shorter = pmap(lambda x, y, k: x * k + y, static_broadcasted_argnums=2, in_axes=(0, None))
+    np.testing.assert_array_equal(shorter(x, 1.0, 2), 2 * x + 1)
 
 
 def test_donated_buffers_are_taken_and_others_are_not():
@@ -176,6 +180,23 @@ def test_maps_inside_maps(n, m):
     x, y = np.arange(float(n), dtype=np.float32), np.arange(float(n * m), dtype=np.float32).reshape(n, m)
     for ours, theirs in zip(nested(pmap)(x, y), nested(jax.vmap)(x, y), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_a_mapped_function_is_copied_and_pickled_without_its_programs():
+    mapped = pmap(jnp.sin)
+    mapped(x8)
+    for again in (copy.deepcopy(mapped), pickle.loads(pickle.dumps(mapped))):
+        np.testing.assert_array_equal(again(x8), jnp.sin(x8))
+        assert repr(again) == repr(mapped)
+
+
+@pytest.mark.parametrize("n", [2, 5, 6, 8, 10, 13])
+def test_jacobians_from_outside(n):
+    x = np.arange(float(n), dtype=np.float32)
+    ours = pmap(lambda a: jnp.sin(a) * lax.psum(a, "i"), "i", devices=jax.devices()[:4])
+    theirs = jax.vmap(lambda a: jnp.sin(a) * lax.psum(a, "i"), axis_name="i")
+    for derivative in (jax.jacrev, jax.jacfwd, lambda f: jax.hessian(lambda a: jnp.sum(f(a)))):
+        np.testing.assert_allclose(derivative(ours)(x), derivative(theirs)(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [5, 8, 13, 20])

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from programs import AXIS, CONTROL, DTYPES, program
+from replicax import DivergentOutputError
 from replicax.testing import MismatchError, check, lockstep
 from replicax.testing._check import compare
 
@@ -16,7 +17,7 @@ x5 = np.abs(np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)) + 0
 @pytest.mark.parametrize("control", CONTROL)
 def test_lockstep_agrees_with_vmap(control):
     fun = program((control,), DTYPES)
-    compare("result", lockstep(fun, axis_name=AXIS)(x5), jax.jit(jax.vmap(fun, axis_name=AXIS))(x5))
+    compare(str, lockstep(fun, axis_name=AXIS)(x5), jax.jit(jax.vmap(fun, axis_name=AXIS))(x5))
 
 
 def test_pmap_agrees_with_lockstep_where_vmap_has_a_wrong_derivative():
@@ -60,6 +61,38 @@ def wrong(how):
 def test_check_finds_every_kind_of_difference(how, says):
     with pytest.raises(MismatchError, match=says):
         check(lambda x: x * 2, x5, reference=wrong(how), derivatives=True)
+
+
+@pytest.mark.parametrize(
+    ("fun", "right"),
+    [
+        (lambda x: jnp.where(x == 1, 1.0, 1e7), lambda x: jnp.where(x == 1, -1.0, 1e7)),
+        (lambda x: jnp.stack([x * 1e6, 1.0]), lambda x: jnp.stack([x * 1e6, 7.0])),
+        (lambda x: x.astype(jnp.bfloat16), lambda x: (x * 1.05).astype(jnp.bfloat16)),
+        (lambda x: x.astype(jnp.float8_e4m3fn), lambda x: (x * 1.4).astype(jnp.float8_e4m3fn)),
+        (lambda x: jnp.where(x == 1, lax.stop_gradient(x), x * 1e7), lambda x: jnp.where(x == 1, x, x * 1e7)),
+        (lambda x: x * 1e-9, lambda x: x * 1.01e-9),
+    ],
+)
+def test_check_is_not_blinded_by_large_neighbours_or_small_types(fun, right):
+    with pytest.raises(MismatchError):
+        check(fun, np.arange(1, 13, dtype=np.float32), reference=lambda _, **o: jax.vmap(right, **o), derivatives=True)
+
+
+def test_check_compares_derivatives_by_keyword_arguments_and_refuses_to_compare_none():
+    x = np.arange(1.0, 9.0)
+    with pytest.raises(MismatchError, match=r"derivative by kwargs\['a'\]"):
+        check(
+            lambda *, a: lax.stop_gradient(a), kwargs={"a": x}, derivatives=True,
+            reference=lambda _, **o: jax.vmap(lambda *, a: a, **o),
+        )  # fmt: skip
+    with pytest.raises(MismatchError, match="no derivative to compare"):
+        check(lambda a: a, np.arange(8), derivatives=True)
+
+
+def test_lockstep_refuses_to_return_one_of_several_results():
+    with pytest.raises(DivergentOutputError, match="differ"):
+        lockstep(lambda a: a, out_axes=None)(np.arange(3))
 
 
 def test_check_finds_integers_that_differ_by_one():

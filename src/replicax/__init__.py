@@ -1,14 +1,18 @@
 """Parallel map for JAX: any number of replicas of a program on any number of devices."""
 
+from replicax import testing as testing
 from replicax._devices import simulate_devices as simulate_devices
 from replicax._errors import AxisSpecError as AxisSpecError
 from replicax._errors import AxisSpecTypeError as AxisSpecTypeError
+from replicax._errors import DeletedArrayError as DeletedArrayError
 from replicax._errors import DevicesError as DevicesError
 from replicax._errors import DivergentOutputError as DivergentOutputError
 from replicax._errors import MappedSizeError as MappedSizeError
 from replicax._errors import MismatchError as MismatchError
+from replicax._errors import NestedMapError as NestedMapError
 from replicax._errors import NotAFunctionError as NotAFunctionError
 from replicax._errors import NotAnArrayError as NotAnArrayError
+from replicax._errors import OptionTypeError as OptionTypeError
 from replicax._errors import ReplicaxError as ReplicaxError
 from replicax._errors import SimulationError as SimulationError
 from replicax._errors import StaticArgumentError as StaticArgumentError

@@ -104,9 +104,9 @@ def parameter_names(fun: Callable[..., Any], positions: Sequence[int] | Mapping[
     variadic = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
 
     def name(i: int) -> str:
-        if i < len(positional):
+        if 0 <= i < len(positional):
             return positional[i].name
-        return f"argument {i}" if variadic is None else f"{variadic}[{i - len(positional)}]"
+        return f"argument {i}" if variadic is None or i < 0 else f"{variadic}[{i - len(positional)}]"
 
     return {i: name(i) for i in positions}
 
@@ -125,10 +125,10 @@ def match_in_axes(spec: Spec, args: Mapping[int, Any], arity: int, leaves: Seque
     """
     in_axes = spec.tree
     per_argument = isinstance(in_axes, tuple | list)
-    if per_argument and len(in_axes) != arity:
+    if per_argument and not max(args, default=-1) < len(in_axes) <= arity:
         raise AxisSpecError(
-            f"in_axes={in_axes!r} has {len(in_axes)} entries, and the function was called with {arity} positional "
-            f"arguments. Give one entry for each positional argument (keyword arguments are mapped along axis 0), "
+            f"in_axes={in_axes!r} is of length {len(in_axes)}, and the function was called with {arity} positional "
+            f"argument(s). Give one entry for each positional argument (keyword arguments are mapped along axis 0), "
             f"or a single int for all of them."
         )
     entries = tuple(in_axes[i] if per_argument else in_axes for i in args)
@@ -234,7 +234,7 @@ def mapped_size(axes: Sequence[int | None], leaves: Sequence[Leaf], axis_size: i
             report(
                 "pmap needs at least one replica:",
                 faults or [f"axis_size is {axis_size}"],
-                "Map an axis that is not empty.",
+                "Map an axis that is not empty, and give an axis_size of at least 1.",
             )
         )
     if axis_size is not None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import operator
-
 import jax
 
-from replicax._errors import SimulationError
+from replicax._errors import SimulationError, as_int
 
 
 def simulate_devices(count: int) -> None:
@@ -25,12 +23,12 @@ def simulate_devices(count: int) -> None:
         >>> import replicax
         >>> replicax.simulate_devices(8)
     """
-    count = operator.index(count)
+    count = as_int("simulate_devices(count)", count)
     if count < 1:
         raise SimulationError(f"simulate_devices({count}): there has to be at least one device.")
     try:
-        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_platforms", "cpu")
     except RuntimeError:
         started = f"{jax.device_count()} device(s) of platform {jax.default_backend()!r}"
         if jax.default_backend() == "cpu" and jax.device_count() == count:

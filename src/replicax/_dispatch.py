@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,15 @@ import numpy as np
 
 from replicax import _jax
 from replicax._axes import Leaf, Spec, mapped_size, match_in_axes, name_leaves, parameter_names
-from replicax._errors import DevicesError, NotAnArrayError, StaticArgumentError, UnknownBackendError, report
+from replicax._errors import (
+    DeletedArrayError,
+    DevicesError,
+    NotAnArrayError,
+    OptionTypeError,
+    StaticArgumentError,
+    UnknownBackendError,
+    report,
+)
 from replicax._layout import Layout, lanes_only, layout
 from replicax._lowering import Program, describe_type, lower, pad_rows, trace_replica, tracing_replica
 
@@ -87,27 +96,60 @@ class Dispatcher:
     def _call(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         program, leaves = self.resolve(fun, args, kwargs)
         if not _jax.eager():
-            results = program.staged(*map(functools.partial(_settle, program), leaves, program.in_axes))
+            settled = map(functools.partial(_settle, program), [*leaves, *program.closed], program.in_axes)
+            results = program.staged(*settled)
         else:
+            if program.donated:
+                self._check_donated(program, fun, args, kwargs, leaves)
             results = self._run(program, leaves)
         return jax.tree.unflatten(program.out_tree, results)
 
     def _run(self, program: Program, leaves: list[Any]) -> tuple[Any, ...]:
-        placed = place(program, leaves)
+        placed = place(program, [*leaves, *program.closed_in_place])
         results = program.compiled(*placed)
         for i in program.donated:  # What was moved is still there; what was not, the program has taken.
             if placed[i] is not leaves[i] and isinstance(leaves[i], jax.Array):
                 leaves[i].delete()
         return results
 
+    def _check_donated(
+        self,
+        program: Program,
+        fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: list[Any],
+    ) -> None:
+        arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
+        times = Counter(map(id, arrays.values()))
+        given = {id(arrays[i]) for i in program.donated if i in arrays}
+        faults = {i: "was donated before, and its buffer is gone" for i, x in arrays.items() if x.is_deleted()}
+        twice = {key for key, count in times.items() if count > 1} & given
+        faults |= {i: "is donated, and passed twice" for i, x in arrays.items() if id(x) in twice}
+        if faults:
+            names = name_leaves(fun, self._split(fun, args)[1], kwargs)
+            raise DeletedArrayError(
+                report(
+                    "pmap cannot take these arguments:",
+                    [f"{names[i]} {fault}" for i, fault in sorted(faults.items())],
+                    "Use the result of the call that an array was donated to, and pass a copy, x + 0, where it is "
+                    "needed twice.",
+                )
+            )
+
     def resolve(
-        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, abstract: bool = False
     ) -> tuple[Program, list[Any]]:
-        """The program for a call, traced and lowered at most once a signature, and the leaves to run it on."""
+        """The program for a call, traced and lowered at most once a signature, and the leaves to run it on.
+
+        With ``abstract`` a ``jax.ShapeDtypeStruct`` may stand for an array.
+        """
         static, dynamic = self._split(fun, args)
         leaves, tree = jax.tree.flatten((dynamic, kwargs))
         try:
             types = tuple(map(_type_key, leaves))
+            if not abstract and any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+                raise TypeError
         except (TypeError, ValueError):
             _refuse_non_arrays(fun, dynamic, kwargs, leaves)
             raise
@@ -130,8 +172,8 @@ class Dispatcher:
             return self._lowered(fun, args, kwargs)
 
     def _lowered(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.stages.Lowered:
-        program, leaves = self.resolve(fun, args, kwargs)
-        return program.compiled.lower(*map(program.padded_type, leaves, program.in_axes))
+        program, leaves = self.resolve(fun, args, kwargs, abstract=True)
+        return program.compiled.lower(*map(program.padded_type, [*leaves, *program.closed], program.in_axes))
 
     def _split(self, fun: Callable[..., Any], args: tuple[Any, ...]) -> tuple[dict[int, Any], dict[int, Any]]:
         """The static and the other positional arguments, by position."""
@@ -178,7 +220,8 @@ class Dispatcher:
         owners = [i for i, tree in dynamic.items() for _ in jax.tree.leaves(tree)]
         donated = [k for k, i in enumerate(owners) if i in donated_args]
         name = getattr(fun, "__name__", type(fun).__name__)
-        program = lower(replica, placed, in_axes, options.out_axes, donated, name)
+        dtypes = [leaf.aval.dtype for leaf in named]
+        program = lower(replica, placed, in_axes, options.out_axes, dtypes, donated, name)
         return program, not replica.closes_over_tracers
 
 
@@ -209,16 +252,14 @@ def _refuse_non_arrays(
 ) -> None:
     faults = []
     for name, x in zip(name_leaves(fun, dynamic, kwargs), leaves, strict=True):
-        try:
-            _jax.typeof(x)
-        except (TypeError, ValueError):
+        if not _jax.is_array_type(x) and not isinstance(x, bool):
             faults.append(f"{name} {describe_type(x)}")
     raise NotAnArrayError(
         report(
             "pmap maps arrays, and these arguments are none:",
             faults,
-            "Pass them by position and name those positions in static_broadcasted_argnums (they have to be hashable), "
-            "or bind them beforehand with functools.partial.",
+            "Convert them to arrays of numbers; or pass what is none by position and name that position in "
+            "static_broadcasted_argnums (it has to be hashable); or bind it beforehand with functools.partial.",
         )
     )
 
@@ -239,6 +280,36 @@ def _refuse_unhashable(fun: Callable[..., Any], static: Mapping[int, Any]) -> No
     )
 
 
+def check_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
+    """The devices as a tuple.
+
+    Raises:
+        OptionTypeError: it is no sequence.
+        DevicesError: it is empty, or holds something that is no device, one twice, or devices of several platforms.
+    """
+    if isinstance(devices, str) or not isinstance(devices, Iterable):
+        raise OptionTypeError(f"devices must be a list of devices, and is {devices!r:.60}. Write [device] for one.")
+    given = tuple(devices)
+    faults = [
+        f"devices[{i}] is {d!r}, which is no device" for i, d in enumerate(given) if not isinstance(d, jax.Device)
+    ]
+    faults = faults or [
+        f"{d!r} stands in it {given.count(d)} times" for d in dict.fromkeys(given) if given.count(d) > 1
+    ]
+    platforms = sorted({d.platform for d in given}) if not faults else []
+    if len(platforms) > 1:
+        faults = [f"its devices are of the platforms {', '.join(platforms)}"]
+    if faults or not given:
+        raise DevicesError(
+            report(
+                "devices must be one or more different devices of one platform:",
+                faults or ["it is empty"],
+                "Pass some of jax.devices(), or leave devices out to use all of them.",
+            )
+        )
+    return given
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Moving arguments
 
@@ -249,12 +320,10 @@ def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
     A NumPy array is copied first. JAX aliases the memory of one that is aligned to 64 bytes, in ``jit`` as in
     ``device_put``, and reads it later, while its owner is free to change it as soon as the call returns.
     """
-    padding = program.layout.axis.padding
-    placed = [
-        _pad(x, axis, program.layout) if padding and axis is not None else _own(x)
-        for x, axis in zip(leaves, program.in_axes, strict=True)
-    ]
+    placed = list(map(_own, leaves, program.dtypes))
     wanted = program.in_shardings
+    if program.layout.axis.padding:
+        _pad_all(program, placed)
     astray = [i for i, x in enumerate(placed) if isinstance(x, jax.Array) and x.sharding != wanted[i]]
     if astray:
         moved = jax.device_put([placed[i] for i in astray], [wanted[i] for i in astray])
@@ -263,10 +332,31 @@ def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
     return placed
 
 
-def _own(x: Any) -> Any:
+def _pad_all(program: Program, placed: list[Any]) -> None:
+    """Pads the mapped arguments: those on the program's devices together, others where they lie."""
+    devices, here = program.layout.sharding(None).device_set, []
+    for i, axis in enumerate(program.in_axes):
+        x = placed[i]
+        if axis is None:
+            continue
+        if not isinstance(x, jax.Array):
+            placed[i] = _pad_on_host(x, axis, program.layout)
+        elif x.sharding.device_set == devices:
+            here.append(i)
+        else:
+            placed[i] = _pad_where_it_lies(x, axis, program.layout.axis.padding)
+    if here:
+        for i, x in zip(here, program.pad(tuple(here), [placed[i] for i in here]), strict=True):
+            placed[i] = x
+
+
+_pad_where_it_lies = jax.jit(pad_rows, static_argnums=(1, 2))
+
+
+def _own(x: Any, dtype: Any) -> Any:
     """``x``; of a NumPy array, a copy that nobody changes, aligned so that it can serve as a CPU device's memory."""
     if not isinstance(x, np.ndarray):
-        return x
+        return x.astype(dtype) if isinstance(x, jax.Array) and x.dtype != dtype else x
     raw = np.empty(x.nbytes + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     copy = raw[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
@@ -277,23 +367,18 @@ def _own(x: Any) -> Any:
 _ALIGNMENT = 64
 
 
-def _pad(x: Any, axis: int, where: Layout) -> Any:
-    """A mapped argument with the last replica's row for each padding lane."""
-    if isinstance(x, jax.Array):
-        return _pad_where_it_lies(x, axis, where.axis.padding)
+def _pad_on_host(x: Any, axis: int, where: Layout) -> jax.Array:
+    """A mapped NumPy array, of which each device gets its own rows, with the last replica's for each padding lane."""
     host = np.asarray(x, _jax.typeof(x).dtype)
 
     def block(index: tuple[slice, ...]) -> np.ndarray[Any, Any]:
         start, stop, _ = index[axis].indices(where.padded_size)
-        if stop <= where.size:
-            return host[index].copy()  # since JAX may alias what a callback returns
-        return host.take(np.minimum(np.arange(start, stop), where.size - 1), axis)
+        return (
+            host[index] if stop <= where.size else host.take(np.minimum(np.arange(start, stop), where.size - 1), axis)
+        )
 
     shape = (*host.shape[:axis], where.padded_size, *host.shape[axis + 1 :])
     return jax.make_array_from_callback(shape, where.sharding(axis), block)
-
-
-_pad_where_it_lies = jax.jit(pad_rows, static_argnums=(1, 2))
 
 
 def _settle(program: Program, x: Any, axis: int | None) -> Any:

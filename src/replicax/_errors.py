@@ -9,6 +9,9 @@ has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written
     ├── AxisSpecTypeError            TypeError            in_axes or out_axes holds something that is no axis
     ├── NotAnArrayError              TypeError            an argument or a result is no array
     ├── NotAFunctionError            TypeError            what was to be mapped is no function
+    ├── NestedMapError               ValueError           jax.pmap or jax.shard_map inside a mapped function
+    ├── OptionTypeError              TypeError            an option of pmap is of the wrong type
+    ├── DeletedArrayError            RuntimeError         an argument was donated before, or is donated twice
     ├── StaticArgumentError          ValueError           a static argument is missing, unhashable or donated
     ├── DevicesError                 ValueError           devices is empty, repeated or mixed
     ├── UnknownBackendError          RuntimeError         no such backend here
@@ -21,6 +24,7 @@ has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 
@@ -46,6 +50,18 @@ class NotAnArrayError(ReplicaxError, TypeError):
 
 class NotAFunctionError(ReplicaxError, TypeError):
     """What was to be mapped cannot be called."""
+
+
+class NestedMapError(ReplicaxError, ValueError):
+    """A mapped function spreads its own work over devices with ``jax.pmap`` or ``jax.shard_map``."""
+
+
+class OptionTypeError(ReplicaxError, TypeError):
+    """An option, such as ``axis_size`` or ``donate_argnums``, is of the wrong type."""
+
+
+class DeletedArrayError(ReplicaxError, RuntimeError):
+    """An argument's buffer is gone, because it was donated to an earlier call, or would be given away twice."""
 
 
 class StaticArgumentError(ReplicaxError, ValueError):
@@ -78,6 +94,20 @@ class SimulationError(ReplicaxError, RuntimeError):
 
 class MismatchError(ReplicaxError, AssertionError):
     """A program does not compute under ``pmap`` what it computes under the oracle."""
+
+
+def as_int(which: str, value: object) -> int:
+    """An option that is a whole number, as Python's own int.
+
+    Raises:
+        OptionTypeError: it is none.
+    """
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise OptionTypeError(
+            f"{which} must be an int, and is {value!r:.60}, of type {type(value).__name__}."
+        ) from None
 
 
 def report(headline: str, faults: Sequence[str], remedy: str) -> str:

@@ -54,8 +54,22 @@ def trace_context() -> Hashable:
 
 
 def typeof(x: Any) -> Any:
-    """The type of an array, a scalar or a ``ShapeDtypeStruct``; TypeError or ValueError for anything else."""
-    return core.shaped_abstractify(x)
+    """The type of an array or a scalar, as JAX would take it now; TypeError or ValueError for anything else."""
+    aval = core.shaped_abstractify(x)
+    if isinstance(x, jax.Array) and not config.enable_x64.value and aval.dtype.name in _WIDE:
+        return aval.update(dtype=_WIDE[aval.dtype.name])  # made while 64-bit types were enabled
+    return aval
+
+
+_WIDE = {
+    wide: np.dtype(narrow)
+    for wide, narrow in (
+        ("float64", "float32"),
+        ("complex128", "complex64"),
+        ("int64", "int32"),
+        ("uint64", "uint32"),
+    )
+}
 
 
 def axis_env(sizes: Mapping[AxisName, int]) -> contextlib.AbstractContextManager[None]:
@@ -116,6 +130,14 @@ def sub_jaxprs(eqn: Equation) -> Iterator[Jaxpr]:
         for item in value if isinstance(value, tuple | list) else (value,):
             if is_jaxpr(item):
                 yield item
+
+
+def has_primitive(jaxpr: Jaxpr, names: Sequence[str]) -> bool:
+    """Whether an equation of one of these names is anywhere in the jaxpr."""
+    return any(
+        eqn.primitive.name in names or any(has_primitive(sub, names) for sub in sub_jaxprs(eqn))
+        for eqn in body(jaxpr).eqns
+    )
 
 
 def named_axes(eqn: Equation) -> tuple[AxisName, ...]:
@@ -285,7 +307,7 @@ def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, li
 
 def is_array_type(x: object) -> bool:
     """Whether ``x`` is an array, a scalar or a tracer: not a flag, nor one of JAX's symbolic zeros."""
-    if isinstance(x, bool | ad_util.Zero | ad_util.SymbolicZero):
+    if isinstance(x, bool | ad_util.Zero | ad_util.SymbolicZero | jax.ShapeDtypeStruct):
         return False
     try:
         core.typeof(x)

@@ -106,7 +106,7 @@ class Layout:
 
 def mesh_axis_name(name: Hashable) -> str:
     """What the mesh calls the axis: the user's own name where it is a string, as a sharding's are."""
-    return name if isinstance(name, str) else "replicas"
+    return name if isinstance(name, str) and name else "replicas"
 
 
 def layout(name: Hashable, size: int, devices: Sequence[Any], *, spread: bool = False) -> Layout:

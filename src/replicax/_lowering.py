@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.tree_util import keystr
 
 from replicax import _jax
 from replicax._axes import Spec, match_out_axes
-from replicax._errors import DivergentOutputError, NotAnArrayError, UnboundAxisError, report
+from replicax._errors import DivergentOutputError, NestedMapError, NotAnArrayError, UnboundAxisError, report
 from replicax._layout import Layout, LogicalAxis
 from replicax._rewrite import Rewriter
 
@@ -26,6 +27,9 @@ class Anonymous:
 
     def __repr__(self) -> str:
         return "an unnamed mapped axis"
+
+    def __reduce__(self) -> str:
+        return "ANONYMOUS"  # there is one
 
 
 ANONYMOUS = Anonymous()
@@ -119,40 +123,54 @@ def _check_results(out: Any) -> None:
 
 def describe_type(x: object) -> str:
     """What a message says of something that is no array."""
+    if isinstance(x, np.ndarray):
+        return f"is a NumPy array of dtype {x.dtype}"
     return f"is of type {type(x).__name__}" + (f": {x!r:.60}" if isinstance(x, str | bytes) else "")
 
 
 def _unbound(unbound: str, name: Hashable) -> UnboundAxisError:
     names = [repr(n) for n in (*_jax.axes_in_scope(), name) if n is not ANONYMOUS]
-    known = f"The names in scope are {', '.join(names)}." if names else "No axis in scope has a name."
+    if names:
+        known = f"The names in scope are {', '.join(names)}. Use one of them in the collective, or name"
+    else:
+        known = "No axis in scope has a name. Name"
     return UnboundAxisError(
         f"unbound axis name: {unbound}. A collective in the mapped function names an axis that no enclosing map "
-        f"binds. {known} Use one of them in the collective, or name the axis where you map: "
-        f"pmap(f, axis_name={unbound!r})."
+        f"binds. {known} the axis where you map: pmap(f, axis_name={unbound!r})."
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A function lowered for one signature: types of arguments, number of replicas, devices.
 
     Attributes:
         layout: Where the replicas lie.
         in_axes: The mapped axis of each argument leaf.
+        dtypes: The dtype of each argument leaf.
         out_axes: The mapped axis of each result leaf.
         out_tree: The structure of the result.
         function: From padded argument leaves to result leaves of N rows, on the layout's devices; not compiled.
         donated: The positions of the donated argument leaves.
+        closed: Arrays that the user's function closed over and that the program takes after its arguments: tracers
+            of an enclosing trace, and arrays that lie on several devices.
         name: The name of the user's function.
     """
 
     layout: Layout
     in_axes: Sequence[int | None]
+    dtypes: Sequence[Any]
     out_axes: Sequence[int | None]
     out_tree: Any
     function: Callable[..., tuple[Any, ...]]
     donated: tuple[int, ...]
+    closed: tuple[Any, ...]
     name: str
+
+    @cached_property
+    def closed_in_place(self) -> list[Any]:
+        """What the function closed over, on the layout's devices; moved once, since nobody can change it."""
+        return list(jax.device_put(self.closed, self.layout.sharding(None)))
 
     @cached_property
     def in_shardings(self) -> tuple[jax.sharding.NamedSharding, ...]:
@@ -182,6 +200,20 @@ class Program:
             donate_argnums=self.taken,
         )
 
+    def pad(self, which: tuple[int, ...], leaves: list[Any]) -> list[Any]:
+        """These arguments, which lie on the layout's devices, with a row for each padding lane."""
+        if which not in self._pads:
+            axes, rows = [self.in_axes[i] for i in which], self.layout.axis.padding
+            self._pads[which] = jax.jit(
+                lambda xs: [x if a is None else pad_rows(x, a, rows) for x, a in zip(xs, axes, strict=True)],
+                out_shardings=[self.in_shardings[i] for i in which],
+            )
+        return list(self._pads[which](leaves))
+
+    @cached_property
+    def _pads(self) -> dict[tuple[int, ...], jax.stages.Wrapped]:
+        return {}
+
     @cached_property
     def staged(self) -> jax.stages.Wrapped:
         """The function for an enclosing trace, which pads by itself and leaves the places of results to XLA."""
@@ -191,7 +223,7 @@ class Program:
             if axis is None or not rows or where.mesh is None:
                 return x
             # XLA may choose a sharding of N rows that JAX cannot express, and JAX then refuses the array.
-            return lax.with_sharding_constraint(x, where.result_sharding(axis))
+            return lax.with_sharding_constraint(x, where.sharding(None))
 
         def padded_first(*args: Any) -> tuple[Any, ...]:
             args = tuple(
@@ -220,6 +252,7 @@ def lower(
     layout: Layout,
     in_axes: Sequence[int | None],
     out_axes: Spec,
+    dtypes: Sequence[Any],
     donated: Sequence[int],
     name: str,
 ) -> Program:
@@ -229,15 +262,23 @@ def lower(
         AxisSpecError: ``out_axes`` does not fit the result.
         DivergentOutputError: ``out_axes`` is None where the result differs between replicas.
         UnsupportedCollectiveError: the program communicates in a way that replicax has no rule for.
+        NestedMapError: the program has a ``jax.pmap`` or ``jax.shard_map`` in it.
     """
+    _refuse_device_maps(replica.jaxpr, name)
     flat_out_axes = match_out_axes(out_axes, replica.out)
     axis = layout.axis
     rewriter = Rewriter({axis.name: axis})
     varying = [frozenset() if a is None else frozenset({axis.name}) for a in in_axes]
     _check_broadcast_results(replica, flat_out_axes, rewriter.analysis.results(replica.jaxpr, varying), axis.name)
 
+    lifted = [k for k, const in enumerate(replica.consts) if _is_lifted(const)]
+    in_axes = (*in_axes, *[None] * len(lifted))
+
     def one_replica(*args: Any) -> tuple[Any, ...]:
-        return tuple(rewriter.run(replica.jaxpr, replica.consts, args, varying))
+        consts = list(replica.consts)
+        for k, value in zip(lifted, args[len(varying) :], strict=True):
+            consts[k] = value
+        return tuple(rewriter.run(replica.jaxpr, consts, args[: len(varying)], varying))
 
     one_device = _over_lanes(one_replica, axis, in_axes, flat_out_axes)
     mapped = one_device
@@ -258,7 +299,33 @@ def lower(
         )
 
     program.__name__ = program.__qualname__ = name
-    return Program(layout, in_axes, flat_out_axes, jax.tree.structure(replica.out), program, tuple(donated), name)
+    return Program(
+        layout=layout,
+        in_axes=in_axes,
+        dtypes=[*dtypes, *(replica.consts[k].dtype for k in lifted)],
+        out_axes=flat_out_axes,
+        out_tree=jax.tree.structure(replica.out),
+        function=program,
+        donated=tuple(donated),
+        closed=tuple(replica.consts[k] for k in lifted),
+        name=name,
+    )
+
+
+def _is_lifted(const: Any) -> bool:
+    """Whether a closed-over array has to be passed: it belongs to a trace, or to a mesh of its own."""
+    if isinstance(const, jax.core.Tracer):
+        return True
+    return isinstance(const, jax.Array) and len(const.sharding.device_set) > 1
+
+
+def _refuse_device_maps(jaxpr: _jax.Jaxpr, name: str) -> None:
+    if _jax.has_primitive(jaxpr, ("shard_map", "xla_pmap")):
+        raise NestedMapError(
+            f"{name} spreads its own work over devices, with jax.pmap or jax.shard_map, and is mapped over devices "
+            f"itself. Map the inner function with replicax.pmap, whose replicas run beside the outer's, or with "
+            f"jax.vmap."
+        )
 
 
 def _over_lanes(

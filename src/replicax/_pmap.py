@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 import types
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Generic, TypeVar, overload
@@ -11,11 +10,14 @@ from typing import Any, Generic, TypeVar, overload
 import jax
 
 from replicax._axes import check_spec
-from replicax._dispatch import Dispatcher, Options, dispatcher
-from replicax._errors import DevicesError, NotAFunctionError, StaticArgumentError, report
+from replicax._dispatch import Dispatcher, Options, check_devices, dispatcher
+from replicax._errors import NotAFunctionError, OptionTypeError, StaticArgumentError, as_int
 from replicax._lowering import ANONYMOUS
 
 R = TypeVar("R")
+
+#: In place of a function, where pmap is called with options alone.
+_ABSENT: Any = object()
 
 
 class MappedFunction(Generic[R]):
@@ -32,6 +34,9 @@ class MappedFunction(Generic[R]):
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
+
+    def __reduce__(self) -> Any:
+        return MappedFunction, (self._fun, self._options)  # and not the compiled programs
 
     def __repr__(self) -> str:
         name = self._options.axis_name
@@ -82,7 +87,7 @@ def pmap(
 
 
 def pmap(
-    fun: Callable[..., Any] | None = None,
+    fun: Any = _ABSENT,
     axis_name: Hashable | None = None,
     *,
     in_axes: Any = 0,
@@ -133,7 +138,7 @@ def pmap(
         >>> replicax.pmap(lambda x: x / jax.lax.psum(x, "i"), axis_name="i")(jnp.arange(4.0))
         Array([0.        , 0.16666667, 0.33333334, 0.5       ], dtype=float32)
     """
-    if fun is None:
+    if fun is _ABSENT:
         return functools.partial(
             pmap,
             axis_name=axis_name,
@@ -147,46 +152,34 @@ def pmap(
         )
     if not callable(fun):
         raise NotAFunctionError(f"pmap maps a function, and was given {fun!r}, of type {type(fun).__name__}.")
-    static, donated = _positions(static_broadcasted_argnums), _positions(donate_argnums)
+    static = _positions("static_broadcasted_argnums", static_broadcasted_argnums)
+    donated = _positions("donate_argnums", donate_argnums)
     if both := sorted(set(static) & set(donated)):
         raise StaticArgumentError(
             f"static_broadcasted_argnums={static} and donate_argnums={donated} both name {both}: a static argument "
             f"has no buffer to donate. Name each position in one of the two."
         )
     options = Options(
-        axis_name=ANONYMOUS if axis_name is None else axis_name,
+        axis_name=ANONYMOUS
+        if axis_name is None
+        else _check_type("axis_name", axis_name, Hashable, "hashable, such as a string"),
         in_axes=check_spec("in_axes", in_axes),
         out_axes=check_spec("out_axes", out_axes),
         static=static,
         donated=donated,
-        devices=None if devices is None else _check_devices(devices),
-        backend=backend,
-        axis_size=None if axis_size is None else operator.index(axis_size),
+        devices=None if devices is None else check_devices(devices),
+        backend=_check_type("backend", backend, str | None, "a string such as 'cpu', or None"),
+        axis_size=None if axis_size is None else as_int("axis_size", axis_size),
     )
     return MappedFunction(fun, options)
 
 
-def _positions(argnums: int | Iterable[int]) -> tuple[int, ...]:
-    return tuple(map(operator.index, argnums)) if isinstance(argnums, Iterable) else (operator.index(argnums),)
+def _check_type(which: str, value: Any, kind: Any, what: str) -> Any:
+    if isinstance(value, kind):
+        return value
+    raise OptionTypeError(f"{which} must be {what}, and is {value!r:.60}, of type {type(value).__name__}.")
 
 
-def _check_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
-    given = tuple(devices)
-    faults = [
-        f"devices[{i}] is {d!r}, which is no device" for i, d in enumerate(given) if not isinstance(d, jax.Device)
-    ]
-    faults = faults or [
-        f"{d!r} stands in it {given.count(d)} times" for d in dict.fromkeys(given) if given.count(d) > 1
-    ]
-    platforms = sorted({d.platform for d in given}) if not faults else []
-    if len(platforms) > 1:
-        faults = [f"its devices are of the platforms {', '.join(platforms)}"]
-    if faults or not given:
-        raise DevicesError(
-            report(
-                "devices must be one or more different devices of one platform:",
-                faults or ["it is empty"],
-                "Pass some of jax.devices(), or leave devices out to use all of them.",
-            )
-        )
-    return given
+def _positions(which: str, argnums: int | Iterable[int]) -> tuple[int, ...]:
+    given = argnums if isinstance(argnums, Iterable) else (argnums,)
+    return tuple(as_int(which, position) for position in given)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -11,8 +9,11 @@ import jax
 import numpy as np
 from jax.tree_util import keystr
 
-from replicax._errors import AxisSpecError, MappedSizeError, report
+from replicax import _jax
+from replicax._dispatch import check_devices
+from replicax._errors import AxisSpecError, MappedSizeError, NotAnArrayError, as_int, report
 from replicax._layout import layout
+from replicax._lowering import describe_type
 from replicax._pmap import pmap
 
 Tree = TypeVar("Tree")
@@ -37,8 +38,9 @@ def replicate(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax
         >>> replicax.replicate({"w": np.ones(3)}, 4)["w"].shape
         (4, 3)
     """
+    _check_arrays("replicate", tree)
     if axis_size is None:
-        axis_size = len(jax.devices() if devices is None else devices)
+        axis_size = len(jax.devices() if devices is None else check_devices(devices))
     return pmap(_identity, in_axes=None, axis_size=axis_size, devices=devices)(tree)
 
 
@@ -68,8 +70,9 @@ def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Dev
         >>> replicax.shard(np.zeros((12, 5)), 4).shape
         (4, 3, 5)
     """
-    devices = tuple(jax.devices() if devices is None else devices)
-    size = len(devices) if axis_size is None else operator.index(axis_size)
+    _check_arrays("shard", tree)
+    devices = tuple(jax.devices()) if devices is None else check_devices(devices)
+    size = len(devices) if axis_size is None else as_int("axis_size", axis_size)
     if size < 1:
         raise MappedSizeError(f"shard into {size} parts: axis_size is the number of replicas, at least 1.")
     paths = jax.tree_util.tree_leaves_with_path(tree)
@@ -85,18 +88,14 @@ def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Dev
             )
         )
     where = layout("replicas", size, devices).result_sharding(0)
-    parts = jax.tree.map(lambda x: _array(x).reshape(size, np.shape(x)[0] // size, *np.shape(x)[1:]), tree)
-    return _put(where)(jax.tree.map(lambda x: jax.device_put(x, where) if isinstance(x, jax.Array) else x, parts))
 
+    def place(x: Any) -> jax.Array:
+        # Of a NumPy array a copy, since JAX may alias its memory.
+        own = x if isinstance(x, jax.Array) else np.array(x)
+        return jax.device_put(own.reshape(size, own.shape[0] // size, *own.shape[1:]), where)
 
-def _array(x: Any) -> Any:
-    return x if isinstance(x, jax.Array) else np.asarray(x)
-
-
-@functools.lru_cache(maxsize=64)
-def _put(where: jax.sharding.Sharding) -> Any:
-    # jit copies NumPy arrays, where device_put might alias their memory.
-    return jax.jit(_identity, in_shardings=where)
+    with _jax.own_mesh():
+        return jax.tree.map(place, tree)
 
 
 def unreplicate(tree: Tree) -> Tree:
@@ -119,7 +118,8 @@ def unreplicate(tree: Tree) -> Tree:
     _check_leading_axis("unreplicate", tree)
     leaves, treedef = jax.tree.flatten(tree)
     blocks = [_blocks(x)[0] if isinstance(x, jax.Array) else x for x in leaves]
-    return jax.tree.unflatten(treedef, [_first(x) if isinstance(x, jax.Array) else x[0] for x in blocks])
+    with _jax.own_mesh():
+        return jax.tree.unflatten(treedef, [_first(x) if isinstance(x, jax.Array) else x[0] for x in blocks])
 
 
 _first = jax.jit(lambda block: block[0])
@@ -132,8 +132,8 @@ def local_replicas(tree: Tree) -> list[Tree]:
         tree: A pytree of arrays of shapes ``(replicas, ...)``.
 
     Returns:
-        One tree for each replica, in order, of NumPy arrays of shapes ``(...)``, read device by device (on a CPU
-        without a copy). PRNG keys, which NumPy has no type for, stay ``jax.Array``.
+        One tree for each replica, in order, of NumPy arrays of shapes ``(...)`` (NumPy scalars for ``()``), read
+        device by device, on a CPU without a copy. PRNG keys, which NumPy has no type for, stay ``jax.Array``.
 
     Raises:
         AxisSpecError: naming every leaf that has no leading axis.
@@ -161,13 +161,13 @@ def local_replicas(tree: Tree) -> list[Tree]:
 
 def _blocks(x: Any) -> list[Any]:
     """This process' parts of an array along axis 0, in order, each part once however many devices hold it."""
-    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+    if not isinstance(x, jax.Array):
         return [x]
     parts: dict[int, jax.Array] = {}
     for part in x.addressable_shards:
         start, stop, _ = part.index[0].indices(x.shape[0])
         if (stop - start, *x.shape[1:]) != part.data.shape:  # split along another axis too: no device has a row
-            return [x]
+            return [np.asarray(x)]
         parts.setdefault(start, part.data)
     return [parts[start] for start in sorted(parts)]
 
@@ -178,7 +178,24 @@ def _rows(block: Any) -> Sequence[Any]:
     return list(np.asarray(block))
 
 
+def _check_arrays(caller: str, tree: Any) -> None:
+    faults = [
+        f"tree{keystr(path)} {describe_type(x)}"
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        if isinstance(x, jax.core.Tracer) or not (_jax.is_array_type(x) or isinstance(x, bool))
+    ]
+    if faults:
+        raise NotAnArrayError(
+            report(
+                f"{caller} takes arrays that have values, and these have none:",
+                faults,
+                "Take out of the tree what is no array of numbers; under jit, map with pmap instead.",
+            )
+        )
+
+
 def _check_leading_axis(caller: str, tree: Any) -> None:
+    _check_arrays(caller, tree)
     faults = [
         f"tree{keystr(path)}, of type {type(x).__name__} and shape {np.shape(x)}"
         for path, x in jax.tree_util.tree_leaves_with_path(tree)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from replicax import _jax
 from replicax._axes import Leaf, check_spec, mapped_size, match_in_axes, match_out_axes, name_leaves
-from replicax._errors import UnsupportedCollectiveError
+from replicax._errors import DivergentOutputError, UnsupportedCollectiveError
 
 
 def lockstep(
@@ -40,6 +40,7 @@ def lockstep(
 
     Raises:
         UnsupportedCollectiveError: when called, for a collective that it has no definition of.
+        DivergentOutputError: when called, for ``out_axes=None`` where replicas differ.
 
     Example:
         >>> import jax, numpy as np, replicax.testing
@@ -68,12 +69,18 @@ def lockstep(
             jaxpr, [jnp.broadcast_to(c, (size, *jnp.shape(c))) for c in consts], stacked
         )
         placed = [
-            x[0] if axis is None else jnp.moveaxis(x, 0, axis)
+            _only(x) if axis is None else jnp.moveaxis(x, 0, axis)
             for x, axis in zip(results, match_out_axes(out_spec, out), strict=True)
         ]
         return jax.tree.unflatten(jax.tree.structure(out), placed)
 
     return mapped
+
+
+def _only(x: jax.Array) -> jax.Array:
+    if not isinstance(x, jax.core.Tracer) and not bool((x == x[:1]).all()):
+        raise DivergentOutputError("out_axes=None, but the replicas' results differ. Give an int to get them all.")
+    return x[0]
 
 
 class _Interpreter:
