@@ -182,11 +182,15 @@ def test_maps_inside_maps(n, m):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
+def triple(x):
+    return 3 * x
+
+
 def test_a_mapped_function_is_copied_and_pickled_without_its_programs():
-    mapped = pmap(jnp.sin)
+    mapped = pmap(triple)
     mapped(x8)
     for again in (copy.deepcopy(mapped), pickle.loads(pickle.dumps(mapped))):
-        np.testing.assert_array_equal(again(x8), jnp.sin(x8))
+        np.testing.assert_array_equal(again(x8), 3 * x8)
         assert repr(again) == repr(mapped)
 
 

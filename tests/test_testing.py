@@ -80,7 +80,7 @@ def test_check_is_not_blinded_by_large_neighbours_or_small_types(fun, right):
 
 
 def test_check_compares_derivatives_by_keyword_arguments_and_refuses_to_compare_none():
-    x = np.arange(1.0, 9.0)
+    x = np.arange(1, 9, dtype=np.float32)
     with pytest.raises(MismatchError, match=r"derivative by kwargs\['a'\]"):
         check(
             lambda *, a: lax.stop_gradient(a), kwargs={"a": x}, derivatives=True,

@@ -153,7 +153,7 @@ class Program:
         function: From padded argument leaves to result leaves of N rows, on the layout's devices; not compiled.
         donated: The positions of the donated argument leaves.
         closed: Arrays that the user's function closed over and that the program takes after its arguments: tracers
-            of an enclosing trace, and arrays that lie on several devices.
+            of an enclosing trace, and arrays that lie on a mesh.
         name: The name of the user's function.
     """
 
@@ -316,7 +316,7 @@ def _is_lifted(const: Any) -> bool:
     """Whether a closed-over array has to be passed: it belongs to a trace, or to a mesh of its own."""
     if isinstance(const, jax.core.Tracer):
         return True
-    return isinstance(const, jax.Array) and len(const.sharding.device_set) > 1
+    return isinstance(const, jax.Array) and not isinstance(const.sharding, jax.sharding.SingleDeviceSharding)
 
 
 def _refuse_device_maps(jaxpr: _jax.Jaxpr, name: str) -> None:
