@@ -212,11 +212,6 @@ def _as_type(x: Any, aval: Any) -> Any:
     return lax_internal._convert_element_type(x, aval.dtype, weak_type=aval.weak_type)
 
 
-def eval_jaxpr(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
-    """Runs a jaxpr on values or tracers."""
-    return core.eval_jaxpr(body(jaxpr), constants(jaxpr), *args)
-
-
 @contextlib.contextmanager
 def equation_context(eqn: Equation) -> Iterator[None]:
     """What is bound inside keeps the user's source line and name stack of ``eqn``."""

@@ -203,9 +203,10 @@ class Program:
     def pad(self, which: tuple[int, ...], leaves: list[Any]) -> list[Any]:
         """These arguments, which lie on the layout's devices, with a row for each padding lane."""
         if which not in self._pads:
-            axes, rows = [self.in_axes[i] for i in which], self.layout.axis.padding
+            axes = [axis for i in which if (axis := self.in_axes[i]) is not None]
+            rows = self.layout.axis.padding
             self._pads[which] = jax.jit(
-                lambda xs: [x if a is None else pad_rows(x, a, rows) for x, a in zip(xs, axes, strict=True)],
+                lambda xs: [pad_rows(x, axis, rows) for x, axis in zip(xs, axes, strict=True)],
                 out_shardings=[self.in_shardings[i] for i in which],
             )
         return list(self._pads[which](leaves))
@@ -266,54 +267,44 @@ def lower(
     """
     _refuse_device_maps(replica.jaxpr, name)
     flat_out_axes = match_out_axes(out_axes, replica.out)
-    axis = layout.axis
-    rewriter = Rewriter({axis.name: axis})
-    varying = [frozenset() if a is None else frozenset({axis.name}) for a in in_axes]
-    _check_broadcast_results(replica, flat_out_axes, rewriter.analysis.results(replica.jaxpr, varying), axis.name)
-
-    lifted = [k for k, const in enumerate(replica.consts) if _is_lifted(const)]
-    in_axes = (*in_axes, *[None] * len(lifted))
-
-    def one_replica(*args: Any) -> tuple[Any, ...]:
-        consts = list(replica.consts)
-        for k, value in zip(lifted, args[len(varying) :], strict=True):
-            consts[k] = value
-        return tuple(rewriter.run(replica.jaxpr, consts, args[: len(varying)], varying))
-
-    one_device = _over_lanes(one_replica, axis, in_axes, flat_out_axes)
-    mapped = one_device
-    if layout.mesh is not None:
-        mapped = jax.shard_map(
-            one_device,
-            mesh=layout.mesh,
-            in_specs=tuple(map(layout.spec, in_axes)),
-            out_specs=tuple(map(layout.spec, flat_out_axes)),
-            check_vma=False,
-        )
-
-    def program(*args: Any) -> tuple[Any, ...]:
-        outs = mapped(*args)
-        return tuple(
-            out if a is None or not axis.padding else lax.slice_in_dim(out, 0, axis.size, axis=a)
-            for out, a in zip(outs, flat_out_axes, strict=True)
-        )
-
-    program.__name__ = program.__qualname__ = name
+    one_replica, closed = _one_replica(replica, layout.axis, in_axes, flat_out_axes)
+    all_axes = (*in_axes, *[None] * len(closed))
+    one_device = _over_lanes(one_replica, layout.axis, all_axes, flat_out_axes)
+    function = _over_devices(one_device, layout, all_axes, flat_out_axes)
+    function.__name__ = function.__qualname__ = name
     return Program(
         layout=layout,
-        in_axes=in_axes,
-        dtypes=[*dtypes, *(replica.consts[k].dtype for k in lifted)],
+        in_axes=all_axes,
+        dtypes=(*dtypes, *(x.dtype for x in closed)),
         out_axes=flat_out_axes,
         out_tree=jax.tree.structure(replica.out),
-        function=program,
+        function=function,
         donated=tuple(donated),
-        closed=tuple(replica.consts[k] for k in lifted),
+        closed=closed,
         name=name,
     )
 
 
-def _is_lifted(const: Any) -> bool:
-    """Whether a closed-over array has to be passed: it belongs to a trace, or to a mesh of its own."""
+def _one_replica(
+    replica: Replica, axis: LogicalAxis, in_axes: Sequence[int | None], out_axes: Sequence[int | None]
+) -> tuple[Callable[..., tuple[Any, ...]], tuple[Any, ...]]:
+    """What a replica runs on its arguments and on the closed-over arrays that have to be passed; and those arrays."""
+    rewriter = Rewriter({axis.name: axis})
+    varying = [frozenset() if a is None else frozenset({axis.name}) for a in in_axes]
+    _check_broadcast_results(replica, out_axes, rewriter.analysis.results(replica.jaxpr, varying), axis.name)
+    passed = [k for k, const in enumerate(replica.consts) if _has_to_be_passed(const)]
+
+    def one_replica(*args: Any) -> tuple[Any, ...]:
+        consts = list(replica.consts)
+        for k, value in zip(passed, args[len(varying) :], strict=True):
+            consts[k] = value
+        return tuple(rewriter.run(replica.jaxpr, consts, args[: len(varying)], varying))
+
+    return one_replica, tuple(replica.consts[k] for k in passed)
+
+
+def _has_to_be_passed(const: Any) -> bool:
+    """Whether a closed-over array belongs to an enclosing trace, or to a mesh of its own."""
     if isinstance(const, jax.core.Tracer):
         return True
     return isinstance(const, jax.Array) and not isinstance(const.sharding, jax.sharding.SingleDeviceSharding)
@@ -344,6 +335,33 @@ def _over_lanes(
         return tuple(y if a is None else lax.expand_dims(y, [a]) for y, a in zip(outs, out_axes, strict=True))
 
     return only_lane
+
+
+def _over_devices(
+    one_device: Callable[..., tuple[Any, ...]],
+    layout: Layout,
+    in_axes: Sequence[int | None],
+    out_axes: Sequence[int | None],
+) -> Callable[..., tuple[Any, ...]]:
+    """What all devices run on padded arguments, the results cut to N rows."""
+    mapped = one_device
+    if layout.mesh is not None:
+        mapped = jax.shard_map(
+            one_device,
+            mesh=layout.mesh,
+            in_specs=tuple(map(layout.spec, in_axes)),
+            out_specs=tuple(map(layout.spec, out_axes)),
+            check_vma=False,
+        )
+
+    def all_replicas(*args: Any) -> tuple[Any, ...]:
+        outs = mapped(*args)
+        return tuple(
+            out if a is None or not layout.axis.padding else lax.slice_in_dim(out, 0, layout.size, axis=a)
+            for out, a in zip(outs, out_axes, strict=True)
+        )
+
+    return all_replicas
 
 
 def _check_broadcast_results(
