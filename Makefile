@@ -11,7 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 JAX ?= jax
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed

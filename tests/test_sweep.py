@@ -4,6 +4,7 @@ By default every pair of N and D runs a part of the table, in rotation, so that 
 equal to, above and not dividing D. ``make sweep`` runs the whole table for every pair.
 """
 
+import functools
 import os
 
 import jax
@@ -12,12 +13,18 @@ import pytest
 from jax import lax
 
 from programs import AXIS, CONTROL, DIFFERENTIABLE, DTYPES, custom_rules, program
+from replicax import pmap
 from replicax.testing import check
+from replicax.testing._check import compare, gradient
 
 REPLICAS = (*range(1, 21), 64, 1000)
 DEVICES = (1, 2, 3, 5, 8)
 PAIRS = [(n, d) for n in REPLICAS for d in DEVICES]
 FULL = os.environ.get("REPLICAX_SWEEP") == "full"
+
+every_pair = pytest.mark.parametrize(
+    ("n", "d"), [pytest.param(n, d, marks=pytest.mark.xdist_group(f"n{n}"), id=f"{n}on{d}") for n, d in PAIRS]
+)
 
 
 def rows(n):
@@ -25,22 +32,33 @@ def rows(n):
     return np.abs(np.random.default_rng(n).normal(size=(n, 3)).astype(np.float32)) + np.float32(0.1)
 
 
-def rotation(table, pair):
+def rotation(table, n, d):
     """The whole table, or the entry whose turn it is."""
-    return tuple(table) if FULL else (list(table)[PAIRS.index(pair) % len(table)],)
+    return tuple(table) if FULL else (list(table)[PAIRS.index((n, d)) % len(table)],)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="{0[0]}on{0[1]}".format)
-def test_values_equal_vmap(pair):
-    n, d = pair
-    check(program(rotation(CONTROL, pair), DTYPES), rows(n), axis_name=AXIS, devices=jax.devices()[:d])
+@functools.cache
+def values_of_vmap(n, controls):
+    return jax.jit(jax.vmap(program(controls, DTYPES), axis_name=AXIS))(rows(n))
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="{0[0]}on{0[1]}".format)
-def test_derivatives_equal_vmap(pair):
-    n, d = pair
-    fun = program(rotation(DIFFERENTIABLE, pair), ("float32",))
-    check(fun, rows(n), axis_name=AXIS, devices=jax.devices()[:d], derivatives=True, rtol=1e-3)
+@functools.cache
+def derivatives_of_vmap(n, controls):
+    return gradient(jax.vmap(program(controls, ("float32",)), axis_name=AXIS), (rows(n),), {}, jax.jit)
+
+
+@every_pair
+def test_values_equal_vmap(n, d):
+    controls = rotation(CONTROL, n, d)
+    ours = pmap(program(controls, DTYPES), AXIS, devices=jax.devices()[:d])
+    compare(str, ours(rows(n)), values_of_vmap(n, controls))
+
+
+@every_pair
+def test_derivatives_equal_vmap(n, d):
+    controls = rotation(DIFFERENTIABLE, n, d)
+    ours = pmap(program(controls, ("float32",)), AXIS, devices=jax.devices()[:d])
+    compare(str, gradient(ours, (rows(n),), {}, lambda fun: fun), derivatives_of_vmap(n, controls), rtol=1e-3)
 
 
 @pytest.mark.parametrize("pair", [(1, 1), (5, 5), (5, 1), (5, 2), (8, 8), (8, 3), (7, 3)], ids="{0[0]}on{0[1]}".format)

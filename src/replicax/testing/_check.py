@@ -63,8 +63,8 @@ def check(
     kwargs = dict(kwargs or {})
     compare(lambda path: f"result{keystr(path)}", mapped(*args, **kwargs), compiled(right)(*args, **kwargs), rtol)
     if derivatives:
-        ours = _derivatives(mapped, args, kwargs, _as_it_is)
-        theirs = _derivatives(right, args, kwargs, compiled)
+        ours = gradient(mapped, args, kwargs, _as_it_is)
+        theirs = gradient(right, args, kwargs, compiled)
         compare(lambda path: f"derivative by {path[0].key}", ours, theirs, rtol)
 
 
@@ -72,7 +72,7 @@ def _as_it_is(fun: Callable[..., Any]) -> Callable[..., Any]:
     return fun
 
 
-def _derivatives(
+def gradient(
     fun: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
