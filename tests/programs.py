@@ -70,6 +70,14 @@ def _while_divergent(f, x):
     return lax.while_loop(lambda s: s[0] < rounds, lambda s: (s[0] + 1, _damped(f, s[1])), (0, x))[1]
 
 
+def _while_divergent_rows(f, x):
+    """Under a vmap of the user's each row goes round a number of times of its own."""
+    row = lambda y, extra: lax.while_loop(
+        lambda s: s[0] < lax.axis_index(AXIS) % 3 + extra, lambda s: (s[0] + 1, _damped(f, s[1])), (0, y)
+    )[1]
+    return jax.vmap(row)(jnp.stack([x, 2 * x]), jnp.arange(2))
+
+
 def _while_condition(f, x):
     """The condition itself communicates, and holds in different replicas for different numbers of rounds."""
 
@@ -109,6 +117,7 @@ CONTROL = {
     "fori": _fori,
     "while": _while,
     "while_divergent": _while_divergent,
+    "while_divergent_rows": _while_divergent_rows,
     "while_condition": _while_condition,
     "cond": _cond,
     "cond_divergent": _cond_divergent,
@@ -116,7 +125,17 @@ CONTROL = {
 }
 
 #: Those that need the operand's shape back.
-LOOPS = ("scan", "fori", "while", "while_divergent", "while_condition", "cond", "cond_divergent", "switch")
+LOOPS = (
+    "scan",
+    "fori",
+    "while",
+    "while_divergent",
+    "while_divergent_rows",
+    "while_condition",
+    "cond",
+    "cond_divergent",
+    "switch",
+)
 
 #: Those that JAX differentiates from outside, in reverse, correctly. It refuses reverse derivatives of ``while``, and
 #: ``vmap`` gets the derivative of a communicating ``cond`` wrong on which replicas disagree.

@@ -71,6 +71,13 @@ def test_typed_keys(n):
     check(lambda k: (jax.random.normal(k, (3,)), jax.random.split(k), k), keys)
     check(lambda x, k: jax.random.normal(k) + x, np.arange(n), jax.random.key(1), in_axes=(0, None))
     check(lambda k: jax.random.fold_in(k, jax.lax.axis_index("i")), keys, axis_name="i")
+    check(lambda k: jax.lax.all_gather(k, "i"), keys, axis_name="i")
+    for tiled in (False, True):
+        check(
+            lambda k, t=tiled: jax.lax.all_gather(jax.random.split(k, (2, 3)), "i", axis=1, tiled=t),
+            keys,
+            axis_name="i",
+        )
 
 
 @pytest.mark.parametrize("n", N.values(), ids=N)

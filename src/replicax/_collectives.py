@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -190,6 +191,10 @@ def all_gather(
 ) -> Any:
     """Every replica's operand along a new dimension, or (tiled) along an old one; padding is cut off."""
     refuse_groups("all_gather", axis_index_groups)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # JAX lowers no gather of keys but along a new first dimension
+        rule = partial(all_gather, logical, axis_name=axis_name, axis_size=axis_size, tiled=tiled)
+        data = rule(jax.random.key_data(x), all_gather_dimension=all_gather_dimension)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     axis = logical.get(names[0])
     if len(names) == 1 and axis is not None and axis.lanes == 1 and axis.device_axis is not None and not axis.padding:

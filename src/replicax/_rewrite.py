@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 from jax import lax
 
 from replicax import _jax
@@ -180,10 +180,10 @@ class Rewriter:
         def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
             own, carry = state
             after = self.run(body, _jax.constants(body), [*body_consts, *carry], for_body)
-            carry = [lax.select_n(own, old, new) for old, new in zip(carry, after, strict=True)]
+            carry = [_where_still(own, new, old) for new, old in zip(after, carry, strict=True)]
             return goes_on(carry), carry
 
-        state = lax.while_loop(lambda state: any_replica(axes, state[0]), step, (goes_on(carry), carry))
+        state = lax.while_loop(lambda state: any_replica(axes, jnp.any(state[0])), step, (goes_on(carry), carry))
         return list(state[1])
 
     def _divergent_cond(self, eqn: Equation, args: list[Any], varying: list[Varying]) -> list[Any]:
@@ -195,11 +195,16 @@ class Rewriter:
 
     def _guarded(self, eqn: Equation, args: list[Any]) -> list[Any]:
         """A callback of the user's that padding lanes do not make."""
-        runs = jax.numpy.bool_(True)
+        runs = jnp.bool_(True)
         for axis in self.logical.values():
             if axis.padding:
                 runs = runs & is_replica(axis)
         return _jax.bind_callback_where(eqn, args, runs)
+
+
+def _where_still(goes_on: Any, new: Any, old: Any) -> Any:
+    """``new`` in the loops that go on. A loop under a vmap of the user's has a condition for each of its rows."""
+    return lax.select_n(lax.broadcast_in_dim(goes_on, new.shape, range(goes_on.ndim)), old, new)
 
 
 #: What a user calls the collectives in the registry.
