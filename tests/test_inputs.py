@@ -150,6 +150,19 @@ def test_closed_over_arrays_may_lie_anywhere(n):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6, err_msg=place)
 
 
+@pytest.mark.parametrize("n", N.values(), ids=N)
+def test_scalars_of_python_in_collectives(n):
+    def fun(x):
+        started_at_zero = jax.lax.while_loop(
+            lambda c: jax.lax.psum(c[1], "i") < 50,
+            lambda c: (c[0] + jax.lax.all_gather(c[0], "i").sum(0), c[1] + jax.lax.axis_index("i") + 1),
+            (x, 0),
+        )
+        return jax.lax.all_gather(1.5, "i"), jax.lax.pmax(True, "i"), jax.lax.pmin(2, "i"), started_at_zero
+
+    check(fun, np.arange(n, dtype=np.float32), axis_name="i")
+
+
 def test_64_bit_arrays_made_while_they_were_enabled():
     for n in (8, 13):
         with jax.enable_x64(True):

@@ -87,7 +87,7 @@ def test_trees_of_every_kind(n):
     check(lambda p, s: (p, s), point, state, out_axes=(Point(1, None), State(0, 1)))
 
 
-@pytest.mark.parametrize("name", ["batch", ("data", 0), frozenset({"a"}), Model, None])
+@pytest.mark.parametrize("name", ["batch", "", "it's a 'name'", ("data", 0), frozenset({"a"}), Model, None])
 def test_the_axis_may_have_any_hashable_name(name):
     def total(x):
         return x if name is None or isinstance(name, tuple) else lax.psum(x, name)
@@ -180,6 +180,20 @@ def test_maps_inside_maps(n, m):
     x, y = np.arange(float(n), dtype=np.float32), np.arange(float(n * m), dtype=np.float32).reshape(n, m)
     for ours, theirs in zip(nested(pmap)(x, y), nested(jax.vmap)(x, y), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [3, 8, 13])
+def test_an_enclosing_axis_of_the_same_name_is_shadowed(n):
+    rows = np.random.default_rng(0).normal(size=(2, n)).astype(np.float32)
+
+    def fun(x):
+        return lax.psum(x, "i"), lax.axis_index("i"), lax.all_gather(x, "i")
+
+    expected = jax.vmap(jax.vmap(fun, axis_name="i"), axis_name="i")(rows)
+    inner = pmap(fun, axis_name="i")
+    for nested in (jax.vmap(inner, axis_name="i"), jax.vmap(jax.jit(inner), axis_name="i"), pmap(inner, axis_name="i")):
+        for ours, theirs in zip(nested(rows), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 def triple(x):

@@ -81,3 +81,14 @@ def test_derivative_rules_that_communicate(pair):
 
     scaled.defvjp(lambda x, w: (x * w, (x, w)), lambda r, ct: (ct * r[1], lax.psum(ct * r[0], AXIS)))
     check(lambda x, w: scaled(x, w), rows(n), rows(1)[0], in_axes=(0, None), reference=jax.pmap, **options)
+
+
+@pytest.mark.parametrize("pair", [(5, 3), (8, 8), (7, 1)], ids="{0[0]}on{0[1]}".format)
+def test_a_distributed_solver(pair):
+    """The operator of a linear solve communicates."""
+    n, d = pair
+
+    def solve(b):
+        return jax.scipy.sparse.linalg.cg(lambda v: 2 * v + lax.pmean(v, AXIS), b, maxiter=5)[0]
+
+    check(solve, rows(n), axis_name=AXIS, devices=jax.devices()[:d], rtol=1e-4)

@@ -154,7 +154,7 @@ class Dispatcher:
             _refuse_non_arrays(fun, dynamic, kwargs, leaves)
             raise
         values = tuple((i, type(value), value) for i, value in static.items())
-        key = (tree, types, values, _jax.trace_context(), _jax.eager())
+        key = (tree, types, values, _jax.trace_context(), _jax.eager(), tracing_replica())
         try:
             program = self._programs.get(key)
         except TypeError:

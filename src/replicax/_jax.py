@@ -206,6 +206,22 @@ def retrace(fun: Callable[..., Sequence[Any]], like: Jaxpr) -> Jaxpr:
     return _Closed(jaxpr, consts) if _Closed is not _Open else jaxpr.with_consts(consts)
 
 
+def operands(eqn: Equation, args: Sequence[Any]) -> list[Any]:
+    """The operands of an equation as arrays: a jaxpr may hand one over as a scalar of Python's."""
+    return [_as_array(x, atom.aval) for x, atom in zip(args, eqn.invars, strict=True)]
+
+
+def _as_array(x: Any, aval: Any) -> Any:
+    if isinstance(x, jax.Array | np.ndarray):
+        return x
+    return lax_internal._convert_element_type(x, aval.dtype, weak_type=aval.weak_type)
+
+
+def equation_name(eqn: Equation) -> str:
+    """What the equation is called: by its primitive, or by what JAX 0.12 wraps in its one general primitive."""
+    return type(eqn.params["_prim"]).__name__ if "_prim" in eqn.params else str(eqn.primitive.name)
+
+
 def _as_type(x: Any, aval: Any) -> Any:
     if getattr(core.typeof(x), "weak_type", False) == getattr(aval, "weak_type", False):
         return x
@@ -248,7 +264,8 @@ def bind_again(
         if is_jaxpr(value):
             return rewrite_jaxpr(value)
         if isinstance(value, tuple | list) and any(is_jaxpr(item) for item in value):
-            return type(value)(rewritten(item) for item in value)
+            items = [rewritten(item) for item in value]
+            return value._make(items) if hasattr(value, "_make") else type(value)(items)
         return value
 
     params = eqn.primitive.get_bind_params({key: rewritten(value) for key, value in eqn.params.items()})

@@ -81,7 +81,9 @@ class Layout:
 
     def spec(self, axis: int | None) -> PartitionSpec:
         """How an array mapped along ``axis`` (None: broadcast) is split."""
-        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, mesh_axis_name(self.axis.name))
+        if axis is None or self.mesh is None:
+            return PartitionSpec()
+        return PartitionSpec(*[None] * axis, self.mesh.axis_names[0])
 
     def sharding(self, axis: int | None) -> NamedSharding:
         """Where a padded array mapped along ``axis`` lies: lanes in order, L on each device."""
@@ -105,8 +107,8 @@ class Layout:
 
 
 def mesh_axis_name(name: Hashable) -> str:
-    """What the mesh calls the axis: the user's own name where it is a string, as a sharding's are."""
-    return name if isinstance(name, str) and name else "replicas"
+    """What the mesh calls the axis: the user's own name where it is one word, since XLA has to read it, too."""
+    return name if isinstance(name, str) and name.isidentifier() else "replicas"
 
 
 def layout(name: Hashable, size: int, devices: Sequence[Any], *, spread: bool = False) -> Layout:
@@ -114,25 +116,27 @@ def layout(name: Hashable, size: int, devices: Sequence[Any], *, spread: bool = 
 
     Each device runs L = ceil(N / D) lanes, on the smallest number of devices, D' = ceil(N / L), that this takes.
     With ``spread`` all D devices take part, however many of them only pad: under an outer trace a program has one
-    set of devices, and there maps of different sizes have to meet.
+    set of devices, and there maps of different sizes have to meet. There, too, the mesh axis does not bear the
+    user's name, which an enclosing ``vmap`` may have as well, and would take for its own.
     """
     lanes = -(-size // len(devices))
     used = len(devices) if spread else -(-size // lanes)
-    mesh = Mesh(np.asarray(devices[:used], dtype=object), (mesh_axis_name(name),))
-    return Layout(_axis(name, size, used, lanes), mesh)
+    mesh_axis = f"{mesh_axis_name(name)}_devices" if spread else mesh_axis_name(name)
+    mesh = Mesh(np.asarray(devices[:used], dtype=object), (mesh_axis,))
+    return Layout(_axis(name, size, used, lanes, mesh_axis), mesh)
 
 
 def lanes_only(name: Hashable, size: int) -> Layout:
     """The layout of ``size`` replicas inside one replica of an enclosing map: all of them lanes."""
-    return Layout(_axis(name, size, 1, size), None)
+    return Layout(_axis(name, size, 1, size, None), None)
 
 
-def _axis(name: Hashable, size: int, devices: int, lanes: int) -> LogicalAxis:
+def _axis(name: Hashable, size: int, devices: int, lanes: int, mesh_axis: str | None) -> LogicalAxis:
     return LogicalAxis(
         name=name,
         size=size,
         devices=devices,
         lanes=lanes,
-        device_axis=mesh_axis_name(name) if devices > 1 else None,
+        device_axis=mesh_axis if devices > 1 else None,
         lane_axis=LaneAxis(name) if lanes > 1 else None,
     )

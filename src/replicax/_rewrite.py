@@ -88,8 +88,8 @@ class Rewriter:
         if names:
             known = REGISTRY.get(eqn.primitive.name)
             if known is None:
-                raise UnsupportedCollectiveError(_unsupported(eqn.primitive.name, names))
-            return [known.rule(self.logical, *args, **eqn.params)]
+                raise UnsupportedCollectiveError(_unsupported(_jax.equation_name(eqn), names))
+            return [known.rule(self.logical, *_jax.operands(eqn, args), **eqn.params)]
         if self._padded and _jax.has_side_effect(eqn):
             return self._guarded(eqn, args)
         return _jax.bind(eqn, args)
