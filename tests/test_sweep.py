@@ -23,6 +23,8 @@ DEVICES = (1, 2, 3, 5, 8)
 PAIRS = [(n, d) for n in REPLICAS for d in DEVICES]
 FULL = os.environ.get("REPLICAX_SWEEP") == "full"
 
+SMALL = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+
 every_pair = pytest.mark.parametrize(
     ("n", "d"), [pytest.param(n, d, marks=pytest.mark.xdist_group(f"n{n}"), id=f"{n}on{d}") for n, d in PAIRS]
 )
@@ -57,7 +59,10 @@ def derivatives_of_vmap(n, controls):
 def test_values_equal_vmap(n, d):
     controls = rotation(CONTROL, n, d)
     ours = pmap(program(controls, dtypes(n, d)), AXIS, devices=jax.devices()[:d])
-    compare(str, ours(rows(n)), values_of_vmap(n, controls, dtypes(n, d)))
+    out, expected = ours(rows(n)), values_of_vmap(n, controls, dtypes(n, d))
+    for small in (False, True):  # in small types each round of a loop rounds anew, in the order of its own sums
+        cells = [cell for cell in out if (cell[2] in SMALL) == small]
+        compare(str, {c: out[c] for c in cells}, {c: expected[c] for c in cells}, 0.1 if small else None)
 
 
 @every_pair
