@@ -165,7 +165,7 @@ class _Interpreter:
 def _select(chosen: jax.Array, cases: Sequence[jax.Array]) -> jax.Array:
     out = cases[0]
     for k, case in enumerate(cases[1:], 1):
-        out = jnp.where((chosen == k).reshape(-1, *[1] * (out.ndim - 1)), case, out)
+        out = jnp.where((chosen == k).reshape(*chosen.shape, *[1] * (out.ndim - chosen.ndim)), case, out)
     return out
 
 
