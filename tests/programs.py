@@ -3,8 +3,6 @@
 Every entry is a function of one array ``x`` of shape (3,), over the mapped axis ``"i"``.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -195,4 +193,4 @@ def _cast(x, dtype):
     return x.astype(dtype)
 
 
-__all__ = ["AXIS", "COLLECTIVES", "CONTROL", "DIFFERENTIABLE", "DTYPES", "custom_rules", "partial", "program"]
+__all__ = ["AXIS", "COLLECTIVES", "CONTROL", "DIFFERENTIABLE", "DTYPES", "custom_rules", "program"]

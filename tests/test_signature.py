@@ -196,6 +196,13 @@ def test_an_enclosing_axis_of_the_same_name_is_shadowed(n):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+def test_maps_of_different_sizes_meet_under_jit():
+    def both(a, b):
+        return pmap(lambda x: 2 * x)(a)[:3] + pmap(lambda x: 3 * x)(b)
+
+    np.testing.assert_array_equal(jax.jit(both)(np.arange(12.0), np.arange(3.0)), 5 * np.arange(3))
+
+
 def triple(x):
     return 3 * x
 

@@ -160,9 +160,11 @@ def extremum(
     names = physical(ours) + foreign
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         # XLA's CPU backend reduces complex numbers between devices by sums alone.
-        for name in [name for name in names if not isinstance(name, LaneAxis)]:
-            x = positional_extremum(lax.all_gather(x, name), axis=0)
-        names = tuple(name for name in names if isinstance(name, LaneAxis))
+        lanes = tuple(name for name in names if isinstance(name, LaneAxis))
+        x = named(x, lanes) if lanes else x
+        for name in names:
+            x = x if name in lanes else positional_extremum(lax.all_gather(x, name), axis=0)
+        return x
     return named(x, names) if names else x
 
 
