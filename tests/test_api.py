@@ -9,7 +9,7 @@ import replicax.testing
 SOURCE = pathlib.Path(replicax.__file__).parent
 
 PUBLIC = {
-    "AxisSpecError", "AxisSpecTypeError", "DeletedArrayError", "DevicesError", "DivergentOutputError",
+    "AxisSpecError", "AxisSpecTypeError", "CollectiveArgumentError", "DeletedArrayError", "DevicesError", "DivergentOutputError",
     "MappedFunction", "MappedSizeError", "NestedMapError", "OptionTypeError",
     "MismatchError", "NotAFunctionError", "NotAnArrayError", "ReplicaxError", "SimulationError",
     "StaticArgumentError", "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError", "local_replicas",
@@ -19,7 +19,7 @@ PUBLIC = {
 #: From the top down: a module imports only from layers below its own, or nothing of its own layer but in order.
 LAYERS = [
     "testing._check", "testing._lockstep", "_report", "_replicas", "_devices", "_pmap", "_dispatch", "_lowering",
-    "_rewrite", "_varying", "_collectives", "_axes", "_layout", "_jax", "_errors",
+    "_rewrite", "_varying", "_collectives", "_blocks", "_exchange", "_axes", "_layout", "_jax", "_errors",
 ]  # fmt: skip
 
 

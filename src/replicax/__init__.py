@@ -4,6 +4,7 @@ from replicax import testing as testing
 from replicax._devices import simulate_devices as simulate_devices
 from replicax._errors import AxisSpecError as AxisSpecError
 from replicax._errors import AxisSpecTypeError as AxisSpecTypeError
+from replicax._errors import CollectiveArgumentError as CollectiveArgumentError
 from replicax._errors import DeletedArrayError as DeletedArrayError
 from replicax._errors import DevicesError as DevicesError
 from replicax._errors import DivergentOutputError as DivergentOutputError

@@ -12,19 +12,56 @@ To add a collective, write one function with the parameters of its primitive und
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from enum import Enum, auto
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from replicax._errors import UnsupportedCollectiveError
+from replicax._blocks import (
+    block,
+    exchanged,
+    fetch,
+    gather,
+    lane_position,
+    on_device,
+    only_axis,
+    own_lane,
+    replica_index,
+    size_of,
+    take,
+    with_zero,
+)
+from replicax._errors import CollectiveArgumentError
+from replicax._exchange import (
+    NOTHING,
+    DeviceGroups,
+    Groups,
+    device_groups,
+    exchange,
+    groups,
+    replica_at,
+    segments,
+)
 from replicax._layout import LaneAxis, LogicalAxes, LogicalAxis
 
 Names = Sequence[Hashable]
+
+
+class Result(Enum):
+    """What a collective's result is to the replicas along its axis."""
+
+    EQUAL = auto()  #: the same for all
+    OWN = auto()  #: each replica's own
+    AS_GIVEN = auto()  #: the same for all if the operand is
+
+
+ResultOf = Callable[[Mapping[str, Any], LogicalAxes], Result]
 
 
 @dataclass(frozen=True)
@@ -33,11 +70,11 @@ class Collective:
 
     Attributes:
         rule: ``rule(logical, *operands, **parameters)``.
-        uniform: Whether all replicas along the axis get the same result.
+        result: What the result is to the replicas, from the primitive's parameters and the logical axes.
     """
 
     rule: Callable[..., Any]
-    uniform: bool
+    result: ResultOf
 
 
 #: The collectives that replicax has, by the name of JAX's primitive.
@@ -46,34 +83,53 @@ REGISTRY: dict[str, Collective] = {}
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
-def collective(*primitives: str, uniform: bool) -> Callable[[Rule], Rule]:
+def collective(*primitives: str, result: ResultOf) -> Callable[[Rule], Rule]:
     """Registers a rule for the primitives of these names."""
 
     def register(rule: Rule) -> Rule:
-        REGISTRY.update(dict.fromkeys(primitives, Collective(rule, uniform)))
+        REGISTRY.update(dict.fromkeys(primitives, Collective(rule, result)))
         return rule
 
     return register
 
 
-def refuse_groups(primitive: str, axis_index_groups: object) -> None:
-    """Refuses ``axis_index_groups``, which no rule takes yet."""
-    if axis_index_groups is not None:
-        raise UnsupportedCollectiveError(
-            f"{primitive} with axis_index_groups={axis_index_groups} over a mapped axis: replicax has no rule for "
-            f"groups yet. Call {primitive} without axis_index_groups, or mask the replicas outside the group."
-        )
+def equal(params: Mapping[str, Any], logical: LogicalAxes) -> Result:
+    """All replicas have the same result, and with groups each group its own."""
+    del logical
+    return Result.EQUAL if params.get("axis_index_groups") is None else Result.OWN
+
+
+def own(params: Mapping[str, Any], logical: LogicalAxes) -> Result:
+    """Every replica has a result of its own."""
+    del params, logical
+    return Result.OWN
+
+
+def moves_data(rule: Rule) -> Rule:
+    """A rule that only moves data moves the data of random keys, too."""
+
+    @functools.wraps(rule)
+    def on_data(logical: LogicalAxes, x: Any, **params: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return rule(logical, x, **params)
+        data = rule(logical, jax.random.key_data(x), **params)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+
+    return on_data  # type: ignore[return-value]
+
+
+def as_names(axis_name: Names | Hashable) -> Names:
+    """The names of a collective that takes one or several."""
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+
+
+def direct(axis: LogicalAxis | None) -> Hashable | None:
+    """The mesh axis on which JAX's own collective is right as it is: one replica a device, and no padding."""
+    return axis.device_axis if axis is not None and axis.lanes == 1 and not axis.padding else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Which replica
-
-
-def lane_position(axis: LogicalAxis) -> jax.Array:
-    """Device index · L + lane: the replica's index, were padding lanes replicas."""
-    device = lax.axis_index(axis.device_axis) if axis.device_axis is not None else jnp.int32(0)
-    lane = lax.axis_index(axis.lane_axis) if axis.lane_axis is not None else jnp.int32(0)
-    return device * axis.lanes + lane
 
 
 def is_replica(axis: LogicalAxis) -> jax.Array:
@@ -81,21 +137,36 @@ def is_replica(axis: LogicalAxis) -> jax.Array:
     return lane_position(axis) < axis.size
 
 
-def replica_index(axis: LogicalAxis) -> jax.Array:
-    """The replica's index; in a padding lane that of the replica it copies."""
-    position = lane_position(axis)
-    return jnp.minimum(position, axis.size - 1) if axis.padding else position
-
-
-@collective("axis_index", uniform=False)
-def axis_index(logical: LogicalAxes, *, axis_name: Hashable) -> jax.Array:
+@collective("axis_index", result=own)
+def axis_index(logical: LogicalAxes, *, axis_name: Names | Hashable) -> jax.Array:
     """The replica's index along one axis, or along several as one, the last varying fastest."""
-    index = jnp.int32(0)
-    for name in axis_name if isinstance(axis_name, tuple) else (axis_name,):
-        axis = logical.get(name)
-        size, own = (axis.size, replica_index(axis)) if axis else (lax.axis_size(name), lax.axis_index(name))
-        index = index * size + own
-    return index
+    return replica_index(logical, as_names(axis_name))
+
+
+def groups_of(primitive: str, axis_index_groups: Any, size: int, *, of_one_size: bool) -> Groups | None:
+    """The groups as tables; None where all replicas are one group.
+
+    Raises:
+        CollectiveArgumentError: the groups do not cover all replicas once, or differ in size where they must not.
+    """
+    if axis_index_groups is None:
+        return None
+    if sorted(i for group in axis_index_groups for i in group) != list(range(size)):
+        raise CollectiveArgumentError(
+            f"{primitive}: axis_index_groups={_shown(axis_index_groups)} must hold each of the {size} replicas' "
+            f"indices, 0 to {size - 1}, exactly once."
+        )
+    if of_one_size and len(set(map(len, axis_index_groups))) > 1:
+        raise CollectiveArgumentError(
+            f"{primitive}: the groups of axis_index_groups={_shown(axis_index_groups)} must be of one size, because "
+            f"the result's shape depends on it. psum, pmax and pmin take groups of different sizes."
+        )
+    return groups(axis_index_groups, size)
+
+
+def _shown(argument: Any) -> str:
+    text = str([list(map(int, item)) for item in argument])
+    return text if len(text) < 200 else f"{text[:197]}..."
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -127,60 +198,180 @@ def where_replica(axes: Sequence[LogicalAxis], x: Any) -> Any:
     return x
 
 
-@collective("psum", "psum_invariant", uniform=True)
+@collective("psum", "psum_invariant", "psum_start", result=equal)
 def psum(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
     """The sum over the replicas; padding lanes add nothing."""
-    refuse_groups("psum", axis_index_groups)
+    if axis_index_groups is not None:
+        return reduce_groups(logical, x, axes, axis_index_groups, SUM)
     ours, positional, foreign = split_axes(logical, axes)
-    x = jnp.sum(x, positional, dtype=x.dtype) if positional else x
+    x = SUM.local(x, positional) if positional else x
     names = physical(ours) + foreign
     return lax.psum(where_replica(ours, x), names) if names else x
 
 
-@collective("pmax", uniform=True)
+@collective("pmax", result=equal)
 def pmax(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
     """The maximum over the replicas; a copy of a replica does not change it."""
-    refuse_groups("pmax", axis_index_groups)
-    return extremum(logical, x, axes, lax.pmax, jnp.max)
+    return extremum(logical, x, axes, axis_index_groups, MAX)
 
 
-@collective("pmin", uniform=True)
+@collective("pmin", result=equal)
 def pmin(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
     """The minimum over the replicas; a copy of a replica does not change it."""
-    refuse_groups("pmin", axis_index_groups)
-    return extremum(logical, x, axes, lax.pmin, jnp.min)
+    return extremum(logical, x, axes, axis_index_groups, MIN)
 
 
-def extremum(
-    logical: LogicalAxes, x: Any, axes: Names, named: Callable[..., Any], positional_extremum: Callable[..., Any]
-) -> Any:
+@dataclass(frozen=True)
+class Reduction:
+    """A reduction, over named axes and over dimensions of an array.
+
+    Attributes:
+        name: JAX's name of it.
+        named: Over named axes.
+        local: Over dimensions.
+    """
+
+    name: str
+    named: Callable[..., Any]
+    local: Callable[..., Any]
+
+
+SUM = Reduction("psum", lax.psum, lambda x, axis: jnp.sum(x, axis, dtype=x.dtype))
+MAX = Reduction("pmax", lax.pmax, jnp.max)
+MIN = Reduction("pmin", lax.pmin, jnp.min)
+
+
+def extremum(logical: LogicalAxes, x: Any, axes: Names, axis_index_groups: Any, which: Reduction) -> Any:
     """A maximum or minimum over the replicas."""
+    if axis_index_groups is not None:
+        return reduce_groups(logical, x, axes, axis_index_groups, which)
     ours, positional, foreign = split_axes(logical, axes)
-    x = positional_extremum(x, positional) if positional else x
+    x = which.local(x, positional) if positional else x
     names = physical(ours) + foreign
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         # XLA's CPU backend reduces complex numbers between devices by sums alone.
         lanes = tuple(name for name in names if isinstance(name, LaneAxis))
-        x = named(x, lanes) if lanes else x
+        x = which.named(x, lanes) if lanes else x
         for name in names:
-            x = x if name in lanes else positional_extremum(lax.all_gather(x, name), axis=0)
+            x = x if name in lanes else which.local(lax.all_gather(x, name), axis=0)
         return x
-    return named(x, names) if names else x
+    return which.named(x, names) if names else x
+
+
+def reduce_groups(logical: LogicalAxes, x: Any, names: Names, axis_index_groups: Any, which: Reduction) -> Any:
+    """A reduction over groups of replicas, of any sizes: over the lanes that a device has of a group, then over the
+    devices that share it, each sending one lane's bytes for a group.
+    """
+    split = groups_of(which.name, axis_index_groups, size_of(logical, names), of_one_size=False)
+    assert split is not None
+    axis = only_axis(logical, names)
+    if axis is None or (which is not SUM and jnp.issubdtype(x.dtype, jnp.complexfloating)):
+        members = split.padded_members()
+        members = members if which is SUM else np.where(members == NOTHING, members[:, :1], members)
+        return which.local(fetch(logical, names, x[None], members), axis=0)
+    if (name := direct(axis)) is not None:
+        return which.named(x, name, axis_index_groups=split.groups)
+    plan = segments(axis, split)
+    partial = over_segments(axis, block(axis, x), plan.lanes, plan.count, which)
+    reduced, at = [], 0
+    for start, stop, shared in plan.shared:
+        reduced.append(which.named(partial[start:stop], axis.device_axis, axis_index_groups=shared))
+        at = stop
+    known = jnp.concatenate([*reduced, partial[at:]]) if at < plan.count or len(reduced) > 1 else reduced[0]
+    return own_lane(axis, take(known, on_device(axis, plan.own)))
+
+
+def over_segments(axis: LogicalAxis, lanes: Any, table: Any, count: int, which: Reduction) -> Any:
+    """``(count, ...)``: a reduction over each segment of a device's lanes.
+
+    Args:
+        axis: The mapped axis.
+        lanes: ``(lanes, ...)``.
+        table: ``(devices, count · widest)``: the lanes of each segment, filled up with the number of lanes.
+        count: The number of segments.
+        which: The reduction.
+    """
+    fill = table == axis.lanes
+    if which is SUM:
+        lanes = with_zero(lanes) if fill.any() else lanes
+    else:  # the same lane once more, and any lane where a device has no part in a segment
+        by_segment = table.reshape(-1, table.shape[1] // count)
+        first = np.minimum(by_segment[:, :1], axis.lanes - 1)
+        table = np.where(by_segment == axis.lanes, first, by_segment).reshape(table.shape)
+    taken = take(lanes, on_device(axis, table))
+    taken = taken.reshape(count, table.shape[1] // count, *taken.shape[1:])
+    return taken[:, 0] if taken.shape[1] == 1 else which.local(taken, axis=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Permutations and broadcasts
+
+
+def result_of_permutation(params: Mapping[str, Any], logical: LogicalAxes) -> Result:
+    """Replicas that receive nothing get zeros; where all receive, they have the same if they had the same."""
+    axis = only_axis(logical, as_names(params["axis_name"]))
+    return Result.AS_GIVEN if axis is not None and len(params["perm"]) == axis.size else Result.OWN
+
+
+@collective("ppermute", "ppermute_start", result=result_of_permutation)
+@moves_data
+def ppermute(logical: LogicalAxes, x: Any, *, axis_name: Names | Hashable, perm: Sequence[tuple[int, int]]) -> Any:
+    """Another replica's operand, or zeros; only what changes device travels."""
+    names = as_names(axis_name)
+    sources = permutation(perm, size_of(logical, names))
+    if (name := direct(only_axis(logical, names))) is not None:
+        moved = [(int(source), r) for r, source in enumerate(sources) if source != NOTHING]
+        return lax.ppermute(x, name, moved)
+    return fetch(logical, names, x[None], sources[:, None])[0]
+
+
+def permutation(perm: Sequence[tuple[int, int]], size: int) -> Any:
+    """``(replicas,)``: from which replica each receives, or :data:`NOTHING`.
+
+    As in JAX, a negative index counts from the end.
+
+    Raises:
+        CollectiveArgumentError: an index is out of range, or sends or receives twice.
+    """
+    out_of_range = [pair for pair in perm if not all(-size <= i < size for i in pair)]
+    sends, receives = ([i % size for i in side] for side in (zip(*perm, strict=True) if perm else ((), ())))
+    if out_of_range or len(set(sends)) < len(perm) or len(set(receives)) < len(perm):
+        raise CollectiveArgumentError(
+            f"ppermute: perm={_shown(perm)} must hold pairs (source, destination) of replica indices from 0 to "
+            f"{size - 1}, with no source and no destination twice. "
+            + (f"Out of range: {_shown(out_of_range)}." if out_of_range else "To send to several, use all_gather.")
+        )
+    sources = np.full(size, NOTHING)
+    sources[receives] = sends
+    return sources
+
+
+@collective("pbroadcast", result=equal)
+@moves_data
+def pbroadcast(logical: LogicalAxes, x: Any, *, axis_name: Names | Hashable, source: int) -> Any:
+    """One replica's operand, for all: a sum in which the others are zero, as JAX defines it."""
+    names = as_names(axis_name)
+    size = size_of(logical, names)
+    if not 0 <= source < size:
+        raise CollectiveArgumentError(f"pbroadcast: source={source} must be a replica's index, from 0 to {size - 1}.")
+    axis = only_axis(logical, names)
+    if axis is None:
+        return gather(logical, names, x)[source]
+    device, lane = divmod(source, axis.lanes)
+    x = block(axis, x)[lane]
+    if axis.device_axis is None:
+        return x
+    here = lax.axis_index(axis.device_axis) == device
+    sent = lax.select(jnp.broadcast_to(here, x.shape), x, jnp.zeros_like(x))
+    return lax.psum(sent, axis.device_axis).astype(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Gathers and scatters
 
 
-def gather(axis: LogicalAxis, x: Any) -> Any:
-    """Every replica's ``x``, stacked along a new first dimension of length N."""
-    shape = x.shape
-    for name, _ in axis.physical:
-        x = lax.all_gather(x, name)
-    return x.reshape(axis.devices * axis.lanes, *shape)[: axis.size]
-
-
-@collective("all_gather", "all_gather_invariant", uniform=True)
+@collective("all_gather", "all_gather_invariant", "all_gather_start", result=equal)
+@moves_data
 def all_gather(
     logical: LogicalAxes,
     x: Any,
@@ -191,41 +382,36 @@ def all_gather(
     tiled: bool,
     axis_index_groups: Any = None,
 ) -> Any:
-    """Every replica's operand along a new dimension, or (tiled) along an old one; padding is cut off."""
-    refuse_groups("all_gather", axis_index_groups)
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # JAX lowers no gather of keys but along a new first dimension
-        rule = partial(all_gather, logical, axis_name=axis_name, axis_size=axis_size, tiled=tiled)
-        data = rule(jax.random.key_data(x), all_gather_dimension=all_gather_dimension)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    axis = logical.get(names[0])
-    if len(names) == 1 and axis is not None and axis.lanes == 1 and axis.device_axis is not None and not axis.padding:
-        return lax.all_gather(x, axis.device_axis, axis=all_gather_dimension, tiled=tiled)
-    shape = x.shape
-    for name in reversed(names):
-        x = gather(logical[name], x) if name in logical else lax.all_gather(x, name)
-    x = jnp.moveaxis(x.reshape(axis_size, *shape), 0, all_gather_dimension)
-    if not tiled:
-        return x
-    before, own, after = shape[:all_gather_dimension], shape[all_gather_dimension], shape[all_gather_dimension + 1 :]
-    return x.reshape(*before, axis_size * own, *after)
+    """The group's operands along a new dimension, or (tiled) along an old one; padding is cut off."""
+    names = as_names(axis_name)
+    split = groups_of("all_gather", axis_index_groups, size_of(logical, names), of_one_size=True)
+    axis = only_axis(logical, names)
+    if (name := direct(axis)) is not None:
+        together = split and split.groups
+        return lax.all_gather(x, name, axis=all_gather_dimension, tiled=tiled, axis_index_groups=together)
+    if split is None:
+        gathered = gather(logical, names, x)
+    elif axis is not None and axis.device_axis is not None and (whole := device_groups(axis, split)) is not None:
+        gathered = lax.all_gather(block(axis, x), axis.device_axis, axis_index_groups=whole)
+        gathered = gathered.reshape(axis_size, *x.shape)
+    else:
+        gathered = fetch(logical, names, x[None], split.members)
+    return joined(gathered, all_gather_dimension) if tiled else jnp.moveaxis(gathered, 0, all_gather_dimension)
 
 
-def scatter_sum(axis: LogicalAxis, x: Any) -> Any:
-    """Of the sum over the replicas of ``x``, whose first dimension has length N, this replica's element."""
-    x = where_replica([axis], x)
-    if axis.padding:  # A padding lane gets what the replica gets that it copies.
-        x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (axis.padding, *x.shape[1:]))])
-    x = x.reshape(axis.devices, axis.lanes, *x.shape[1:])
-    if axis.lane_axis is not None:
-        x = lax.psum(x, axis.lane_axis)
-    x = x[0] if axis.device_axis is None else lax.psum_scatter(x, axis.device_axis)
-    if axis.lane_axis is None:
-        return x[0]
-    return lax.dynamic_index_in_dim(x, lax.axis_index(axis.lane_axis), keepdims=False)
+def joined(x: Any, dimension: int) -> Any:
+    """``x`` with its first dimension laid out along another of the rest."""
+    x = jnp.moveaxis(x, 0, dimension)
+    return x.reshape(*x.shape[:dimension], x.shape[dimension] * x.shape[dimension + 1], *x.shape[dimension + 2 :])
 
 
-@collective("reduce_scatter", uniform=False)
+def chunks(x: Any, dimension: int, count: int) -> Any:
+    """``x`` cut along a dimension into so many pieces, which are a new first dimension."""
+    x = x.reshape(*x.shape[:dimension], count, x.shape[dimension] // count, *x.shape[dimension + 1 :])
+    return jnp.moveaxis(x, dimension, 0)
+
+
+@collective("reduce_scatter", "reduce_scatter_start", result=own)
 def psum_scatter(
     logical: LogicalAxes,
     x: Any,
@@ -236,18 +422,181 @@ def psum_scatter(
     tiled: bool,
     axis_index_groups: Any = None,
 ) -> Any:
-    """Of the sum over the replicas, this replica's slice along a dimension: the transpose of ``all_gather``."""
-    refuse_groups("psum_scatter", axis_index_groups)
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if tiled:
-        before, own, after = x.shape[:scatter_dimension], x.shape[scatter_dimension], x.shape[scatter_dimension + 1 :]
-        x = x.reshape(*before, axis_size, own // axis_size, *after)
-    x = jnp.moveaxis(x, scatter_dimension, 0)
-    sizes = [logical[name].size if name in logical else lax.axis_size(name) for name in names]
+    """Of the sum over the group, this replica's slice along a dimension: the transpose of ``all_gather``."""
+    names, scatter_dimension = as_names(axis_name), scatter_dimension % x.ndim
+    split = groups_of("psum_scatter", axis_index_groups, size_of(logical, names), of_one_size=True)
+    axis = only_axis(logical, names)
+    if (name := direct(axis)) is not None:
+        together = split and split.groups
+        return lax.psum_scatter(x, name, scatter_dimension=scatter_dimension, tiled=tiled, axis_index_groups=together)
+    x = chunks(x, scatter_dimension, axis_size) if tiled else jnp.moveaxis(x, scatter_dimension, 0)
+    if axis is not None:
+        whole = device_groups(axis, split) if split else None
+        if split is None or whole is not None:
+            return scatter_sum(axis, x, whole)
+        return scatter_sum_over_segments(axis, x, split)
+    if split is None:
+        return scatter_sum_over(logical, names, x)
+    items = split.members * axis_size + split.rank[:, None]
+    return SUM.local(fetch(logical, names, x, items), 0)
+
+
+def scatter_sum(axis: LogicalAxis, x: Any, whole: DeviceGroups | None) -> Any:
+    """Of the sum over the replicas of ``x``, whose first dimension is theirs, this replica's element.
+
+    The replicas are all, or those of the device's group of whole devices.
+    """
+    x = where_replica([axis], x)
+    if axis.lane_axis is not None:
+        x = lax.psum(x, axis.lane_axis)
+    if axis.padding:  # A padding lane gets what the replica gets that it copies.
+        x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (axis.padding, *x.shape[1:]))])
+    x = x.reshape(x.shape[0] // axis.lanes, axis.lanes, *x.shape[1:])
+    if axis.device_axis is None:
+        return own_lane(axis, x[0])
+    return own_lane(axis, lax.psum_scatter(x, axis.device_axis, axis_index_groups=whole))
+
+
+def scatter_sum_over(logical: LogicalAxes, names: Names, x: Any) -> Any:
+    """The same along several axes as one."""
+    sizes = [size_of(logical, [name]) for name in names]
     x = x.reshape(*sizes, *x.shape[1:])
     for name in names:
-        x = scatter_sum(logical[name], x) if name in logical else lax.psum_scatter(x, name)
+        x = scatter_sum(logical[name], x, None) if name in logical else lax.psum_scatter(x, name)
     return x
+
+
+def scatter_sum_over_segments(axis: LogicalAxis, x: Any, split: Groups) -> Any:
+    """The same for groups that share devices: a device sends one sum for each replica of its lanes' groups."""
+    plan, size = segments(axis, split), x.shape[0]
+    sums = over_segments(axis, block(axis, x), plan.lanes, plan.count, SUM)  # (segments, group, ...)
+    items = sums.reshape(plan.count * size, *sums.shape[2:])
+    contributing = np.flatnonzero(np.arange(axis.devices) * axis.lanes < axis.size)
+    widest = int((plan.of[contributing] != NOTHING).sum(0).max())
+    wants = np.full((axis.devices * axis.lanes, widest), NOTHING)
+    for position, replica in enumerate(replica_at(axis)):
+        group = split.of[replica]
+        sources = contributing[plan.of[contributing, group] != NOTHING]
+        wants[position, : len(sources)] = (sources * plan.count + plan.of[sources, group]) * size + split.rank[replica]
+    found = exchanged(axis, items, exchange(wants.reshape(axis.devices, -1), plan.count * size))
+    return own_lane(axis, SUM.local(found.reshape(axis.lanes, widest, *items.shape[1:]), 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All to all
+
+
+@collective("all_to_all", "all_to_all_start", result=own)
+@moves_data
+def all_to_all(
+    logical: LogicalAxes,
+    x: Any,
+    *,
+    axis_name: Names | Hashable,
+    split_axis: int,
+    concat_axis: int,
+    axis_index_groups: Any,
+    tiled: bool,
+) -> Any:
+    """The group's pieces for this replica, cut along one dimension and laid out along another.
+
+    JAX's primitive is always tiled; where the user's call is not, JAX adds and removes the dimensions around it.
+    """
+    del tiled
+    names, split_axis, concat_axis = as_names(axis_name), split_axis % x.ndim, concat_axis % x.ndim
+    size = size_of(logical, names)
+    split = groups_of("all_to_all", axis_index_groups, size, of_one_size=True)
+    axis = only_axis(logical, names)
+    if (name := direct(axis)) is not None:
+        together = split and split.groups
+        return lax.all_to_all(x, name, split_axis, concat_axis, axis_index_groups=together, tiled=True)
+    size = size if split is None else len(split.groups[0])
+    return joined(pieces(logical, names, chunks(x, split_axis, size), split), concat_axis)
+
+
+def pieces(logical: LogicalAxes, names: Names, x: Any, split: Groups | None) -> Any:
+    """``(group, ...)``: what each member has for this replica.
+
+    Args:
+        logical: The mapped axes.
+        names: The axes of the collective.
+        x: ``(group, ...)``: what this replica has for each member.
+        split: The groups, or None for one.
+    """
+    axis = only_axis(logical, names)
+    if axis is not None and split is None:
+        return pieces_between_devices(axis, x)
+    split = split or groups([range(x.shape[0])], x.shape[0])
+    return fetch(logical, names, x, split.members * x.shape[0] + split.rank[:, None])
+
+
+def pieces_between_devices(axis: LogicalAxis, x: Any) -> Any:
+    """The same along one mapped axis, without groups: one exchange of lanes' pieces between all devices.
+
+    Groups of whole devices could have it too, did JAX not refuse ``all_to_all`` with groups under any ``vmap``.
+    """
+    size, rest = x.shape[0], x.shape[1:]
+    if axis.padding:  # A padding lane gets what the replica gets that it copies.
+        x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (axis.padding, *rest))])
+    x = block(axis, x).reshape(axis.lanes, axis.devices, axis.lanes, *rest)  # from lanes, to devices, to lanes
+    if axis.device_axis is not None:
+        x = lax.all_to_all(x, axis.device_axis, 1, 1, tiled=True)
+    x = jnp.moveaxis(x, 2, 0).swapaxes(1, 2)  # to lanes, from devices, from lanes
+    return own_lane(axis, x.reshape(axis.lanes, axis.devices * axis.lanes, *rest)[:, :size])
+
+
+@collective("ragged_all_to_all", result=own)
+def ragged_all_to_all(
+    logical: LogicalAxes,
+    operand: Any,
+    output: Any,
+    input_offsets: Any,
+    send_sizes: Any,
+    output_offsets: Any,
+    recv_sizes: Any,
+    *,
+    axis_name: Names | Hashable,
+    axis_index_groups: Any,
+) -> Any:
+    """``output`` with the rows that the group sends this replica.
+
+    How many rows go where is known only when the program runs, so that every replica's whole operand goes to each
+    device of its group, and each replica picks its rows. A later slice covers an earlier one, as in JAX's definition.
+    """
+    del recv_sizes  # what the senders call send_sizes
+    names = as_names(axis_name)
+    size = size_of(logical, names)
+    split = groups_of("ragged_all_to_all", axis_index_groups, size, of_one_size=True)
+    size, rows = size if split is None else len(split.groups[0]), operand.shape[0]
+    if input_offsets.shape[0] % size:
+        raise CollectiveArgumentError(
+            f"ragged_all_to_all: input_offsets has {input_offsets.shape[0]} elements, which {size} replicas do not "
+            f"divide. It needs as many slices for each replica."
+        )
+
+    def from_all(x: Any) -> Any:
+        x = jnp.asarray(x)
+        params = {"axis_name": names, "axis_size": size, "axis_index_groups": axis_index_groups}
+        return all_gather(logical, x, all_gather_dimension=0, tiled=False, **params)
+
+    me = replica_index(logical, names)
+    me = me if split is None else jnp.asarray(split.rank, jnp.int32)[me]
+    table = jnp.stack([from_all(x) for x in (input_offsets, send_sizes, output_offsets)])
+    mine = lax.dynamic_index_in_dim(table.reshape(3, size, size, -1), me, 2, keepdims=False)  # (3, from, slices)
+    sender = jnp.repeat(jnp.arange(size), mine.shape[2])[:, None]
+    start, length, target = mine.reshape(3, -1, 1)
+    row = jnp.arange(output.shape[0])
+    covers = (target <= row) & (row < target + length)  # (slices, rows of the output)
+    last = len(covers) - 1 - jnp.argmax(covers[::-1], 0)
+    source = jnp.take_along_axis(sender * rows + start + row - target, last[None], 0)[0]
+    received = from_all(operand).reshape(size * rows, *operand.shape[1:])
+    received = received[jnp.clip(source, 0, max(size * rows - 1, 0))] if rows else output
+    covered = jnp.broadcast_to(covers.any(0).reshape(-1, *[1] * (output.ndim - 1)), output.shape)
+    return lax.select(covered, received.astype(output.dtype), output)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# For loops and branches
 
 
 def any_replica(axes: Sequence[LogicalAxis], x: Any) -> Any:

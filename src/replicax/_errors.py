@@ -17,6 +17,7 @@ has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written
     ├── UnknownBackendError          RuntimeError         no such backend here
     ├── UnboundAxisError             NameError            a collective over a name that no map binds
     ├── UnsupportedCollectiveError   NotImplementedError  a collective that replicax has no rule for
+    ├── CollectiveArgumentError      ValueError           a permutation, group or index that no collective can follow
     ├── DivergentOutputError         ValueError           out_axes=None for a result that differs between replicas
     ├── SimulationError              RuntimeError         simulate_devices after JAX has started
     └── MismatchError                AssertionError       replicax.testing found a difference
@@ -82,6 +83,10 @@ class UnboundAxisError(ReplicaxError, NameError):
 
 class UnsupportedCollectiveError(ReplicaxError, NotImplementedError):
     """A collective over a mapped axis that replicax has no rule for."""
+
+
+class CollectiveArgumentError(ReplicaxError, ValueError):
+    """A collective's permutation, groups or source do not fit the replicas."""
 
 
 class DivergentOutputError(ReplicaxError, ValueError):

@@ -13,10 +13,11 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import ad_util, config, core, source_info_util, tree_util
 from jax._src import linear_util as lu
-from jax._src.interpreters import ad
+from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
 from jax.extend import core as extend_core
@@ -329,7 +330,48 @@ def is_array_type(x: object) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# A lane's own
+
+
+def own_lane(x: Any, axis: AxisName) -> Any:
+    """Element ``i`` of ``x`` in lane ``i`` of a vmapped axis, as long as the first dimension of ``x``.
+
+    ``vmap`` only names the dimension, where an index by ``lax.axis_index`` would be a gather.
+    """
+    return _own_lane_p.bind(x, axis=axis)
+
+
+_own_lane_p = core.Primitive("own_lane")
+
+
+def _own_lane_type(x: Any, *, axis: AxisName) -> Any:
+    del axis
+    return x.update(shape=x.shape[1:])
+
+
+def _own_lane_batched(
+    axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], *, axis: AxisName
+) -> tuple[Any, int | None]:
+    (x,), (dim,) = args, dims
+    if axis_data.name != axis:
+        return (own_lane(x, axis), None) if dim is None else (own_lane(jnp.moveaxis(x, dim, 1), axis), 0)
+    return (x, 0) if dim is None else (jnp.diagonal(x, 0, *(dim, 0 if dim else 1)), x.ndim - 2)
+
+
+_own_lane_p.def_abstract_eval(_own_lane_type)
+batching.fancy_primitive_batchers[_own_lane_p] = _own_lane_batched
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Callbacks
+
+
+def awaits_collective(eqn: Equation) -> bool:
+    """Whether the equation waits for a collective that ``lax.psum_scatter_start`` or its like has started."""
+    return str(eqn.primitive.name).endswith("_done") and eqn.primitive.name.removesuffix("_done") in _STARTED
+
+
+_STARTED = ("all_gather", "psum", "reduce_scatter", "all_to_all", "ppermute")
 
 
 def has_side_effect(eqn: Equation) -> bool:

@@ -29,7 +29,7 @@ class Rewriter:
 
     def __init__(self, logical: LogicalAxes) -> None:
         self.logical = logical
-        self.analysis = Analysis()
+        self.analysis = Analysis(logical)
         self._communicates: dict[int, tuple[Jaxpr, frozenset[Hashable]]] = {}
         self._rewritten: dict[tuple[int, tuple[Varying, ...], bool], tuple[Jaxpr, Jaxpr]] = {}
 
@@ -92,6 +92,8 @@ class Rewriter:
             return [known.rule(self.logical, *_jax.operands(eqn, args), **eqn.params)]
         if self._padded and _jax.has_side_effect(eqn):
             return self._guarded(eqn, args)
+        if _jax.awaits_collective(eqn):
+            return args  # nothing to await: the rule of what was started gave the result itself
         return _jax.bind(eqn, args)
 
     # What a higher-order equation holds ------------------------------------------------------------------------
@@ -208,12 +210,22 @@ def _where_still(goes_on: Any, new: Any, old: Any) -> Any:
 
 
 #: What a user calls the collectives in the registry.
-KNOWN = "psum, pmean, pmax, pmin, all_gather, psum_scatter, axis_index, axis_size"
+KNOWN = (
+    "psum, pmean, pmax, pmin, pargmax, pargmin, ppermute, pshuffle, pbroadcast, all_gather, psum_scatter, "
+    "all_to_all, pswapaxes, ragged_all_to_all, axis_index, axis_size"
+)
+
+#: Why JAX itself has no meaning for the others in a mapped function.
+REASONS = {
+    "psend": "JAX has one-sided sends on GPUs alone, and without a rule for vmap. Send and receive with ppermute.",
+    "precv": "JAX has one-sided receives on GPUs alone, and without a rule for vmap. Send and receive with ppermute.",
+}
 
 
 def _unsupported(primitive: str, names: Sequence[Hashable]) -> str:
     axes = ", ".join(map(repr, names))
+    reason = REASONS.get(primitive, "Express the exchange with those, for example with all_gather and indexing.")
     return (
         f"{primitive} over the mapped axis {axes}: replicax has no rule for this collective. "
-        f"It has rules for {KNOWN}. Express the exchange with those, for example with all_gather and indexing."
+        f"It has rules for {KNOWN}. {reason}"
     )

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from replicax import _jax
-from replicax._collectives import REGISTRY
+from replicax._collectives import REGISTRY, Result
 from replicax._jax import Equation, Jaxpr
+from replicax._layout import LogicalAxes
 
 #: The mapped axes over which one value varies.
 Varying = frozenset[Hashable]
@@ -26,9 +27,14 @@ def union(varying: Sequence[Varying]) -> Varying:
 
 
 class Analysis:
-    """The analysis of one traced program, each jaxpr in it analysed once for each pattern of arguments."""
+    """The analysis of one traced program, each jaxpr in it analysed once for each pattern of arguments.
 
-    def __init__(self) -> None:
+    Args:
+        logical: The logical axes, by the user's names.
+    """
+
+    def __init__(self, logical: LogicalAxes) -> None:
+        self.logical = logical
         self._known: dict[tuple[int, tuple[Varying, ...]], tuple[Jaxpr, list[Varying]]] = {}
 
     def results(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> list[Varying]:
@@ -52,7 +58,7 @@ class Analysis:
         """Where each result of an equation varies."""
         subs = list(_jax.sub_jaxprs(eqn))
         if not subs:
-            return [_leaf(eqn, union(args))] * len(eqn.outvars)
+            return [self._leaf(eqn, union(args))] * len(eqn.outvars)
         operands = self.operands(eqn, args)
         outs = [self.results(sub, ops) for sub, ops in zip(subs, operands, strict=True)]
         match eqn.primitive.name:
@@ -113,10 +119,14 @@ class Analysis:
                 return union(self.results(cond, self.operands(eqn, args)[0]))
         return NOWHERE
 
-
-def _leaf(eqn: Equation, args: Varying) -> Varying:
-    collective = REGISTRY.get(eqn.primitive.name)
-    if collective is None:
-        return args
-    names = frozenset(_jax.named_axes(eqn))
-    return args - names if collective.uniform else args | names
+    def _leaf(self, eqn: Equation, args: Varying) -> Varying:
+        collective = REGISTRY.get(eqn.primitive.name)
+        if collective is None:
+            return args
+        names = frozenset(_jax.named_axes(eqn))
+        match collective.result(eqn.params, self.logical):
+            case Result.EQUAL:
+                return args - names
+            case Result.AS_GIVEN:
+                return args
+        return args | names

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from replicax import _jax
 from replicax._axes import Leaf, check_spec, mapped_size, match_in_axes, match_out_axes, name_leaves
@@ -112,6 +113,8 @@ class _Interpreter:
         if not any(map(self.communicates, subs)):
             if not subs and self.name in _jax.named_axes(eqn):
                 return [self.collective(eqn, *args)]
+            if _jax.awaits_collective(eqn):
+                return args
             return list(jax.vmap(lambda *xs: _jax.bind(eqn, xs), axis_size=self.size)(*args))
         match eqn.primitive.name:
             case "scan":
@@ -157,7 +160,7 @@ class _Interpreter:
 
     def collective(self, eqn: Any, *args: Any) -> Any:
         definition = _DEFINITIONS.get(eqn.primitive.name)
-        if definition is None or eqn.params.get("axis_index_groups") is not None:
+        if definition is None:
             raise UnsupportedCollectiveError(f"lockstep has no definition of {eqn.primitive.name}")
         return definition(self.size, *args, eqn.params)
 
@@ -169,38 +172,75 @@ def _select(chosen: jax.Array, cases: Sequence[jax.Array]) -> jax.Array:
     return out
 
 
-def _to_all(size: int, x: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(x, (size, *x.shape))
+def _groups(size: int, params: Any) -> list[list[int]]:
+    groups = params.get("axis_index_groups")
+    return [list(range(size))] if groups is None else [list(group) for group in groups]
 
 
-def _positional(params: Any) -> tuple[int, ...]:
-    return tuple(axis + 1 for axis in params["axes"] if isinstance(axis, int))
+def _in_each_group(
+    size: int, x: jax.Array, params: Any, results: Callable[[jax.Array], Sequence[jax.Array] | jax.Array]
+) -> jax.Array:
+    """The results for each member of each group, given the members' operands in order."""
+    rows: list[Any] = [None] * size
+    for group in _groups(size, params):
+        for replica, result in zip(group, results(x[np.asarray(group)]), strict=True):
+            rows[replica] = result
+    return jnp.stack(rows)
 
 
-def _psum(size: int, x: jax.Array, params: Any) -> jax.Array:
-    return _to_all(size, jnp.sum(x, (0, *_positional(params)), dtype=x.dtype))
+def _reduce(reduce: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    def definition(size: int, x: jax.Array, params: Any) -> jax.Array:
+        over = (0, *(axis + 1 for axis in params["axes"] if isinstance(axis, int)))
+        return _in_each_group(size, x, params, lambda mine: [reduce(mine, over)] * len(mine))
 
-
-def _pmax(size: int, x: jax.Array, params: Any) -> jax.Array:
-    return _to_all(size, jnp.max(x, (0, *_positional(params))))
-
-
-def _pmin(size: int, x: jax.Array, params: Any) -> jax.Array:
-    return _to_all(size, jnp.min(x, (0, *_positional(params))))
+    return definition
 
 
 def _all_gather(size: int, x: jax.Array, params: Any) -> jax.Array:
-    dimension = params["all_gather_dimension"]
-    if params["tiled"]:
-        return _to_all(size, jnp.concatenate(list(x), dimension))
-    return _to_all(size, jnp.stack(list(x), dimension))
+    dimension, join = params["all_gather_dimension"], jnp.concatenate if params["tiled"] else jnp.stack
+    return _in_each_group(size, x, params, lambda mine: [join(list(mine), dimension)] * len(mine))
 
 
 def _psum_scatter(size: int, x: jax.Array, params: Any) -> jax.Array:
-    total, dimension = jnp.sum(x, 0, dtype=x.dtype), params["scatter_dimension"]
-    if params["tiled"]:
-        return jnp.stack(jnp.split(total, size, dimension))
-    return jnp.moveaxis(total, dimension, 0)
+    def one_group(mine: jax.Array) -> Sequence[jax.Array] | jax.Array:
+        total, dimension = jnp.sum(mine, 0, dtype=mine.dtype), params["scatter_dimension"]
+        return jnp.split(total, len(mine), dimension) if params["tiled"] else jnp.moveaxis(total, dimension, 0)
+
+    return _in_each_group(size, x, params, one_group)
+
+
+def _all_to_all(size: int, x: jax.Array, params: Any) -> jax.Array:
+    def one_group(mine: jax.Array) -> Sequence[jax.Array]:
+        cut = [jnp.split(operand, len(mine), params["split_axis"]) for operand in mine]
+        return [jnp.concatenate([pieces[k] for pieces in cut], params["concat_axis"]) for k in range(len(mine))]
+
+    return _in_each_group(size, x, params, one_group)
+
+
+def _ppermute(size: int, x: jax.Array, params: Any) -> jax.Array:
+    rows = [jnp.zeros_like(x[0])] * size
+    for source, destination in params["perm"]:
+        rows[destination] = x[source]
+    return jnp.stack(rows)
+
+
+def _pbroadcast(size: int, x: jax.Array, params: Any) -> jax.Array:
+    return jnp.stack([x[params["source"]]] * size)
+
+
+def _ragged_all_to_all(size: int, operand: jax.Array, output: jax.Array, *rest: Any) -> jax.Array:
+    """JAX's definition, a slice at a time; where slices lie has to be known."""
+    *tables, params = rest
+    start, length, target, _ = (np.asarray(table) for table in tables)
+    rows = list(output)
+    for group in _groups(size, params):
+        slices = start.shape[1] // len(group)
+        for receiver, replica in enumerate(group):
+            for sender in group:
+                for k in range(receiver * slices, (receiver + 1) * slices):
+                    first, at, count = int(start[sender, k]), int(target[sender, k]), int(length[sender, k])
+                    rows[replica] = rows[replica].at[at : at + count].set(operand[sender, first : first + count])
+    return jnp.stack(rows)
 
 
 def _axis_index(size: int, params: Any) -> jax.Array:
@@ -209,10 +249,16 @@ def _axis_index(size: int, params: Any) -> jax.Array:
 
 
 _DEFINITIONS: dict[str, Callable[..., jax.Array]] = {
-    "psum": _psum,
-    "pmax": _pmax,
-    "pmin": _pmin,
+    "psum": _reduce(lambda x, axis: jnp.sum(x, axis, dtype=x.dtype)),
+    "pmax": _reduce(jnp.max),
+    "pmin": _reduce(jnp.min),
+    "ppermute": _ppermute,
+    "pbroadcast": _pbroadcast,
     "all_gather": _all_gather,
+    "all_gather_invariant": _all_gather,
     "reduce_scatter": _psum_scatter,
+    "reduce_scatter_start": _psum_scatter,
+    "all_to_all": _all_to_all,
+    "ragged_all_to_all": _ragged_all_to_all,
     "axis_index": _axis_index,
 }

@@ -1,0 +1,146 @@
+"""A device's block of lanes, seen as one array from within the program of one replica; and what devices exchange.
+
+Inside the ``vmap`` over lanes a value is one lane's. :func:`block` shows all lanes of the device along a new first
+dimension, :func:`own_lane` goes back, and between the two a collective is arithmetic on arrays and a collective
+over devices. Both cost nothing: ``vmap`` only names a dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from replicax import _jax
+from replicax._exchange import Exchange, Table, exchange, wants_of
+from replicax._layout import LogicalAxes, LogicalAxis
+
+
+def block(axis: LogicalAxis, x: Any) -> Any:
+    """``(lanes, ...)``: the device's lanes of ``x``."""
+    return x[None] if axis.lane_axis is None else lax.all_gather(x, axis.lane_axis)
+
+
+def own_lane(axis: LogicalAxis, x: Any) -> Any:
+    """This lane's element of ``x``, whose first dimension is the device's lanes."""
+    return x[0] if axis.lane_axis is None else _jax.own_lane(x, axis.lane_axis)
+
+
+def on_device(axis: LogicalAxis, table: Table) -> Any:
+    """This device's row of a table: a NumPy array where all devices have the same."""
+    if (table == table[:1]).all():
+        return table[0]
+    return jnp.asarray(table, jnp.int32)[lax.axis_index(axis.device_axis)]
+
+
+def take(x: Any, rows: Any) -> Any:
+    """These elements of ``x`` along its first dimension; known ones as slices, where they are few."""
+    if isinstance(rows, np.ndarray):
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
+        if 0 < len(runs) <= _FEW:
+            pieces = [lax.slice_in_dim(x, int(run[0]), int(run[-1]) + 1) for run in runs]
+            return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+        if len(rows) > 1 and (np.diff(rows) == -1).all():
+            return lax.rev(lax.slice_in_dim(x, int(rows[-1]), int(rows[0]) + 1), (0,))
+    unique = isinstance(rows, np.ndarray) and len(np.unique(rows)) == len(rows)
+    return x.at[rows].get(mode="promise_in_bounds", unique_indices=unique)
+
+
+#: As many slices still compile to less than a gather.
+_FEW = 8
+
+
+def with_zero(x: Any) -> Any:
+    """``x`` with one more element along its first dimension: zeros."""
+    return jnp.concatenate([x, jnp.zeros((1, *x.shape[1:]), x.dtype)])
+
+
+def exchanged(axis: LogicalAxis, items: Any, plan: Exchange) -> Any:
+    """``(wanted, ...)``: what this device wants of all devices' items.
+
+    Args:
+        axis: The mapped axis.
+        items: ``(items, ...)``: what this device has.
+        plan: Who sends what.
+    """
+    received = [
+        lax.ppermute(take(items, on_device(axis, shift.send)), axis.device_axis, shift.pairs) for shift in plan.shifts
+    ]
+    known = jnp.concatenate([items, *received]) if received else items
+    return take(with_zero(known) if plan.zeros else known, on_device(axis, plan.take))
+
+
+def fetch(logical: LogicalAxes, names: Sequence[Hashable], items: Any, wants: Table) -> Any:
+    """``(wanted, ...)``: what this replica wants of all replicas' items.
+
+    Along one mapped axis an item goes once to each device that wants it. Along several axes as one, or with an axis
+    of somebody else's among them, everything is gathered first.
+
+    Args:
+        logical: The mapped axes.
+        names: The axes of the collective.
+        items: ``(items, ...)``: what this replica has.
+        wants: ``(replicas, wanted)``: which items each replica wants: number r · items + k is item k of replica r.
+    """
+    if (axis := only_axis(logical, names)) is not None:
+        held = block(axis, items).reshape(axis.lanes * items.shape[0], *items.shape[1:])
+        plan = exchange(wants_of(axis, wants), held.shape[0])
+        found = exchanged(axis, held, plan)
+        return own_lane(axis, found.reshape(axis.lanes, wants.shape[1], *items.shape[1:]))
+    everything = gather(logical, names, items)
+    everything = everything.reshape(-1, *items.shape[1:])
+    row = jnp.asarray(np.where(wants < 0, len(everything), wants), jnp.int32)[replica_index(logical, names)]
+    return take(with_zero(everything) if (wants < 0).any() else everything, row)
+
+
+def only_axis(logical: LogicalAxes, names: Sequence[Hashable]) -> LogicalAxis | None:
+    """The mapped axis that a collective is over, if it is over nothing else."""
+    return logical.get(names[0]) if len(names) == 1 else None
+
+
+def size_of(logical: LogicalAxes, names: Sequence[Hashable]) -> int:
+    """The number of replicas along these axes, as one."""
+    sizes = [logical[name].size if name in logical else lax.axis_size(name) for name in names]
+    return int(np.prod(sizes, dtype=np.int64))
+
+
+def replica_index(logical: LogicalAxes, names: Sequence[Hashable]) -> jax.Array:
+    """The replica's index along these axes as one, the last varying fastest."""
+    index = jnp.int32(0)
+    for name in names:
+        axis = logical.get(name)
+        size, own = (axis.size, replica_along(axis)) if axis else (lax.axis_size(name), lax.axis_index(name))
+        index = index * size + own
+    return index
+
+
+def replica_along(axis: LogicalAxis) -> jax.Array:
+    """The replica's index along one mapped axis; in a padding lane that of the replica it copies."""
+    position = lane_position(axis)
+    return jnp.minimum(position, axis.size - 1) if axis.padding else position
+
+
+def lane_position(axis: LogicalAxis) -> jax.Array:
+    """Device index · L + lane: the replica's index, were padding lanes replicas."""
+    device = lax.axis_index(axis.device_axis) if axis.device_axis is not None else jnp.int32(0)
+    lane = lax.axis_index(axis.lane_axis) if axis.lane_axis is not None else jnp.int32(0)
+    return device * axis.lanes + lane
+
+
+def gather(logical: LogicalAxes, names: Sequence[Hashable], x: Any) -> Any:
+    """``(replicas, ...)``: every replica's ``x`` along these axes as one."""
+    shape = x.shape
+    for name in reversed(names):
+        x = _gather_along(logical[name], x) if name in logical else lax.all_gather(x, name)
+    return x.reshape(size_of(logical, names), *shape)
+
+
+def _gather_along(axis: LogicalAxis, x: Any) -> Any:
+    shape = x.shape
+    for name, _ in axis.physical:
+        x = lax.all_gather(x, name)
+    return x.reshape(axis.devices * axis.lanes, *shape)[: axis.size]

@@ -1,0 +1,255 @@
+"""Which items devices hand each other, and how groups of replicas lie on devices: plain tables, computed in NumPy.
+
+An *item* is what one collective moves as a whole, such as one lane's operand. Every device holds equally many, and
+the items of all devices are numbered through: item ``k`` of device ``d`` is number ``d · items + k``. A table has a
+row for each device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from replicax._layout import LogicalAxis
+
+Table = NDArray[np.int64]
+DeviceGroups = tuple[tuple[int, ...], ...]
+
+#: In place of an item's number: zeros.
+NOTHING = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """One permutation of devices, and what each of them sends along it.
+
+    Attributes:
+        pairs: The devices that send, and where to; every device sends once and receives once, at most.
+        send: ``(devices, width)``: which of its own items a device sends.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    send: Table
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """How every device gets the items it wants, each sent once to each device that lacks it.
+
+    Attributes:
+        shifts: What devices send each other.
+        take: ``(devices, wanted)``: where a device finds what it wants among its own items, then those of each shift
+            in turn, then (if ``zeros``) one of zeros.
+        zeros: Whether any device wants zeros.
+    """
+
+    shifts: tuple[Shift, ...]
+    take: Table
+    zeros: bool
+
+
+def exchange(wants: Table, items: int) -> Exchange:
+    """The exchange in which each device sends the least.
+
+    What device a has for device b is one weighted edge. Edges are put together to permutations of devices, heavy
+    ones first and those of one rotation next to each other, so that a rotation stays one permutation; within a
+    permutation, a pair of devices takes part for as many items as it has.
+
+    Args:
+        wants: ``(devices, wanted)``: numbers of items, or :data:`NOTHING`.
+        items: How many items each device has.
+    """
+    lacks = _lacking(wants, items)
+    devices = len(wants)
+    known = [[np.arange(d * items, (d + 1) * items)] for d in range(devices)]
+    place = [[np.arange(items)] for _ in range(devices)]
+    at, shifts = items, []
+    for pairs in _matchings({pair: len(ids) for pair, ids in lacks.items()}, devices):
+        sent = 0
+        for count in sorted({len(lacks[pair]) for pair in pairs}):
+            taking_part = [pair for pair in pairs if len(lacks[pair]) >= count]
+            first, _ = taking_part[0]
+            send = np.tile(lacks[taking_part[0]][sent:count] - first * items, (devices, 1))
+            for src, dst in taking_part:
+                ids = lacks[src, dst][sent:count]
+                send[src] = ids - src * items
+                known[dst].append(ids)
+                place[dst].append(np.arange(at, at + count - sent))
+            shifts.append(Shift(tuple(taking_part), send))
+            at, sent = at + count - sent, count
+    take = np.full(wants.shape, at, np.int64)  # where the item of zeros lies
+    for device, row in enumerate(wants):
+        ids, places = np.concatenate(known[device]), np.concatenate(place[device])
+        order = np.argsort(ids)
+        there = row != NOTHING
+        take[device, there] = places[order][np.searchsorted(ids[order], row[there])]
+    return Exchange(tuple(shifts), take, bool((wants == NOTHING).any()))
+
+
+def _lacking(wants: Table, items: int) -> dict[tuple[int, int], Table]:
+    """For each pair of devices, the items that the second wants and the first has."""
+    lacks = {}
+    for dst, row in enumerate(wants):
+        ids = np.unique(row[row != NOTHING])
+        owners = ids // items
+        for src in np.unique(owners[owners != dst]):
+            lacks[int(src), dst] = ids[owners == src]
+    return lacks
+
+
+def _matchings(weights: dict[tuple[int, int], int], devices: int) -> list[list[tuple[int, int]]]:
+    """Pairs of devices put together to permutations, first fit."""
+    sends, receives = [0] * devices, [0] * devices  # as bits: the permutations that a device sends or receives in
+    matchings: dict[int, list[tuple[int, int]]] = {}
+    for src, dst in sorted(weights, key=lambda pair: (-weights[pair], (pair[1] - pair[0]) % devices, pair)):
+        taken = sends[src] | receives[dst]
+        free = ~taken & (taken + 1)
+        sends[src] |= free
+        receives[dst] |= free
+        matchings.setdefault(free, []).append((src, dst))
+    return list(matchings.values())
+
+
+def wants_of(axis: LogicalAxis, wants: Table) -> Table:
+    """What each device wants, given what each replica does; a padding lane wants what its replica wants.
+
+    Args:
+        axis: The mapped axis.
+        wants: ``(replicas, wanted)``.
+
+    Returns:
+        ``(devices, lanes · wanted)``.
+    """
+    return wants[replica_at(axis)].reshape(axis.devices, -1)
+
+
+def replica_at(axis: LogicalAxis) -> Table:
+    """``(devices · lanes,)``: the replica of each lane; padding lanes copy the last."""
+    return np.minimum(np.arange(axis.devices * axis.lanes), axis.size - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Groups
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """The groups of ``axis_index_groups``, which cover all replicas once.
+
+    Attributes:
+        groups: The replicas of each group, in its order.
+        of: ``(replicas,)``: the group of each replica.
+        rank: ``(replicas,)``: its place in the group.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    of: Table
+    rank: Table
+
+    @property
+    def members(self) -> Table:
+        """``(replicas, group)``: the members of each replica's group, which are equally many in all groups."""
+        return np.asarray(self.groups)[self.of]
+
+    def padded_members(self) -> Table:
+        """``(replicas, largest group)``: the same for groups of any size, filled up with :data:`NOTHING`."""
+        widest = max(map(len, self.groups))
+        return np.array([[*group, *[NOTHING] * (widest - len(group))] for group in self.groups])[self.of]
+
+
+def groups(axis_index_groups: Sequence[Sequence[int]], size: int) -> Groups:
+    """The groups as tables; they have to cover ``range(size)`` once."""
+    of, rank = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    for number, group in enumerate(axis_index_groups):
+        of[list(group)], rank[list(group)] = number, np.arange(len(group))
+    return Groups(tuple(tuple(map(int, group)) for group in axis_index_groups), of, rank)
+
+
+def device_groups(axis: LogicalAxis, split: Groups) -> DeviceGroups | None:
+    """The groups as groups of whole devices, lanes in order; None when they are none."""
+    if axis.padding or any(len(group) % axis.lanes for group in split.groups):
+        return None
+    lane = np.arange(axis.lanes)
+    found = []
+    for group in split.groups:
+        blocks = np.asarray(group).reshape(-1, axis.lanes)
+        if (blocks[:, 0] % axis.lanes).any() or (blocks != blocks[:, :1] + lane).any():
+            return None
+        found.append(tuple(int(d) for d in blocks[:, 0] // axis.lanes))
+    return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """How a reduction over groups goes: each device reduces the lanes that it has of a group, a *segment* of them,
+    and devices that share a group reduce their segments.
+
+    On every device the segments of shared groups come first. Groups that share no device can have the same segment.
+
+    Attributes:
+        lanes: ``(devices, segments · widest)``: the lanes of each segment, filled up with the number of lanes.
+        count: How many segments a device has.
+        shared: Runs of segments, as (start, stop), and the groups of devices that reduce them together.
+        own: ``(devices, lanes)``: the segment of each lane.
+        of: ``(devices, groups)``: the segment that a device has for a group, or :data:`NOTHING`.
+    """
+
+    lanes: Table
+    count: int
+    shared: tuple[tuple[int, int, DeviceGroups], ...]
+    own: Table
+    of: Table
+
+
+def segments(axis: LogicalAxis, split: Groups) -> Segments:
+    """The segments of every device."""
+    group_at = split.of[replica_at(axis)].reshape(axis.devices, axis.lanes)
+    touched = [sorted({d for d in range(axis.devices) if g in group_at[d]}) for g in range(len(split.groups))]
+    shared, runs = _shared_segments([tuple(t) if len(t) > 1 else () for t in touched], axis.devices)
+    of = np.full((axis.devices, len(split.groups)), NOTHING)
+    free = [max((stop for _, stop, _ in runs), default=0)] * axis.devices
+    for g, on in enumerate(touched):
+        for d in on:
+            of[d, g] = shared[g] if len(on) > 1 else free[d]
+            free[d] += len(on) == 1
+    count = max(free)
+    lists: list[list[list[int]]] = [[[] for _ in range(count)] for _ in range(axis.devices)]
+    for replica in range(axis.size):
+        device, lane = divmod(replica, axis.lanes)
+        lists[device][of[device, split.of[replica]]].append(lane)
+    widest = max(len(lanes) for on_device in lists for lanes in on_device)
+    filled = [[*lanes, *[axis.lanes] * (widest - len(lanes))] for on_device in lists for lanes in on_device]
+    return Segments(
+        lanes=np.array(filled, np.int64).reshape(axis.devices, count * widest),
+        count=count,
+        shared=runs,
+        own=np.take_along_axis(of, group_at, axis=1),
+        of=of,
+    )
+
+
+def _shared_segments(
+    touched: Sequence[tuple[int, ...]], devices: int
+) -> tuple[dict[int, int], tuple[tuple[int, int, DeviceGroups], ...]]:
+    """The segment of each group that lies on several devices, first fit; and the runs of like segments."""
+    slots: list[dict[int, tuple[int, ...]]] = []  # each: group -> the devices that it lies on
+    for g, on in enumerate(touched):
+        if on:
+            free = [slot for slot in slots if not any(set(on) & set(other) for other in slot.values())]
+            if not free:
+                slots.append({})
+            (free[0] if free else slots[-1])[g] = on
+    partitions: dict[DeviceGroups, list[dict[int, tuple[int, ...]]]] = {}
+    for slot in slots:
+        alone = set(range(devices)).difference(*slot.values())
+        partitions.setdefault((*sorted(slot.values()), *((d,) for d in sorted(alone))), []).append(slot)
+    segment, runs, start = {}, [], 0
+    for partition, alike in partitions.items():
+        runs.append((start, start + len(alike), partition))
+        for k, slot in enumerate(alike):
+            segment.update(dict.fromkeys(slot, start + k))
+        start += len(alike)
+    return segment, tuple(runs)
