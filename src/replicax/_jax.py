@@ -96,6 +96,11 @@ def unbound_axis_name(error: NameError) -> str | None:
     return found and found.group(1)
 
 
+def is_about_shard_map_types(error: AssertionError) -> bool:
+    """Whether JAX failed on a type that says over which axes of a mesh a value varies, since here is no mesh."""
+    return str(error).startswith("ManualAxisType(")
+
+
 def prefix_faults(which: str, prefix: Any, tree: Any, is_leaf: Callable[[Any], bool]) -> list[str]:
     """Where ``prefix`` is no tree prefix of ``tree``, in JAX's words."""
     return [str(error(which)) for error in tree_util.prefix_errors(prefix, tree, is_leaf=is_leaf)]
@@ -286,6 +291,29 @@ _RULES: dict[str, tuple[str, ...]] = {"custom_jvp_call": ("jvp",), "custom_vjp_c
 def derivative_rules(eqn: Equation) -> tuple[str, ...]:
     """The derivative rules of the user's that the equation carries, which may communicate when they are called."""
     return _RULES.get(eqn.primitive.name, ())
+
+
+def expansion(eqn: Equation) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """What an equation of JAX 0.12's one general primitive stands for: itself in terms of others, and its ``jvp``.
+
+    Both are functions of flat arguments; the second takes the primals, then their tangents.
+    """
+    prim = eqn.params.get("_prim")
+    if prim is None:
+        return None
+
+    def primal(*flat: Any) -> list[Any]:
+        return jax.tree.leaves(prim.expand(*prim.in_tree.unflatten(flat)))
+
+    def jvp(*flat: Any) -> tuple[list[Any], list[Any]]:
+        primals, tangents = flat[: len(flat) // 2], flat[len(flat) // 2 :]
+        tangents = tuple(
+            ad_util.p2tz(p) if t.dtype == jax.dtypes.float0 else t for p, t in zip(primals, tangents, strict=True)
+        )
+        out, out_dot = prim.jvp(prim.in_tree.unflatten(primals), prim.in_tree.unflatten(tangents))
+        return jax.tree.leaves(out), [ad_util.instantiate(t) for t in prim.out_tree.flatten_up_to(out_dot)]
+
+    return primal, jvp
 
 
 def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, list[Any], list[Any], Callable[..., Any]]:

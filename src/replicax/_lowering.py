@@ -17,7 +17,14 @@ from jax.tree_util import keystr
 
 from replicax import _jax
 from replicax._axes import Spec, match_out_axes
-from replicax._errors import DivergentOutputError, NestedMapError, NotAnArrayError, UnboundAxisError, report
+from replicax._errors import (
+    DivergentOutputError,
+    NestedMapError,
+    NotAnArrayError,
+    UnboundAxisError,
+    UnsupportedCollectiveError,
+    report,
+)
 from replicax._layout import Layout, LogicalAxis
 from replicax._rewrite import Rewriter
 
@@ -76,6 +83,7 @@ def trace_replica(
     Raises:
         UnboundAxisError: a collective names an axis that no map binds.
         NotAnArrayError: a result is no array.
+        UnsupportedCollectiveError: the function casts to a type that JAX has inside ``jax.shard_map`` alone.
     """
 
     @functools.wraps(fun)
@@ -92,6 +100,14 @@ def trace_replica(
         if unbound is None:
             raise
         raise _unbound(unbound, name).with_traceback(error.__traceback__) from None
+    except AssertionError as error:
+        if not _jax.is_about_shard_map_types(error):
+            raise
+        raise UnsupportedCollectiveError(
+            "pcast, or all_gather with to=, in a mapped function: JAX knows whether a value varies over an axis only "
+            "inside jax.shard_map, and jax.vmap refuses both, too. Leave the pcast out (here every value may differ "
+            "between replicas as it is) and call all_gather without to=."
+        ).with_traceback(error.__traceback__) from None
     finally:
         _tracing.reset(depth)
     return Replica(jaxpr, consts, out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -87,6 +88,8 @@ class Rewriter:
         names = [name for name in _jax.named_axes(eqn) if name in self.logical]
         if names:
             known = REGISTRY.get(eqn.primitive.name)
+            if known is None and (expansion := _jax.expansion(eqn)) is not None:
+                return self._expanded(expansion, args)
             if known is None:
                 raise UnsupportedCollectiveError(_unsupported(_jax.equation_name(eqn), names))
             return [known.rule(self.logical, *_jax.operands(eqn, args), **eqn.params)]
@@ -164,6 +167,13 @@ class Rewriter:
                 return restore(results)
 
         return rewritten
+
+    def _expanded(self, expansion: tuple[Callable[..., Any], Callable[..., Any]], args: list[Any]) -> list[Any]:
+        """An operation that JAX keeps whole until it is compiled, and that communicates: what it stands for."""
+        primal, jvp = (self._rule(rule, "jvp", apart=False) for rule in expansion)
+        call = jax.custom_jvp(primal)
+        call.defjvp(lambda primals, tangents: jvp(*primals, *tangents))
+        return list(call(*args))
 
     def _divergent_while(self, eqn: Equation, args: list[Any], varying: list[Varying]) -> list[Any]:
         """A loop that replicas leave at different times, and that communicates: all stay until the last leaves.

@@ -121,9 +121,9 @@ class Analysis:
 
     def _leaf(self, eqn: Equation, args: Varying) -> Varying:
         collective = REGISTRY.get(eqn.primitive.name)
+        names = self.logical.keys() & _jax.named_axes(eqn)
         if collective is None:
-            return args
-        names = frozenset(_jax.named_axes(eqn))
+            return args | names
         match collective.result(eqn.params, self.logical):
             case Result.EQUAL:
                 return args - names

@@ -105,13 +105,19 @@ class _Interpreter:
         return [read(atom) for atom in jaxpr.outvars]
 
     def closed(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
-        consts = [jnp.broadcast_to(c, (self.size, *jnp.shape(c))) for c in _jax.constants(jaxpr)]
-        return self.run(jaxpr, consts, args)
+        return self.run(jaxpr, [self.everywhere(c) for c in _jax.constants(jaxpr)], args)
+
+    def everywhere(self, x: Any) -> jax.Array:
+        return jnp.broadcast_to(x, (self.size, *jnp.shape(x)))
 
     def equation(self, eqn: Any, args: list[Any]) -> list[Any]:
         subs = list(_jax.sub_jaxprs(eqn))
         if not any(map(self.communicates, subs)):
             if not subs and self.name in _jax.named_axes(eqn):
+                if (expansion := _jax.expansion(eqn)) is not None:
+                    with _jax.axis_env({self.name: self.size}):
+                        jaxpr, consts, *_ = _jax.trace_rule(expansion[0], [x[0] for x in args])
+                    return self.run(jaxpr, [self.everywhere(c) for c in consts], args)
                 return [self.collective(eqn, *args)]
             if _jax.awaits_collective(eqn):
                 return args
