@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from replicax import _jax
 from replicax._blocks import (
     block,
     exchanged,
@@ -508,8 +509,7 @@ def all_to_all(
     split = groups_of("all_to_all", axis_index_groups, size, of_one_size=True)
     axis = only_axis(logical, names)
     if (name := direct(axis)) is not None:
-        together = split and split.groups
-        return lax.all_to_all(x, name, split_axis, concat_axis, axis_index_groups=together, tiled=True)
+        return all_to_all_devices(x, name, split_axis, concat_axis, split.groups if split else None)
     size = size if split is None else len(split.groups[0])
     return joined(pieces(logical, names, chunks(x, split_axis, size), split), concat_axis)
 
@@ -524,25 +524,32 @@ def pieces(logical: LogicalAxes, names: Names, x: Any, split: Groups | None) -> 
         split: The groups, or None for one.
     """
     axis = only_axis(logical, names)
-    if axis is not None and split is None:
-        return pieces_between_devices(axis, x)
+    if axis is not None:
+        whole = device_groups(axis, split) if split else None
+        if split is None or whole is not None:
+            return pieces_between_devices(axis, x, whole)
     split = split or groups([range(x.shape[0])], x.shape[0])
     return fetch(logical, names, x, split.members * x.shape[0] + split.rank[:, None])
 
 
-def pieces_between_devices(axis: LogicalAxis, x: Any) -> Any:
-    """The same along one mapped axis, without groups: one exchange of lanes' pieces between all devices.
-
-    Groups of whole devices could have it too, did JAX not refuse ``all_to_all`` with groups under any ``vmap``.
-    """
+def pieces_between_devices(axis: LogicalAxis, x: Any, whole: DeviceGroups | None) -> Any:
+    """The same for all replicas, or for groups of whole devices: one exchange of lanes' pieces between devices."""
     size, rest = x.shape[0], x.shape[1:]
     if axis.padding:  # A padding lane gets what the replica gets that it copies.
         x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (axis.padding, *rest))])
-    x = block(axis, x).reshape(axis.lanes, axis.devices, axis.lanes, *rest)  # from lanes, to devices, to lanes
-    if axis.device_axis is not None:
-        x = lax.all_to_all(x, axis.device_axis, 1, 1, tiled=True)
+    devices = x.shape[0] // axis.lanes
+    x = block(axis, x).reshape(axis.lanes, devices, axis.lanes, *rest)  # from lanes, to devices, to lanes
+    if devices > 1:
+        x = all_to_all_devices(x, axis.device_axis, 1, 1, whole)
     x = jnp.moveaxis(x, 2, 0).swapaxes(1, 2)  # to lanes, from devices, from lanes
-    return own_lane(axis, x.reshape(axis.lanes, axis.devices * axis.lanes, *rest)[:, :size])
+    return own_lane(axis, x.reshape(axis.lanes, devices * axis.lanes, *rest)[:, :size])
+
+
+def all_to_all_devices(x: Any, name: Hashable, split_axis: int, concat_axis: int, split: DeviceGroups | None) -> Any:
+    """JAX's collective over devices, or over groups of them."""
+    if split is None:
+        return lax.all_to_all(x, name, split_axis, concat_axis, tiled=True)
+    return _jax.grouped_all_to_all(x, name, split_axis, concat_axis, split)
 
 
 @collective("ragged_all_to_all", result=own)

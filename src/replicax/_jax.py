@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src import ad_util, config, core, source_info_util, tree_util
 from jax._src import linear_util as lu
-from jax._src.interpreters import ad, batching
+from jax._src.ad_checkpoint import remat_p
+from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
+from jax._src.lax import parallel
 from jax.extend import core as extend_core
 
 Jaxpr = Any
@@ -194,11 +196,19 @@ def trace_flat(fun: Callable[..., Sequence[Any]], avals: Sequence[Any], debug_in
     return jaxpr, list(consts)
 
 
-def retrace(fun: Callable[..., Sequence[Any]], like: Jaxpr) -> Jaxpr:
+def retrace(fun: Callable[..., Sequence[Any]], like: Jaxpr, *, hoist: bool) -> tuple[Jaxpr, list[Any]]:
     """A jaxpr of ``fun`` with the argument and result types, and the class, of ``like``.
 
     ``fun`` takes what ``like`` takes and returns what it returns, to within weak types, which are put back: loops
     and branches compare them.
+
+    Args:
+        fun: The function.
+        like: The jaxpr to be like.
+        hoist: Whether the arrays that ``fun`` closes over become arguments, before the others.
+
+    Returns:
+        The jaxpr, and the arrays that it takes before its arguments.
     """
 
     def same_types(*args: Any) -> list[Any]:
@@ -206,10 +216,17 @@ def retrace(fun: Callable[..., Sequence[Any]], like: Jaxpr) -> Jaxpr:
 
     in_avals = [var.aval for var in body(like).invars]
     jaxpr, consts = trace_flat(same_types, in_avals, body(like).debug_info)
-    if not isinstance(like, _Closed):  # JAX 0.10's remat
-        assert not consts, "an open jaxpr cannot bear constants"
-        return jaxpr
-    return _Closed(jaxpr, consts) if _Closed is not _Open else jaxpr.with_consts(consts)
+    hoisted = consts if hoist else []
+    if hoist:
+        jaxpr, consts = pe.convert_constvars_jaxpr(jaxpr), []
+    if not isinstance(like, _Closed):
+        return jaxpr, hoisted
+    return _Closed(jaxpr, consts) if _Closed is not _Open else jaxpr.with_consts(consts), hoisted
+
+
+def bears_no_constants(eqn: Equation) -> bool:
+    """Whether the jaxpr of a higher-order equation must not close over arrays: that of ``jax.checkpoint``."""
+    return eqn.primitive is remat_p
 
 
 def operands(eqn: Equation, args: Sequence[Any]) -> list[Any]:
@@ -256,19 +273,22 @@ def _bind(eqn: Equation, args: Sequence[Any], params: Mapping[str, Any]) -> list
 def bind_again(
     eqn: Equation,
     args: Sequence[Any],
-    rewrite_jaxpr: Callable[[Jaxpr], Jaxpr],
+    rewrite_jaxpr: Callable[[Jaxpr], tuple[Jaxpr, list[Any]]],
     rewrite_rule: Callable[[Callable[..., Any], str], Callable[..., Any]],
 ) -> list[Any]:
-    """Binds a higher-order equation with every jaxpr in it rewritten.
+    """Binds a higher-order equation with every jaxpr in it rewritten, as :func:`retrace` returns it.
 
     The derivative rules of ``custom_jvp`` and ``custom_vjp`` are not jaxprs but functions that JAX calls when, and
     if, it differentiates: ``rewrite_rule`` wraps each of them, and is told whether it is ``"jvp"``, ``"fwd"`` or
     ``"bwd"``.
     """
+    hoisted: list[Any] = []
 
     def rewritten(value: Any) -> Any:
         if is_jaxpr(value):
-            return rewrite_jaxpr(value)
+            jaxpr, consts = rewrite_jaxpr(value)
+            hoisted.extend(consts)
+            return jaxpr
         if isinstance(value, tuple | list) and any(is_jaxpr(item) for item in value):
             items = [rewritten(item) for item in value]
             return value._make(items) if hasattr(value, "_make") else type(value)(items)
@@ -282,7 +302,9 @@ def bind_again(
             for rule, role in zip(rules, _RULES[eqn.primitive.name], strict=True)
         )
         params = {**params, "subfuns": (primal, *wrapped)}
-    return _bind(eqn, args, params)
+    if hoisted and isinstance(params.get("prevent_cse"), tuple):
+        params = {**params, "prevent_cse": (*[False] * len(hoisted), *params["prevent_cse"])}
+    return _bind(eqn, [*hoisted, *args], params)
 
 
 _RULES: dict[str, tuple[str, ...]] = {"custom_jvp_call": ("jvp",), "custom_vjp_call": ("fwd", "bwd")}
@@ -388,6 +410,49 @@ def _own_lane_batched(
 
 _own_lane_p.def_abstract_eval(_own_lane_type)
 batching.fancy_primitive_batchers[_own_lane_p] = _own_lane_batched
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All to all over groups
+
+
+def grouped_all_to_all(
+    x: Any, axis: AxisName, split_axis: int, concat_axis: int, device_groups: tuple[tuple[int, ...], ...]
+) -> Any:
+    """``lax.all_to_all`` (tiled) over groups of a mesh axis, which JAX's own refuses under any ``vmap``."""
+    return _grouped_all_to_all_p.bind(
+        x,
+        axis_name=(axis,),
+        split_axis=split_axis,
+        concat_axis=concat_axis,
+        axis_index_groups=device_groups,
+        tiled=True,
+    )
+
+
+_grouped_all_to_all_p = core.Primitive("grouped_all_to_all")
+
+
+def _grouped_all_to_all_batched(
+    axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], *, split_axis: int, concat_axis: int, **params: Any
+) -> tuple[Any, int | None]:
+    del axis_data
+    (x,), (dim,) = args, dims
+    if dim is None:
+        return _grouped_all_to_all_p.bind(x, split_axis=split_axis, concat_axis=concat_axis, **params), None
+    split_axis, concat_axis = split_axis + (dim <= split_axis), concat_axis + (dim <= concat_axis)
+    return _grouped_all_to_all_p.bind(x, split_axis=split_axis, concat_axis=concat_axis, **params), dim
+
+
+def _grouped_all_to_all_transposed(ct: Any, x: Any, *, split_axis: int, concat_axis: int, **params: Any) -> list[Any]:
+    del x
+    return [_grouped_all_to_all_p.bind(ct, split_axis=concat_axis, concat_axis=split_axis, **params)]
+
+
+_grouped_all_to_all_p.def_effectful_abstract_eval(parallel.all_to_all_p.abstract_eval)
+mlir.register_lowering(_grouped_all_to_all_p, parallel._all_to_all_lowering)
+ad.deflinear2(_grouped_all_to_all_p, _grouped_all_to_all_transposed)
+batching.fancy_primitive_batchers[_grouped_all_to_all_p] = _grouped_all_to_all_batched
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class Rewriter:
         self.logical = logical
         self.analysis = Analysis(logical)
         self._communicates: dict[int, tuple[Jaxpr, frozenset[Hashable]]] = {}
-        self._rewritten: dict[tuple[int, tuple[Varying, ...], bool], tuple[Jaxpr, Jaxpr]] = {}
+        self._rewritten: dict[Hashable, tuple[Jaxpr, tuple[Jaxpr, list[Any]]]] = {}
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], varying: Sequence[Varying]) -> list[Any]:
         """Runs a jaxpr on the values of one replica.
@@ -77,7 +77,8 @@ class Rewriter:
             )
         apart = bool(self._axes_inside(eqn)) and "bwd" in _jax.derivative_rules(eqn)
         inside = zip(_jax.sub_jaxprs(eqn), self.analysis.operands(eqn, varying), strict=True)
-        new = {id(sub): self._sub_jaxpr(sub, operands, apart=apart) for sub, operands in inside}
+        hoist = _jax.bears_no_constants(eqn)
+        new = {id(sub): self._sub_jaxpr(sub, operands, apart=apart, hoist=hoist) for sub, operands in inside}
 
         def rewrite_rule(rule: Callable[..., Any], role: str) -> Callable[..., Any]:
             return self._rule(rule, role, apart=apart or (role == "bwd" and any(varying)))
@@ -135,15 +136,17 @@ class Rewriter:
 
     # How it is bound again -------------------------------------------------------------------------------------
 
-    def _sub_jaxpr(self, jaxpr: Jaxpr, varying: Sequence[Varying], *, apart: bool) -> Jaxpr:
-        key = (id(jaxpr), tuple(varying), apart)
+    def _sub_jaxpr(
+        self, jaxpr: Jaxpr, varying: Sequence[Varying], *, apart: bool, hoist: bool
+    ) -> tuple[Jaxpr, list[Any]]:
+        key = (id(jaxpr), tuple(varying), apart, hoist)
         if key not in self._rewritten:
 
             def run(*args: Any) -> list[Any]:
                 results = self.run(jaxpr, _jax.constants(jaxpr), args, varying)
                 return [lane_by_lane(self.logical.values(), x) for x in results] if apart else results
 
-            self._rewritten[key] = (jaxpr, _jax.retrace(run, jaxpr))
+            self._rewritten[key] = (jaxpr, _jax.retrace(run, jaxpr, hoist=hoist))
         return self._rewritten[key][1]
 
     def _rule(self, rule: Callable[..., Any], role: str, *, apart: bool) -> Callable[..., Any]:
@@ -221,7 +224,7 @@ def _where_still(goes_on: Any, new: Any, old: Any) -> Any:
 
 #: What a user calls the collectives in the registry.
 KNOWN = (
-    "psum, pmean, pmax, pmin, pargmax, pargmin, ppermute, pshuffle, pbroadcast, all_gather, psum_scatter, "
+    "psum, pmean, pmax, pmin, ppermute, pshuffle, pbroadcast, all_gather, psum_scatter, "
     "all_to_all, pswapaxes, ragged_all_to_all, axis_index, axis_size"
 )
 

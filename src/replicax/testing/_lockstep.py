@@ -235,17 +235,18 @@ def _pbroadcast(size: int, x: jax.Array, params: Any) -> jax.Array:
 
 
 def _ragged_all_to_all(size: int, operand: jax.Array, output: jax.Array, *rest: Any) -> jax.Array:
-    """JAX's definition, a slice at a time; where slices lie has to be known."""
-    *tables, params = rest
-    start, length, target, _ = (np.asarray(table) for table in tables)
-    rows = list(output)
+    """JAX's definition, one slice after the other."""
+    start, length, target, _, params = rest
+    rows, row = list(output), jnp.arange(output.shape[1])
     for group in _groups(size, params):
         slices = start.shape[1] // len(group)
         for receiver, replica in enumerate(group):
             for sender in group:
                 for k in range(receiver * slices, (receiver + 1) * slices):
-                    first, at, count = int(start[sender, k]), int(target[sender, k]), int(length[sender, k])
-                    rows[replica] = rows[replica].at[at : at + count].set(operand[sender, first : first + count])
+                    at = row - target[sender, k]
+                    sent = operand[sender][jnp.clip(start[sender, k] + at, 0, operand.shape[1] - 1)]
+                    inside = ((at >= 0) & (at < length[sender, k])).reshape(-1, *[1] * (sent.ndim - 1))
+                    rows[replica] = jnp.where(inside, sent, rows[replica])
     return jnp.stack(rows)
 
 
