@@ -245,3 +245,17 @@ def refusal(variant, context, n, d):
     except (NotImplementedError, TypeError, ValueError) as error:
         return str(error)
     return None
+
+
+def render():
+    """The table as Markdown; what stands in a cell, the tests hold it to."""
+    reasons = list(dict.fromkeys(reason for reason, _ in REFUSED.values()))
+    lines = ["| | " + " | ".join(CONTEXTS) + " |", "| --- |" + " --- |" * len(CONTEXTS)]
+    for variant in VARIANTS:
+        marks = [
+            "✓" if (variant, context) not in REFUSED else f"({reasons.index(REFUSED[variant, context][0]) + 1})"
+            for context in CONTEXTS
+        ]
+        lines.append(f"| {variant} | " + " | ".join(marks) + " |")
+    lines += ["", *(f"{k}. {reason}." for k, reason in enumerate(reasons, 1))]
+    return "\n".join(lines)

@@ -9,8 +9,8 @@ import replicax.testing
 SOURCE = pathlib.Path(replicax.__file__).parent
 
 PUBLIC = {
-    "AxisSpecError", "AxisSpecTypeError", "CollectiveArgumentError", "DeletedArrayError", "DevicesError", "DivergentOutputError",
-    "MappedFunction", "MappedSizeError", "NestedMapError", "OptionTypeError",
+    "AxisSpecError", "AxisSpecTypeError", "CollectiveArgumentError", "DeletedArrayError", "DevicesError",
+    "DivergentOutputError", "MappedFunction", "MappedSizeError", "NestedMapError", "OptionTypeError",
     "MismatchError", "NotAFunctionError", "NotAnArrayError", "ReplicaxError", "SimulationError",
     "StaticArgumentError", "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError", "local_replicas",
     "pmap", "replicate", "shard", "show_replicas", "simulate_devices", "unreplicate",

@@ -1,0 +1,225 @@
+"""Every cell of the table collective × context × (N, D) equals the reference, or raises what JAX itself raises."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import replicax
+from collectives import AXIS, CONTEXTS, PAIRS, REFUSED, faults, interleaved, refusal, render, rows
+from replicax import CollectiveArgumentError, UnsupportedCollectiveError, pmap
+from replicax.testing import check, lockstep
+from replicax.testing._check import compare
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs" / "collectives.md"
+
+
+@pytest.mark.parametrize("pair", PAIRS[:4], ids="{0[0]}on{0[1]}".format)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_every_cell_equals_the_reference(context, pair):
+    """For fewer replicas than devices, as many, more, and not dividing; ``make table`` has more."""
+    assert faults(context, *pair) == {}
+
+
+@pytest.mark.parametrize(("variant", "context"), REFUSED)
+def test_what_jax_refuses_raises_what_jax_says(variant, context):
+    _, message = REFUSED[variant, context]
+    assert re.search(message, refusal(variant, context, 6, 4))
+
+
+def test_the_table_stands_in_the_docs():
+    assert render() in DOCS.read_text()
+
+
+def on(d):
+    return {"axis_name": AXIS, "devices": jax.devices()[:d]}
+
+
+@pytest.mark.parametrize("pair", [(8, 8), (8, 3), (12, 5), (1, 1)], ids="{0[0]}on{0[1]}".format)
+def test_random_groups_and_permutations(pair):
+    """Of no regular form: the exchange between devices is a plan of several permutations."""
+    n, d = pair
+    order = [int(k) for k in np.random.default_rng(n).permutation(n)]
+    thirds = [order[: n // 3], order[n // 3 :]] if n > 2 else [order]
+    equal = [order[k :: n // 4] for k in range(n // 4)] if n % 4 == 0 else [order]
+
+    def fun(x):
+        table = jnp.stack([x * k for k in range(len(equal[0]))])
+        return {
+            "psum": lax.psum(x, AXIS, axis_index_groups=thirds),
+            "pmax": lax.pmax(x, AXIS, axis_index_groups=thirds),
+            "ppermute": lax.ppermute(x, AXIS, list(zip(order, order[::-1], strict=True))[: n // 2 + 1]),
+            "all_gather": lax.all_gather(x, AXIS, axis_index_groups=equal),
+            "psum_scatter": lax.psum_scatter(table, AXIS, axis_index_groups=equal),
+            "all_to_all": lax.all_to_all(table, AXIS, 0, 0, axis_index_groups=equal),
+        }
+
+    check(fun, rows(n), reference=lockstep, **on(d))
+
+
+@pytest.mark.parametrize("n", [6, 8])
+def test_jax_pmap_agrees_where_it_works(n):
+    """Groups and partial permutations, with one replica a device, are JAX's own."""
+
+    def fun(x):
+        groups = interleaved()
+        table = jnp.stack([x * k for k in range(len(groups[0]))])
+        return {
+            "psum": lax.psum(x, AXIS, axis_index_groups=[[0], list(range(1, n))]),
+            "ppermute": lax.ppermute(x, AXIS, [(0, n - 1), (2, 2)]),
+            "all_gather": lax.all_gather(x, AXIS, axis=1, axis_index_groups=groups),
+            "psum_scatter": lax.psum_scatter(table, AXIS, axis_index_groups=groups),
+            "all_to_all": lax.all_to_all(table, AXIS, 0, 1, axis_index_groups=groups),
+        }
+
+    for d in (8, 2, 1):
+        check(fun, rows(n), reference=jax.pmap, **on(d))
+
+
+DTYPES = ("bool", "int4", "int8", "uint16", "float8_e4m3fn", "bfloat16", "float16", "complex64")
+
+
+@pytest.mark.parametrize("d", [1, 4, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_data_of_every_dtype_moves(dtype, d):
+    x = (np.arange(108).reshape(6, 6, 3) % 7 > (3 if dtype == "bool" else -1)).astype(np.int32)
+    x = jnp.asarray(x * (np.arange(108).reshape(6, 6, 3) % 7)).astype(dtype)
+
+    def fun(x):
+        return {
+            "ppermute": lax.ppermute(x, AXIS, [(0, 3), (3, 0), (1, 1)]),
+            "pbroadcast": lax.pbroadcast(x, AXIS, 4),
+            "all_to_all": lax.all_to_all(x, AXIS, 0, 1),
+            "all_gather": lax.all_gather(x, AXIS, axis_index_groups=interleaved()),
+        }
+
+    check(fun, x, reference=lockstep, **on(d))
+
+
+@pytest.mark.parametrize("d", [1, 4, 6])
+def test_keys_move(d):
+    keys = jax.random.split(jax.random.key(0), 6)
+    right = lambda k: jax.random.key_data(keys)[np.asarray(k)]
+
+    def fun(key):
+        return (
+            lax.ppermute(key, AXIS, [(k, (k + 1) % 6) for k in range(6)]),
+            lax.pbroadcast(key, AXIS, 2),
+            lax.all_gather(key, AXIS, axis_index_groups=interleaved()),
+        )
+
+    moved, sent, gathered = map(jax.random.key_data, pmap(fun, **on(d))(keys))
+    np.testing.assert_array_equal(moved, right((np.arange(6) - 1) % 6))
+    np.testing.assert_array_equal(sent, right(np.full(6, 2)))
+    np.testing.assert_array_equal(gathered, right([[k % 2, k % 2 + 2, k % 2 + 4] for k in range(6)]))
+
+
+def test_equal_results_may_be_broadcast():
+    """Of what is equal in all replicas, a full permutation is, too; a partial one is not."""
+    shift = [(k, (k + 1) % 6) for k in range(6)]
+    out = pmap(lambda x: lax.ppermute(lax.psum(x, AXIS), AXIS, shift), AXIS, out_axes=None)(rows(6))
+    np.testing.assert_allclose(out, rows(6).sum(0), rtol=1e-6)
+    assert pmap(lambda x: lax.pbroadcast(x, AXIS, 3), AXIS, out_axes=None)(rows(6)).shape == (3,)
+    for fun in (
+        lambda x: lax.ppermute(lax.psum(x, AXIS), AXIS, shift[1:]),
+        lambda x: lax.psum(x, AXIS, axis_index_groups=interleaved()),
+    ):
+        with pytest.raises(replicax.DivergentOutputError, match="may differ between"):
+            pmap(fun, AXIS, out_axes=None)(rows(6))
+
+
+def test_axes_of_two_maps_as_one():
+    """A collective over a tuple of names sees the replicas of both maps as one axis."""
+    x = np.arange(36.0, dtype=np.float32).reshape(2, 3, 6)
+    shift = [(k, (k + 1) % 6) for k in range(6)]
+
+    def fun(x):
+        return {
+            "ppermute": lax.ppermute(x, ("i", "j"), shift),
+            "all_gather": lax.all_gather(x, ("i", "j")),
+            "psum_scatter": lax.psum_scatter(x, ("i", "j")),
+            "all_to_all": lax.all_to_all(x, ("i", "j"), 0, 0),
+            "pbroadcast": lax.pbroadcast(x, ("i", "j"), 4),
+            "psum": lax.psum(x, ("i", "j"), axis_index_groups=[[0], [5, 4, 3, 2, 1]]),
+        }
+
+    flat = x.reshape(6, 6)
+    right = {
+        "ppermute": np.roll(flat, 1, 0),
+        "all_gather": np.broadcast_to(flat, (6, 6, 6)),
+        "psum_scatter": flat.sum(0),
+        "all_to_all": flat.T,
+        "pbroadcast": np.broadcast_to(flat[4], (6, 6)),
+        "psum": np.stack([flat[0], *[flat[1:].sum(0)] * 5]),
+    }
+    for devices in (None, jax.devices()[:1]):
+        out = pmap(pmap(fun, "j"), "i", devices=devices)(x)
+        compare(str, jax.tree.map(lambda y: y.reshape(6, *y.shape[2:]), out), jax.tree.map(jnp.asarray, right))
+
+
+def root(x):
+    """The root of an equation whose residual communicates."""
+    residual = lambda y: y + 0.1 * lax.pmean(y, AXIS) - x
+    solve = lambda g, y: lax.fori_loop(0, 20, lambda _, z: z - 0.5 * g(z), y)
+    return lax.custom_root(residual, jnp.zeros_like(x), solve, lambda g, y: y / g(jnp.ones_like(y)))
+
+
+@pytest.mark.parametrize("pair", [(5, 3), (8, 8), (6, 1)], ids="{0[0]}on{0[1]}".format)
+def test_an_implicit_function(pair):
+    n, d = pair
+    check(root, rows(n), derivatives=True, rtol=1e-4, **on(d))
+
+
+@pytest.mark.skipif(not hasattr(lax, "psum_scatter_start"), reason="JAX has it from 0.12 on")
+@pytest.mark.parametrize("d", [1, 4, 6])
+def test_a_collective_started_and_awaited(d):
+    def fun(x):
+        started = lax.psum_scatter_start(jnp.stack([x] * 6), AXIS, tiled=True)
+        return jnp.sin(x) + started.done()
+
+    check(fun, rows(6), reference=lockstep, **on(d))
+
+
+BAD = {
+    "psum: .* must hold each of the 6 replicas' indices": lambda x: lax.psum(
+        x, AXIS, axis_index_groups=[[0, 1], [2, 3]]
+    ),
+    "all_to_all: .* exactly once": lambda x: lax.all_to_all(
+        jnp.stack([x] * 3), AXIS, 0, 0, axis_index_groups=[[0, 1, 2], [3, 4, 4]]
+    ),
+    "all_gather: the groups .* must be of one size": lambda x: lax.all_gather(
+        x, AXIS, axis_index_groups=[[0], [1, 2, 3, 4, 5]]
+    ),
+    r"ppermute: .* Out of range: \[\[0, 6\]\]": lambda x: lax.ppermute(x, AXIS, [(0, 6)]),
+    "no source and no destination twice": lambda x: lax.ppermute(x, AXIS, [(0, 1), (0, 2)]),
+    "To send to several, use all_gather": lambda x: lax.ppermute(x, AXIS, [(0, 1), (-6, 2)]),
+    "pbroadcast: source=6 must be a replica's index, from 0 to 5": lambda x: lax.pbroadcast(x, AXIS, 6),
+    "input_offsets has 4 elements, which 6 replicas do not": lambda x: lax.ragged_all_to_all(
+        x, x, *[jnp.zeros(4, jnp.int32)] * 4, axis_name=AXIS
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_arguments_that_no_collective_can_follow(message):
+    with pytest.raises(CollectiveArgumentError, match=message) as caught:
+        pmap(BAD[message], AXIS)(rows(6))
+    assert isinstance(caught.value, ValueError)
+
+
+def test_what_jax_has_in_shard_map_alone_is_refused_by_name():
+    with pytest.raises(UnsupportedCollectiveError, match=r"pcast, .* only inside jax\.shard_map"):
+        pmap(lambda x: lax.pcast(x, AXIS, to="varying"), AXIS)(rows(4))
+
+
+def test_what_jax_has_on_gpus_alone_is_refused_by_name():
+    def fun(x):
+        token = lax.psend(x, AXIS, [(0, 1)])
+        return lax.precv(token, jax.ShapeDtypeStruct((3,), np.float32), AXIS, [(0, 1)])
+
+    with pytest.raises(UnsupportedCollectiveError, match=r"psend over the mapped axis 'i': .* on GPUs alone"):
+        pmap(fun, AXIS)(rows(4))
