@@ -189,7 +189,7 @@ BAD = {
         x, AXIS, axis_index_groups=[[0, 1], [2, 3]]
     ),
     "all_to_all: .* exactly once": lambda x: lax.all_to_all(
-        jnp.stack([x] * 3), AXIS, 0, 0, axis_index_groups=[[0, 1, 2], [3, 4, 4]]
+        jnp.stack([x] * 3), AXIS, 0, 0, axis_index_groups=[[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     ),
     "all_gather: the groups .* must be of one size": lambda x: lax.all_gather(
         x, AXIS, axis_index_groups=[[0], [1, 2, 3, 4, 5]]

@@ -320,8 +320,8 @@ def ppermute(logical: LogicalAxes, x: Any, *, axis_name: Names | Hashable, perm:
     """Another replica's operand, or zeros; only what changes device travels."""
     names = as_names(axis_name)
     sources = permutation(perm, size_of(logical, names))
-    if (name := direct(only_axis(logical, names))) is not None:
-        moved = [(int(source), r) for r, source in enumerate(sources) if source != NOTHING]
+    moved = [(int(source), r) for r, source in enumerate(sources) if source != NOTHING]
+    if (name := direct(only_axis(logical, names))) is not None and any(source != r for source, r in moved):
         return lax.ppermute(x, name, moved)
     return fetch(logical, names, x[None], sources[:, None])[0]
 
