@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 import replicax
-from collectives import AXIS, CONTEXTS, PAIRS, REFUSED, faults, interleaved, refusal, render, rows
+from collectives import AXIS, CONTEXTS, PAIRS, REFUSED, faults, interleaved, refusal, render, rows, shift, size
 from replicax import CollectiveArgumentError, UnsupportedCollectiveError, pmap
 from replicax.testing import check, lockstep
 from replicax.testing._check import compare
@@ -223,3 +224,53 @@ def test_what_jax_has_on_gpus_alone_is_refused_by_name():
 
     with pytest.raises(UnsupportedCollectiveError, match=r"psend over the mapped axis 'i': .* on GPUs alone"):
         pmap(fun, AXIS)(rows(4))
+
+
+def named(x):
+    return checkpoint_name(lax.pmean(jnp.sin(x), AXIS), "mean")
+
+
+POLICIES = {
+    "everything": jax.checkpoint_policies.everything_saveable,
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "by name": jax.checkpoint_policies.save_only_these_names("mean"),
+}
+
+#: Higher-order functions that the table does not have, each as a function of (3,) that can be differentiated.
+HIGHER_ORDER = {
+    **{
+        f"checkpoint, {name}": lambda x, policy=policy: jax.checkpoint(
+            lambda y: jnp.cos(named(y) @ jnp.outer(y, y)), policy=policy
+        )(x)
+        for name, policy in POLICIES.items()
+    },
+    "map": lambda x: lax.map(lambda y: lax.psum(jnp.sin(y), AXIS), jnp.stack([x, 2 * x])),
+    "map in batches": lambda x: lax.map(lambda y: lax.pmean(y, AXIS) * y, jnp.stack([x] * 5), batch_size=2),
+    "associative_scan": lambda x: lax.associative_scan(
+        lambda a, b: a * jnp.tanh(lax.pmean(b, AXIS)), jnp.stack([x, x + 1, x + 2])
+    ),
+    "custom_linear_solve": lambda x: lax.custom_linear_solve(
+        lambda v: 3 * v + lax.pmean(v, AXIS) / 4,
+        x,
+        lambda mv, b: lax.fori_loop(0, 30, lambda _, v: v - (mv(v) - b) / 4, b),
+        symmetric=True,
+    ),
+    "all of them": lambda x: lax.scan(
+        lambda c, t: (
+            lax.cond(
+                size() > 0, jax.checkpoint(lambda y: jax.jit(lambda z: lax.pmean(jnp.sin(z), AXIS))(y) + t), jnp.cos, c
+            ),
+            lax.map(lambda y: lax.ppermute(y * c[0], AXIS, shift()), t),
+        ),
+        x,
+        jnp.stack([x, 2 * x]),
+    ),
+}
+
+
+@pytest.mark.parametrize("pair", [(5, 3), (4, 4)], ids="{0[0]}on{0[1]}".format)
+@pytest.mark.parametrize("name", HIGHER_ORDER)
+def test_higher_order_functions_with_collectives_inside(name, pair):
+    n, d = pair
+    check(HIGHER_ORDER[name], rows(n), derivatives=True, rtol=1e-4, **on(d))
