@@ -4,6 +4,9 @@
 #   make test     the whole test suite
 #   make check    linter, formatter and strict types
 #   make sweep    the whole table of replicas x devices x collectives x types x control flow (long)
+#   make table    the table collective x context, run and printed
+#   make bench    the benchmarks, as ratios to their limits
+#   make fuzz     random programs against the oracles, for MINUTES=10, from SEED=(a random one)
 #
 # PYTHON, VENV and JAX choose the interpreter, the environment and the release of JAX, as in
 #   make test PYTHON=python3.13 VENV=.venv-new JAX='jax==0.12.0'
@@ -12,11 +15,13 @@ PYTHON ?= python3
 VENV ?= .venv
 JAX ?= jax
 PYTEST_ARGS ?= -n 2 --dist loadgroup
+MINUTES ?= 10
+SEED ?=
 
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 
-.PHONY: demo test check sweep clean
+.PHONY: demo test check sweep table bench fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/demo.py
@@ -26,6 +31,15 @@ test: $(STAMP)
 
 sweep: $(STAMP)
 	REPLICAX_SWEEP=full $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_sweep.py
+
+table: $(STAMP)
+	$(BIN)/python tests/table.py
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/escape_time.py
+
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 check: $(STAMP)
 	$(BIN)/ruff check .

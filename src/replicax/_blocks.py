@@ -7,7 +7,7 @@ over devices. Both cost nothing: ``vmap`` only names a dimension.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,13 @@ def block(axis: LogicalAxis, x: Any) -> Any:
 def own_lane(axis: LogicalAxis, x: Any) -> Any:
     """This lane's element of ``x``, whose first dimension is the device's lanes."""
     return x[0] if axis.lane_axis is None else _jax.own_lane(x, axis.lane_axis)
+
+
+def lane_by_lane(axes: Iterable[LogicalAxis], x: Any) -> Any:
+    """``x``, which ``vmap`` takes to differ between lanes from here on, whether it does or not."""
+    for axis in axes:
+        x = x if axis.lane_axis is None else _jax.each_lane(x, axis.lane_axis)
+    return x
 
 
 def on_device(axis: LogicalAxis, table: Table) -> Any:

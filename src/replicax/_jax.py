@@ -190,10 +190,14 @@ def trace(
     return jaxpr, list(constants(jaxpr)), out
 
 
-def trace_flat(fun: Callable[..., Sequence[Any]], avals: Sequence[Any], debug_info: Any) -> tuple[Jaxpr, list[Any]]:
-    """Traces a function of flat arguments; the open jaxpr and the constants that it closed over."""
+def _trace_flat(fun: Callable[..., Sequence[Any]], avals: Sequence[Any], debug_info: Any) -> tuple[Jaxpr, list[Any]]:
+    """Traces a function of flat arguments; the jaxpr, and the constants that it has to be closed over."""
     jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(lu.wrap_init(fun, debug_info=debug_info), list(avals))
     return jaxpr, list(consts)
+
+
+def _close(jaxpr: Jaxpr, consts: Sequence[Any]) -> Jaxpr:
+    return _Closed(jaxpr, consts) if _Closed is not _Open else jaxpr.with_consts(consts)
 
 
 def retrace(fun: Callable[..., Sequence[Any]], like: Jaxpr, *, hoist: bool) -> tuple[Jaxpr, list[Any]]:
@@ -215,13 +219,11 @@ def retrace(fun: Callable[..., Sequence[Any]], like: Jaxpr, *, hoist: bool) -> t
         return [_as_type(x, var.aval) for x, var in zip(fun(*args), body(like).outvars, strict=True)]
 
     in_avals = [var.aval for var in body(like).invars]
-    jaxpr, consts = trace_flat(same_types, in_avals, body(like).debug_info)
+    jaxpr, consts = _trace_flat(same_types, in_avals, body(like).debug_info)
     hoisted = consts if hoist else []
     if hoist:
         jaxpr, consts = pe.convert_constvars_jaxpr(jaxpr), []
-    if not isinstance(like, _Closed):
-        return jaxpr, hoisted
-    return _Closed(jaxpr, consts) if _Closed is not _Open else jaxpr.with_consts(consts), hoisted
+    return _close(jaxpr, consts) if isinstance(like, _Closed) else jaxpr, hoisted
 
 
 def bears_no_constants(eqn: Equation) -> bool:
@@ -299,7 +301,7 @@ def bind_again(
         primal, *rules = params["subfuns"]
         wrapped = (
             lu.wrap_init(rewrite_rule(rule.call_wrapped, role), debug_info=rule.debug_info)
-            for rule, role in zip(rules, _RULES[eqn.primitive.name], strict=True)
+            for rule, role in zip(rules, derivative_rules(eqn), strict=True)
         )
         params = {**params, "subfuns": (primal, *wrapped)}
     if hoisted and isinstance(params.get("prevent_cse"), tuple):
@@ -338,12 +340,12 @@ def expansion(eqn: Equation) -> tuple[Callable[..., Any], Callable[..., Any]] | 
     return primal, jvp
 
 
-def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, list[Any], list[Any], Callable[..., Any]]:
+def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, list[Any], Callable[..., Any]]:
     """Traces a derivative rule, whose arguments and results mix arrays with JAX's symbolic zeros and flags.
 
     Returns:
-        The open jaxpr, its constants, its (array) arguments, and the function that puts the rule's own result
-        together again from the jaxpr's results.
+        The jaxpr, its (array) arguments, and the function that puts the rule's own result together again from the
+        jaxpr's results.
     """
     is_array = [is_array_type(x) for x in args]
     arrays = [x for x, dynamic in zip(args, is_array, strict=True) if dynamic]
@@ -364,8 +366,8 @@ def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, li
         return [x for x, dyn in zip(leaves, dynamic_out, strict=True) if dyn]
 
     dbg = lu.DebugInfo("replicax derivative rule", "derivative rule", None, None)
-    jaxpr, consts = trace_flat(flat, [core.typeof(x) for x in arrays], dbg)
-    return jaxpr, consts, arrays, restore[0]
+    jaxpr = _close(*_trace_flat(flat, [core.typeof(x) for x in arrays], dbg))
+    return jaxpr, arrays, restore[0]
 
 
 def is_array_type(x: object) -> bool:
@@ -380,7 +382,7 @@ def is_array_type(x: object) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A lane's own
+# One lane and all
 
 
 def own_lane(x: Any, axis: AxisName) -> Any:
@@ -410,6 +412,32 @@ def _own_lane_batched(
 
 _own_lane_p.def_abstract_eval(_own_lane_type)
 batching.fancy_primitive_batchers[_own_lane_p] = _own_lane_batched
+
+
+def each_lane(x: Any, axis: AxisName) -> Any:
+    """``x``, which ``vmap`` takes to differ along the axis from here on, whether it does or not."""
+    return _each_lane_p.bind(x, axis=axis)
+
+
+_each_lane_p = core.Primitive("each_lane")
+
+
+def _each_lane_type(x: Any, *, axis: AxisName) -> Any:
+    del axis
+    return x
+
+
+def _each_lane_batched(
+    axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], *, axis: AxisName
+) -> tuple[Any, int | None]:
+    (x,), (dim,) = args, dims
+    if axis_data.name != axis:
+        return each_lane(x, axis), dim
+    return (jnp.broadcast_to(x, (axis_data.size, *x.shape)), 0) if dim is None else (x, dim)
+
+
+_each_lane_p.def_abstract_eval(_each_lane_type)
+batching.fancy_primitive_batchers[_each_lane_p] = _each_lane_batched
 
 
 # ---------------------------------------------------------------------------------------------------------------

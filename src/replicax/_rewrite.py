@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from replicax import _jax
-from replicax._collectives import REGISTRY, any_replica, is_replica, lane_by_lane, where_replica
+from replicax._blocks import lane_by_lane
+from replicax._collectives import REGISTRY, any_replica, is_replica, where_replica
 from replicax._errors import UnsupportedCollectiveError
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxes
@@ -75,13 +76,13 @@ class Rewriter:
             return {"while": self._divergent_while, "cond": self._divergent_cond}[eqn.primitive.name](
                 eqn, args, varying
             )
-        apart = bool(self._axes_inside(eqn)) and "bwd" in _jax.derivative_rules(eqn)
+        apart = bool(_jax.derivative_rules(eqn)) and (any(varying) or bool(self._axes_inside(eqn)))
         inside = zip(_jax.sub_jaxprs(eqn), self.analysis.operands(eqn, varying), strict=True)
         hoist = _jax.bears_no_constants(eqn)
         new = {id(sub): self._sub_jaxpr(sub, operands, apart=apart, hoist=hoist) for sub, operands in inside}
 
         def rewrite_rule(rule: Callable[..., Any], role: str) -> Callable[..., Any]:
-            return self._rule(rule, role, apart=apart or (role == "bwd" and any(varying)))
+            return self._rule(rule, role, apart=len(eqn.outvars) if apart else 0)
 
         return _jax.bind_again(eqn, args, lambda sub: new[id(sub)], rewrite_rule)
 
@@ -149,31 +150,37 @@ class Rewriter:
             self._rewritten[key] = (jaxpr, _jax.retrace(run, jaxpr, hoist=hoist))
         return self._rewritten[key][1]
 
-    def _rule(self, rule: Callable[..., Any], role: str, *, apart: bool) -> Callable[..., Any]:
+    def _rule(self, rule: Callable[..., Any], role: str, *, apart: int = 0) -> Callable[..., Any]:
         """A derivative rule of the user's, rewritten when JAX calls it; its arguments may vary anywhere.
 
-        A reverse rule is one replica's, and so have to be the cotangents that it takes and gives, if it communicates:
-        JAX would hand it the sum over lanes for a result that it knows to be equal in all of them. With ``apart``
-        each lane gets results of its own, and padding has no part in cotangents.
+        The rules are one replica's, and so is what they take and give. But JAX hands a reverse rule the sum over
+        lanes for a result that it knows to be equal in all of them, and cannot match such a result with a tangent
+        that differs. So with ``apart`` each lane gets results of its own, and padding has no part in cotangents.
+
+        Args:
+            rule: The rule.
+            role: ``"jvp"``, ``"fwd"`` or ``"bwd"``.
+            apart: How many results the function has that are to be each lane's own.
         """
         everywhere, axes = frozenset(self.logical), tuple(self.logical.values())
 
         def rewritten(*args: Any) -> Any:
             with _jax.axis_env({axis.name: axis.size for axis in axes}):
-                jaxpr, consts, arrays, restore = _jax.trace_rule(rule, args)
+                jaxpr, arrays, restore = _jax.trace_rule(rule, args)
             # JAX calls a rule when vmap and shard_map have long returned, and taken their axes along.
             with _jax.axis_env({name: size for axis in axes for name, size in axis.physical}):
-                results = self.run(jaxpr, consts, arrays, [everywhere] * len(arrays))
-                if apart and self._axes_of(jaxpr):
-                    results = [where_replica(axes, x) for x in results] if role == "bwd" else results
-                    results = [lane_by_lane(axes, x) for x in results]
-                return restore(results)
+                results = self.run(jaxpr, _jax.constants(jaxpr), arrays, [everywhere] * len(arrays))
+                if apart and role == "bwd":
+                    results = [where_replica(axes, x) for x in results]
+                first = len(results) - apart if role == "fwd" else 0  # residuals come first
+                own = [lane_by_lane(axes, x) for x in results[first:]] if apart else results[first:]
+                return restore([*results[:first], *own])
 
         return rewritten
 
     def _expanded(self, expansion: tuple[Callable[..., Any], Callable[..., Any]], args: list[Any]) -> list[Any]:
         """An operation that JAX keeps whole until it is compiled, and that communicates: what it stands for."""
-        primal, jvp = (self._rule(rule, "jvp", apart=False) for rule in expansion)
+        primal, jvp = (self._rule(rule, "jvp") for rule in expansion)
         call = jax.custom_jvp(primal)
         call.defjvp(lambda primals, tangents: jvp(*primals, *tangents))
         return list(call(*args))

@@ -116,8 +116,8 @@ class _Interpreter:
             if not subs and self.name in _jax.named_axes(eqn):
                 if (expansion := _jax.expansion(eqn)) is not None:
                     with _jax.axis_env({self.name: self.size}):
-                        jaxpr, consts, *_ = _jax.trace_rule(expansion[0], [x[0] for x in args])
-                    return self.run(jaxpr, [self.everywhere(c) for c in consts], args)
+                        jaxpr, *_ = _jax.trace_rule(expansion[0], [x[0] for x in args])
+                    return self.closed(jaxpr, args)
                 return [self.collective(eqn, *args)]
             if _jax.awaits_collective(eqn):
                 return args
