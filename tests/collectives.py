@@ -5,6 +5,8 @@ made for whatever number of replicas there is. The reference is ``replicax.testi
 no groups, no partial permutations, and a wrong ``all_to_all`` of operands that are equal on all replicas.
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +73,13 @@ def ragged(x, groups=None):
     output = jnp.zeros((2 * n, 3), x.dtype)
     offsets = jnp.zeros(n, jnp.int32)
     return lax.ragged_all_to_all(rows, output, offsets, send, target, receive, axis_name=AXIS, axis_index_groups=groups)
+
+
+def one_sided(x):
+    """Sends and receives as JAX can on GPUs alone, until it can no more."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return lax.precv(lax.psend(x, AXIS, [(0, 1)]), jax.ShapeDtypeStruct(x.shape, x.dtype), AXIS, [(0, 1)])
 
 
 #: By name: the collective, as a function from (3,) to any shape.

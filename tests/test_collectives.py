@@ -11,7 +11,20 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import replicax
-from collectives import AXIS, CONTEXTS, PAIRS, REFUSED, faults, interleaved, refusal, render, rows, shift, size
+from collectives import (
+    AXIS,
+    CONTEXTS,
+    PAIRS,
+    REFUSED,
+    faults,
+    interleaved,
+    one_sided,
+    refusal,
+    render,
+    rows,
+    shift,
+    size,
+)
 from replicax import CollectiveArgumentError, UnsupportedCollectiveError, pmap
 from replicax.testing import check, lockstep
 from replicax.testing._check import compare
@@ -218,12 +231,8 @@ def test_what_jax_has_in_shard_map_alone_is_refused_by_name():
 
 
 def test_what_jax_has_on_gpus_alone_is_refused_by_name():
-    def fun(x):
-        token = lax.psend(x, AXIS, [(0, 1)])
-        return lax.precv(token, jax.ShapeDtypeStruct((3,), np.float32), AXIS, [(0, 1)])
-
     with pytest.raises(UnsupportedCollectiveError, match=r"psend over the mapped axis 'i': .* on GPUs alone"):
-        pmap(fun, AXIS)(rows(4))
+        pmap(one_sided, AXIS)(rows(4))
 
 
 def named(x):

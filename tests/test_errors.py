@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 import replicax
+from collectives import one_sided
 from replicax import pmap
 
 x8, x4 = np.arange(8.0), np.arange(4.0)
@@ -159,16 +160,16 @@ FAULTS = {
         replicax.UnboundAxisError, NameError, ["'cols'"],
     ),
     "a collective without a rule": (
-        call(lambda x: lax.ppermute(x, "i", [(0, 1)]), x8, axis_name="i"),
-        replicax.UnsupportedCollectiveError, NotImplementedError, ["ppermute over the mapped axis 'i'", "all_gather"],
+        call(one_sided, x8, axis_name="i"),
+        replicax.UnsupportedCollectiveError, NotImplementedError, ["psend over the mapped axis 'i'", "with ppermute"],
     ),
     "a collective without a rule in a loop": (
-        call(lambda x: lax.fori_loop(0, 2, lambda _, y: lax.ppermute(y, "i", [(0, 1)]), x), x8, axis_name="i"),
-        replicax.UnsupportedCollectiveError, NotImplementedError, ["ppermute over the mapped axis 'i'"],
+        call(lambda x: lax.fori_loop(0, 2, lambda _, y: one_sided(y), x), x8, axis_name="i"),
+        replicax.UnsupportedCollectiveError, NotImplementedError, ["psend over the mapped axis 'i'"],
     ),
     "groups": (
-        call(lambda x: lax.psum(x, "i", axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]]), x8, axis_name="i"),
-        replicax.UnsupportedCollectiveError, NotImplementedError, ["psum with axis_index_groups"],
+        call(lambda x: lax.psum(x, "i", axis_index_groups=[[0, 1, 2, 3], [4, 5, 6]]), x8, axis_name="i"),
+        replicax.CollectiveArgumentError, ValueError, ["psum: axis_index_groups=[[0, 1, 2, 3], [4, 5, 6]]", "the 8"],
     ),
     "an array donated before": (
         lambda: donated_before(pmap(lambda state: state + 1, donate_argnums=0)),

@@ -30,6 +30,11 @@ def own_lane(axis: LogicalAxis, x: Any) -> Any:
     return x[0] if axis.lane_axis is None else _jax.own_lane(x, axis.lane_axis)
 
 
+def any_lane(axis: LogicalAxis, x: Any) -> Any:
+    """``x``, which is equal in all lanes, as ``vmap`` may not know."""
+    return block(axis, x)[0] if axis.lane_axis is not None and isinstance(x, jax.core.Tracer) else x
+
+
 def lane_by_lane(axes: Iterable[LogicalAxis], x: Any) -> Any:
     """``x``, which ``vmap`` takes to differ between lanes from here on, whether it does or not."""
     for axis in axes:

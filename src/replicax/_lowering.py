@@ -17,7 +17,7 @@ from jax.tree_util import keystr
 
 from replicax import _jax
 from replicax._axes import Spec, match_out_axes
-from replicax._blocks import block
+from replicax._blocks import any_lane
 from replicax._errors import (
     DivergentOutputError,
     NestedMapError,
@@ -316,8 +316,7 @@ def _one_replica(
         for k, value in zip(passed, args[len(varying) :], strict=True):
             consts[k] = value
         results = rewriter.run(replica.jaxpr, consts, args[: len(varying)], varying)
-        # vmap may not know that a result is equal in all lanes.
-        return tuple(block(axis, y)[0] if a is None else y for y, a in zip(results, out_axes, strict=True))
+        return tuple(any_lane(axis, y) if a is None else y for y, a in zip(results, out_axes, strict=True))
 
     return one_replica, tuple(replica.consts[k] for k in passed)
 
