@@ -16,6 +16,7 @@ from collectives import (
     CONTEXTS,
     PAIRS,
     REFUSED,
+    VARIANTS,
     faults,
     interleaved,
     one_sided,
@@ -211,6 +212,8 @@ BAD = {
     r"ppermute: .* Out of range: \[\[0, 6\]\]": lambda x: lax.ppermute(x, AXIS, [(0, 6)]),
     "no source and no destination twice": lambda x: lax.ppermute(x, AXIS, [(0, 1), (0, 2)]),
     "To send to several, use all_gather": lambda x: lax.ppermute(x, AXIS, [(0, 1), (-6, 2)]),
+    "must be a list of pairs": lambda x: lax.ppermute(x, AXIS, [(0, 1.5)]),
+    "psum_scatter: JAX has no sum of bool": lambda x: lax.psum_scatter(jnp.stack([x] * 6) > 0, AXIS),
     "pbroadcast: source=6 must be a replica's index, from 0 to 5": lambda x: lax.pbroadcast(x, AXIS, 6),
     "input_offsets has 4 elements, which 6 replicas do not": lambda x: lax.ragged_all_to_all(
         x, x, *[jnp.zeros(4, jnp.int32)] * 4, axis_name=AXIS
@@ -223,6 +226,45 @@ def test_arguments_that_no_collective_can_follow(message):
     with pytest.raises(CollectiveArgumentError, match=message) as caught:
         pmap(BAD[message], AXIS)(rows(6))
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("d", [1, 4, 6])
+def test_axes_counted_from_the_end(d):
+    """JAX 0.10 gets those of an untiled all_to_all wrong, and replicax refuses them there."""
+    x = np.arange(72.0, dtype=np.float32).reshape(6, 2, 6)
+    right = pmap(lambda x: lax.all_to_all(x, AXIS, 1, 0), AXIS)(x)
+    counted = pmap(lambda x: lax.all_to_all(x, AXIS, -1, 0), **on(d))
+    if jax.__version_info__ < (0, 11):
+        with pytest.raises(CollectiveArgumentError, match="Count from the front"):
+            counted(x)
+    else:
+        np.testing.assert_array_equal(counted(x), right)
+    check(lambda x: lax.all_to_all(x, AXIS, -1, -2, tiled=True), x, reference=lockstep, **on(d))
+    check(lambda x: lax.all_gather(x, AXIS, axis=-1), x, **on(d))
+
+
+def test_an_empty_group_is_no_group():
+    groups = [[0, 1, 2, 3, 4, 5], []]
+    for d in (3, 6):
+        check(
+            lambda x: lax.psum(x, AXIS, axis_index_groups=groups[:1]),
+            rows(6),
+            reference=lambda fun, **options: pmap(lambda x: lax.psum(x, AXIS, axis_index_groups=groups), **options),
+            **on(d),
+        )
+
+
+def test_what_jax_refuses_is_explained():
+    pairs = [[0, 1], [2, 3], [4, 5]]
+    swap = lambda y: lax.all_to_all(y, AXIS, 0, 0, axis_index_groups=pairs)
+    with pytest.raises(NotImplementedError) as caught:
+        pmap(lambda x: jax.vmap(swap)(jnp.stack([x[:2]] * 3)), AXIS)(rows(6))
+    assert "all_to_all with axis_index_groups" in "".join(caught.value.__notes__)
+    for (variant, context), (reason, _) in REFUSED.items():
+        if context == "grad inside" and not variant.startswith(("pmax", "pmin")):
+            with pytest.raises((TypeError, ValueError)) as caught:
+                pmap(lambda x: CONTEXTS[context](VARIANTS[variant], x), AXIS)(rows(6))  # noqa: B023
+            assert "If this comes from the derivative of" in "".join(caught.value.__notes__), reason
 
 
 def test_what_jax_has_in_shard_map_alone_is_refused_by_name():

@@ -114,3 +114,73 @@ def test_sums_of_complex_constants(d):
         }
 
     check(fun, rows(4) * (1 + 1j), axis_name=AXIS, devices=jax.devices()[:d], reference=lockstep, derivatives=True)
+
+
+@pytest.mark.parametrize("d", [1, 2, 4])
+def test_the_derivative_by_a_complex_argument_for_all_may_be_constant(d):
+    """Its sum between devices is JAX's own: that of an argument which nothing is split of."""
+
+    def fun(x, w):
+        return x + lax.fori_loop(0, 1, lambda _, carry: (x * 1j, carry[1]), (w, w))[0]
+
+    options = {"in_axes": (0, None), "devices": jax.devices()[:d]}
+    check(fun, rows(4) * (1 + 1j), rows(1)[0] * 1j, derivatives=True, **options)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_rules_of_what_is_equal_everywhere(d):
+    """Nothing varies, and so no part of a rule may."""
+    sine = jax.custom_jvp(jnp.sin)
+    sine.defjvp(lambda primals, tangents: (sine(*primals), jnp.cos(primals[0]) * tangents[0]))
+    square = jax.custom_vjp(lambda x: sine(x) ** 2)
+    square.defvjp(lambda x: (square(x), x), lambda x, ct: (2 * sine(x) * jnp.cos(x) * ct,))
+    options = {"in_axes": None, "axis_size": 3, "devices": jax.devices()[:d]}
+    for fun in (sine, square):
+        check(fun, rows(1)[0], out_axes=None, derivatives=True, **options)
+    check(sine, rows(1)[0], derivatives=True, **options)
+
+
+@jax.custom_vjp
+def summed_forwards(x):
+    """A sum whose cotangent each replica keeps: half of the pair that tensor parallelism is made of."""
+    return lax.psum(x, AXIS)
+
+
+summed_forwards.defvjp(lambda x: (lax.psum(x, AXIS), None), lambda _, ct: (ct,))
+
+
+@jax.custom_vjp
+def equal_in_the_forward_rule(x):
+    return x * 1
+
+
+equal_in_the_forward_rule.defvjp(lambda x: (lax.pmean(x, AXIS), x), lambda x, ct: (ct * x,))
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 6, 8])
+def test_cotangents_of_rules_on_any_number_of_devices(d):
+    """Also of a broadcast result, of which each replica has its part, 1/N, as in jax.pmap."""
+    derivative = jax.grad(lambda x: pmap(summed_forwards, AXIS, out_axes=None, devices=jax.devices()[:d])(x).sum())
+    np.testing.assert_allclose(derivative(rows(6)), np.full((6, 3), 1 / 6), rtol=1e-6)
+    options = {"axis_name": AXIS, "devices": jax.devices()[:d], "reference": jax.pmap, "derivatives": True}
+    check(equal_in_the_forward_rule, rows(6), **options)
+
+
+@pytest.mark.parametrize("d", [1, 3, 6])
+def test_a_constant_summed_over_groups_of_different_sizes(d):
+    groups = [[0, 1], [2, 3, 4, 5]]
+
+    def fun(x):
+        ones = lax.psum(jnp.ones(()), AXIS, axis_index_groups=groups)
+        return ones + x[0] * 0, lax.scan(
+            lambda c, _: (lax.psum(c, AXIS, axis_index_groups=groups) / 3, None), ones, None, 2
+        )
+
+    check(fun, rows(6), axis_name=AXIS, devices=jax.devices()[:d], reference=lockstep, derivatives=True)
+
+
+@pytest.mark.parametrize("d", [1, 3, 6])
+def test_the_derivative_of_a_closed_over_array_under_jit(d):
+    mapped = pmap(lambda x: x * 2, devices=jax.devices()[:d])
+    out = jax.jit(lambda scale: jax.grad(lambda x: (scale * mapped(x)).sum())(jnp.arange(6.0)))(3.0)
+    np.testing.assert_allclose(out, np.full(6, 6.0))

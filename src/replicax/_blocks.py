@@ -66,6 +66,14 @@ def take(x: Any, rows: Any) -> Any:
 _FEW = 8
 
 
+def unfolded(x: Any) -> Any:
+    """``x``, and its cotangent, kept from XLA's folding of constants if it is complex.
+
+    Where XLA folds a sum of complex constants between devices (on CPUs, in JAX 0.10 and 0.12), it ends the process.
+    """
+    return lax.optimization_barrier(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
+
+
 def with_zero(x: Any) -> Any:
     """``x`` with one more element along its first dimension: zeros."""
     return jnp.concatenate([x, jnp.zeros((1, *x.shape[1:]), x.dtype)])

@@ -13,6 +13,7 @@ To add a collective, write one function with the parameters of its primitive und
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -25,6 +26,7 @@ from jax import lax
 
 from replicax import _jax
 from replicax._blocks import (
+    any_lane,
     block,
     exchanged,
     fetch,
@@ -36,6 +38,7 @@ from replicax._blocks import (
     replica_index,
     size_of,
     take,
+    unfolded,
     with_zero,
 )
 from replicax._errors import CollectiveArgumentError
@@ -119,19 +122,14 @@ def moves_data(rule: Rule) -> Rule:
     return on_data  # type: ignore[return-value]
 
 
-def hides_constants(rule: Rule) -> Rule:
-    """A rule, and its transpose, that XLA cannot fold for complex constants.
-
-    Where it does (on CPUs, in JAX 0.10 and 0.12), a sum between devices ends the process.
-    """
+def keeps_constants(rule: Rule) -> Rule:
+    """A rule that sums, or whose transpose does, in a form that XLA survives: see :func:`unfolded`."""
 
     @functools.wraps(rule)
-    def hidden(logical: LogicalAxes, x: Any, **params: Any) -> Any:
-        if not jnp.issubdtype(x.dtype, jnp.complexfloating):
-            return rule(logical, x, **params)
-        return lax.optimization_barrier(rule(logical, lax.optimization_barrier(x), **params))
+    def unfolding(logical: LogicalAxes, x: Any, **params: Any) -> Any:
+        return unfolded(rule(logical, unfolded(x), **params))
 
-    return hidden  # type: ignore[return-value]
+    return unfolding  # type: ignore[return-value]
 
 
 def as_names(axis_name: Names | Hashable) -> Names:
@@ -177,7 +175,7 @@ def groups_of(primitive: str, axis_index_groups: Any, size: int, *, of_one_size:
             f"{primitive}: the groups of axis_index_groups={_shown(axis_index_groups)} must be of one size, because "
             f"the result's shape depends on it. psum, pmax and pmin take groups of different sizes."
         )
-    return groups(axis_index_groups, size)
+    return groups([group for group in axis_index_groups if group], size)
 
 
 def _shown(argument: Any) -> str:
@@ -215,7 +213,7 @@ def where_replica(axes: Sequence[LogicalAxis], x: Any) -> Any:
 
 
 @collective("psum", "psum_invariant", "psum_start", result=equal)
-@hides_constants
+@keeps_constants
 def psum(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
     """The sum over the replicas; padding lanes add nothing."""
     if axis_index_groups is not None:
@@ -276,6 +274,12 @@ def extremum(logical: LogicalAxes, x: Any, axes: Names, axis_index_groups: Any, 
 
 
 def reduce_groups(logical: LogicalAxes, x: Any, names: Names, axis_index_groups: Any, which: Reduction) -> Any:
+    """A reduction over groups; hidden from XLA, which folds that of a constant as if all groups were the first."""
+    hidden = lax.optimization_barrier
+    return hidden(_reduce_groups(logical, hidden(x), names, axis_index_groups, which))
+
+
+def _reduce_groups(logical: LogicalAxes, x: Any, names: Names, axis_index_groups: Any, which: Reduction) -> Any:
     """A reduction over groups of replicas, of any sizes: over the lanes that a device has of a group, then over the
     devices that share it, each sending one lane's bytes for a group.
     """
@@ -350,6 +354,12 @@ def permutation(perm: Sequence[tuple[int, int]], size: int) -> Any:
     Raises:
         CollectiveArgumentError: an index is out of range, or sends or receives twice.
     """
+    try:
+        perm = [(operator.index(source), operator.index(destination)) for source, destination in perm]
+    except (TypeError, ValueError):
+        raise CollectiveArgumentError(
+            f"ppermute: perm={perm!r:.200} must be a list of pairs (source, destination) of replica indices."
+        ) from None
     out_of_range = [pair for pair in perm if not all(-size <= i < size for i in pair)]
     sends, receives = ([i % size for i in side] for side in (zip(*perm, strict=True) if perm else ((), ())))
     if out_of_range or len(set(sends)) < len(perm) or len(set(receives)) < len(perm):
@@ -389,7 +399,7 @@ def pbroadcast(logical: LogicalAxes, x: Any, *, axis_name: Names | Hashable, sou
 
 @collective("all_gather", "all_gather_invariant", "all_gather_start", result=equal)
 @moves_data
-@hides_constants
+@keeps_constants
 def all_gather(
     logical: LogicalAxes,
     x: Any,
@@ -430,7 +440,7 @@ def chunks(x: Any, dimension: int, count: int) -> Any:
 
 
 @collective("reduce_scatter", "reduce_scatter_start", result=own)
-@hides_constants
+@keeps_constants
 def psum_scatter(
     logical: LogicalAxes,
     x: Any,
@@ -441,7 +451,13 @@ def psum_scatter(
     tiled: bool,
     axis_index_groups: Any = None,
 ) -> Any:
-    """Of the sum over the group, this replica's slice along a dimension: the transpose of ``all_gather``."""
+    """Of the sum over the group, this replica's slice along a dimension: the transpose of ``all_gather``.
+
+    Raises:
+        CollectiveArgumentError: the operand is of truth values, which JAX has no sum of here.
+    """
+    if x.dtype == bool:
+        raise CollectiveArgumentError("psum_scatter: JAX has no sum of bool here. Convert the operand to int32 first.")
     names, scatter_dimension = as_names(axis_name), scatter_dimension % x.ndim
     split = groups_of("psum_scatter", axis_index_groups, size_of(logical, names), of_one_size=True)
     axis = only_axis(logical, names)
@@ -520,8 +536,15 @@ def all_to_all(
     """The group's pieces for this replica, cut along one dimension and laid out along another.
 
     JAX's primitive is always tiled; where the user's call is not, JAX adds and removes the dimensions around it.
+
+    Raises:
+        CollectiveArgumentError: an axis counts from the end, and JAX 0.10 has added dimensions in the wrong place.
     """
-    del tiled
+    if not tiled and min(split_axis, concat_axis) < 0:
+        raise CollectiveArgumentError(
+            "all_to_all: split_axis or concat_axis counts from the end, which this release of JAX gets wrong unless "
+            "tiled=True. Count from the front."
+        )
     names, split_axis, concat_axis = as_names(axis_name), split_axis % x.ndim, concat_axis % x.ndim
     size = size_of(logical, names)
     split = groups_of("all_to_all", axis_index_groups, size, of_one_size=True)
@@ -628,3 +651,22 @@ def any_replica(axes: Sequence[LogicalAxis], x: Any) -> Any:
     """Whether a truth value holds in any replica."""
     names = physical(axes)
     return lax.pmax(x.astype(jnp.int32), names) > 0 if names else x
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def equal_value(axis: LogicalAxis, x: Any) -> Any:
+    """``x``, which is equal in all replicas; its derivative falls to all of them in equal parts.
+
+    ``any_lane`` is enough where the sum of the parts is all that counts, which a reverse rule of the user's may not
+    heed.
+    """
+    return any_lane(axis, x)
+
+
+def _equal_tangent(axis: LogicalAxis, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    with _jax.axis_env(dict(axis.physical)):  # JAX calls this when vmap and shard_map have long returned
+        total = lax.psum(where_replica([axis], tangents[0]), physical([axis]))
+        return any_lane(axis, primals[0]), (total / axis.size).astype(total.dtype)
+
+
+equal_value.defjvp(_equal_tangent)

@@ -382,10 +382,13 @@ def _pad_on_host(x: Any, axis: int, where: Layout) -> jax.Array:
 
 
 def _settle(program: Program, x: Any, axis: int | None) -> Any:
-    """An argument of a traced call, moved if its value is known already and lies on devices of its own."""
+    """An argument of a traced call, moved if its value is known already and lies on devices of its own.
+
+    Where the call is recorded it is a constant of the program, which XLA puts where it has to be.
+    """
     value = _jax.outermost_value(x)
     known = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
-    if known and program.layout.mesh is not None:
+    if known and program.layout.mesh is not None and not _jax.staging():
         return jax.device_put(x, program.layout.result_sharding(axis))
     return x
 

@@ -41,6 +41,14 @@ def eager() -> bool:
     return bool(core.trace_state_clean())
 
 
+def staging() -> bool:
+    """Whether an enclosing ``jit``, ``scan`` or the like records what is called."""
+    trace: Any = core.trace_ctx.trace
+    while (parent := getattr(trace, "parent_trace", None)) is not None and not isinstance(trace, pe.DynamicJaxprTrace):
+        trace = parent
+    return isinstance(trace, pe.DynamicJaxprTrace)
+
+
 def own_mesh() -> contextlib.AbstractContextManager[Any]:
     """Puts aside a mesh that the user has set for all of JAX, since a map brings its own."""
     if not eager() or jax.sharding.get_abstract_mesh().empty:

@@ -17,7 +17,8 @@ from jax.tree_util import keystr
 
 from replicax import _jax
 from replicax._axes import Spec, match_out_axes
-from replicax._blocks import any_lane
+from replicax._blocks import any_lane, lane_by_lane, unfolded
+from replicax._collectives import equal_value
 from replicax._errors import (
     DivergentOutputError,
     NestedMapError,
@@ -109,9 +110,39 @@ def trace_replica(
             "inside jax.shard_map, and jax.vmap refuses both, too. Leave the pcast out (here every value may differ "
             "between replicas as it is) and call all_gather without to=."
         ).with_traceback(error.__traceback__) from None
+    except (NotImplementedError, TypeError, ValueError) as error:
+        _explain(error)
+        raise
     finally:
         _tracing.reset(depth)
     return Replica(jaxpr, consts, out)
+
+
+#: What JAX itself refuses while it traces or differentiates a collective: its words, and ours.
+REFUSALS = {
+    "Please open a feature request": (
+        "JAX has no rule for this collective under a vmap (or jacfwd, hessian, or a map in batches) inside the mapped "
+        "function, such as all_to_all with axis_index_groups. Take it out of the vmap: it takes arrays of any shape."
+    ),
+    "full must be called with scalar fill_value": (
+        "If this comes from the derivative of pbroadcast: JAX has one for scalars alone. Write "
+        "all_gather(x, axis)[source]."
+    ),
+    "Expected cotangent type": (
+        "If this comes from the derivative of all_to_all: JAX has none that is right between two different axes. Write "
+        "tiled=True."
+    ),
+    "divisible by the size of the named axis": (
+        "If this comes from the derivative of ragged_all_to_all: JAX has none that heeds axis_index_groups."
+    ),
+}
+
+
+def _explain(error: Exception) -> None:
+    """Adds to an error of JAX's what it is about, where its own words do not say."""
+    for theirs, ours in REFUSALS.items():
+        if theirs in str(error):
+            error.add_note(ours)
 
 
 _tracing: ContextVar[bool] = ContextVar("_tracing", default=False)
@@ -309,14 +340,22 @@ def _one_replica(
     rewriter = Rewriter({axis.name: axis})
     varying = [frozenset() if a is None else frozenset({axis.name}) for a in in_axes]
     _check_broadcast_results(replica, out_axes, rewriter.analysis.results(replica.jaxpr, varying), axis.name)
+    has_rules = _jax.has_primitive(replica.jaxpr, ("custom_vjp_call",)) and bool(axis.physical)
+
+    def one_value(y: Any) -> Any:
+        if has_rules and jnp.issubdtype(jnp.result_type(y), jnp.inexact):
+            return equal_value(axis, lane_by_lane([axis], y))
+        return any_lane(axis, y)
+
     passed = [k for k, const in enumerate(replica.consts) if _has_to_be_passed(const)]
 
     def one_replica(*args: Any) -> tuple[Any, ...]:
         consts = list(replica.consts)
         for k, value in zip(passed, args[len(varying) :], strict=True):
             consts[k] = value
-        results = rewriter.run(replica.jaxpr, consts, args[: len(varying)], varying)
-        return tuple(any_lane(axis, y) if a is None else y for y, a in zip(results, out_axes, strict=True))
+        own = [unfolded(x) if a is None else x for x, a in zip(args, in_axes, strict=False)]
+        results = rewriter.run(replica.jaxpr, consts, own, varying)
+        return tuple(one_value(y) if a is None else y for y, a in zip(results, out_axes, strict=True))
 
     return one_replica, tuple(replica.consts[k] for k in passed)
 

@@ -91,7 +91,7 @@ class Rewriter:
         if names:
             known = REGISTRY.get(eqn.primitive.name)
             if known is None and (expansion := _jax.expansion(eqn)) is not None:
-                return self._expanded(expansion, args)
+                return self._expanded(expansion, args, apart=len(eqn.outvars))
             if known is None:
                 raise UnsupportedCollectiveError(_unsupported(_jax.equation_name(eqn), names))
             return [known.rule(self.logical, *_jax.operands(eqn, args), **eqn.params)]
@@ -150,8 +150,8 @@ class Rewriter:
             self._rewritten[key] = (jaxpr, _jax.retrace(run, jaxpr, hoist=hoist))
         return self._rewritten[key][1]
 
-    def _rule(self, rule: Callable[..., Any], role: str, *, apart: int = 0) -> Callable[..., Any]:
-        """A derivative rule of the user's, rewritten when JAX calls it; its arguments may vary anywhere.
+    def _rule(self, rule: Callable[..., Any], role: str, *, apart: int) -> Callable[..., Any]:
+        """A derivative rule of the user's, rewritten when JAX calls it.
 
         The rules are one replica's, and so is what they take and give. But JAX hands a reverse rule the sum over
         lanes for a result that it knows to be equal in all of them, and cannot match such a result with a tangent
@@ -160,7 +160,8 @@ class Rewriter:
         Args:
             rule: The rule.
             role: ``"jvp"``, ``"fwd"`` or ``"bwd"``.
-            apart: How many results the function has that are to be each lane's own.
+            apart: How many results the function has that are to be each lane's own. With 0 nothing varies, but the
+                cotangents of a function that is called alike everywhere.
         """
         everywhere, axes = frozenset(self.logical), tuple(self.logical.values())
 
@@ -169,7 +170,9 @@ class Rewriter:
                 jaxpr, arrays, restore = _jax.trace_rule(rule, args)
             # JAX calls a rule when vmap and shard_map have long returned, and taken their axes along.
             with _jax.axis_env({name: size for axis in axes for name, size in axis.physical}):
-                results = self.run(jaxpr, _jax.constants(jaxpr), arrays, [everywhere] * len(arrays))
+                varies = apart or (role == "bwd" and self._axes_of(jaxpr))
+                varying = [everywhere if varies else frozenset()] * len(arrays)
+                results = self.run(jaxpr, _jax.constants(jaxpr), arrays, varying)
                 if apart and role == "bwd":
                     results = [where_replica(axes, x) for x in results]
                 first = len(results) - apart if role == "fwd" else 0  # residuals come first
@@ -178,9 +181,11 @@ class Rewriter:
 
         return rewritten
 
-    def _expanded(self, expansion: tuple[Callable[..., Any], Callable[..., Any]], args: list[Any]) -> list[Any]:
+    def _expanded(
+        self, expansion: tuple[Callable[..., Any], Callable[..., Any]], args: list[Any], *, apart: int
+    ) -> list[Any]:
         """An operation that JAX keeps whole until it is compiled, and that communicates: what it stands for."""
-        primal, jvp = (self._rule(rule, "jvp") for rule in expansion)
+        primal, jvp = (self._rule(rule, "jvp", apart=apart) for rule in expansion)
         call = jax.custom_jvp(primal)
         call.defjvp(lambda primals, tangents: jvp(*primals, *tangents))
         return list(call(*args))
