@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -32,13 +33,13 @@ class Ratio:
 def interleaved(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """The seconds that each way takes, in each of so many rounds.
 
-    In each round every way runs once, and the first to run changes from round to round, so that what else the
-    machine does falls on all alike. Everything runs twice before, uncounted.
+    In each round every way runs once, in an order of chance, so that what else the machine does, and what a way
+    leaves behind for the next, falls on all alike. Everything runs twice before, uncounted.
     """
-    names = list(ways)
+    names, chance = list(ways), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for k in range(-2, rounds):
-        for name in names[k % len(names) :] + names[: k % len(names)]:
+        for name in chance.sample(names, len(names)):
             start = time.perf_counter()
             jax.block_until_ready(ways[name]())
             if k >= 0:

@@ -324,7 +324,7 @@ def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
     wanted = program.in_shardings
     if program.layout.axis.padding:
         _pad_all(program, placed)
-    astray = [i for i, x in enumerate(placed) if isinstance(x, jax.Array) and x.sharding != wanted[i]]
+    astray = [i for i, x in enumerate(placed) if isinstance(x, jax.Array) and not _lies(x, wanted[i])]
     if astray:
         moved = jax.device_put([placed[i] for i in astray], [wanted[i] for i in astray])
         for i, x in zip(astray, moved, strict=True):
@@ -379,6 +379,11 @@ def _pad_on_host(x: Any, axis: int, where: Layout) -> jax.Array:
 
     shape = (*host.shape[:axis], where.padded_size, *host.shape[axis + 1 :])
     return jax.make_array_from_callback(shape, where.sharding(axis), block)
+
+
+def _lies(x: jax.Array, wanted: jax.sharding.NamedSharding) -> bool:
+    """Whether the array lies as wanted, whatever its mesh and its axes are called."""
+    return x.sharding == wanted or x.sharding.is_equivalent_to(wanted, x.ndim)
 
 
 def _settle(program: Program, x: Any, axis: int | None) -> Any:
