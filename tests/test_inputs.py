@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from replicax import pmap
+from replicax import _dispatch, pmap
 from replicax.testing import check
 
 N = {"direct": 8, "lanes": 16, "fewer": 5, "padded": 13, "one": 1}
@@ -181,3 +181,13 @@ def test_the_result_is_one_array_over_the_devices():
     assert [shard.data.shape for shard in out.addressable_shards] == [(3,)] * 8
     out = pmap(lambda a: 2 * a, devices=jax.devices()[3:5])(np.arange(4.0))
     assert [(s.device.id, s.data.shape) for s in out.addressable_shards] == [(3, (2,)), (4, (2,))]
+
+
+def test_an_array_that_lies_right_is_not_moved_whatever_its_mesh_is_called():
+    devices = np.array(jax.devices())
+    for mesh, spec in ((Mesh(devices, ("mine",)), P("mine")), (Mesh(devices.reshape(4, 2), ("a", "b")), P(("a", "b")))):
+        x = jax.device_put(np.arange(8.0, dtype=np.float32), NamedSharding(mesh, spec))
+        mapped = pmap(lambda x: x + 1)
+        program, leaves = mapped._dispatcher.resolve(lambda x: x + 1, (x,), {})
+        assert _dispatch.place(program, leaves)[0] is x
+        np.testing.assert_array_equal(mapped(x), np.arange(1.0, 9.0))
