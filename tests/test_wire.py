@@ -85,11 +85,11 @@ def reduced(groups, device):
 
 
 COLLECTIVES = {
-    "psum": (lambda x, groups, _: lax.psum(x, "i", axis_index_groups=groups), reduced, 1),
-    "pmax": (lambda x, groups, _: lax.pmax(x, "i", axis_index_groups=groups), reduced, 1),
-    "all_gather": (lambda x, groups, _: lax.all_gather(x, "i", axis_index_groups=groups), gathered, 1),
-    "psum_scatter": (lambda x, groups, m: lax.psum_scatter(stack(x, m), "i", axis_index_groups=groups), scattered, 1),
-    "all_to_all": (lambda x, groups, m: lax.all_to_all(stack(x, m), "i", 0, 0, axis_index_groups=groups), exchanged, 1),
+    "psum": (lambda x, groups, _: lax.psum(x, "i", axis_index_groups=groups), reduced),
+    "pmax": (lambda x, groups, _: lax.pmax(x, "i", axis_index_groups=groups), reduced),
+    "all_gather": (lambda x, groups, _: lax.all_gather(x, "i", axis_index_groups=groups), gathered),
+    "psum_scatter": (lambda x, groups, m: lax.psum_scatter(stack(x, m), "i", axis_index_groups=groups), scattered),
+    "all_to_all": (lambda x, groups, m: lax.all_to_all(stack(x, m), "i", 0, 0, axis_index_groups=groups), exchanged),
 }
 
 
@@ -122,22 +122,22 @@ def compiled(fun, n, d):
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_the_least_crosses(name, pair, kind):
     n, d = pair
-    fun, least, operands = COLLECTIVES[name]
+    fun, least = COLLECTIVES[name]
     device, devices = layout(n, d)
     groups = groups_of(n, kind)
     text = compiled(lambda x: fun(x, groups, len((groups or [range(n)])[0])), n, d)
-    assert sum(crossing(text, devices).values()) == 100 * operands * least(groups or [range(n)], device)
+    assert sum(crossing(text, devices).values()) == 100 * least(groups or [range(n)], device)
 
 
 @pytest.mark.parametrize("kind", ["interleaved", "halves", "shuffled"])
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_padding_adds_nothing_to_groups(name, kind):
     """14 replicas on 4 devices, of which the last has two lanes of padding."""
-    fun, least, operands = COLLECTIVES[name]
+    fun, least = COLLECTIVES[name]
     device, devices = layout(14, 4)
     groups = groups_of(14, kind)
     text = compiled(lambda x: fun(x, groups, 7), 14, 4)
-    assert crossing_inside(text, devices) == 100 * operands * least(groups, device)
+    assert crossing_inside(text, devices) == 100 * least(groups, device)
 
 
 def crossing_inside(text, devices):
@@ -182,7 +182,7 @@ def test_a_broadcast_puts_one_lane_of_each_device_into_a_sum():
 @pytest.mark.parametrize("name", ["all_gather", "psum_scatter", "all_to_all"])
 def test_all_replicas_at_once_carry_their_padding(name):
     """JAX has no uneven collectives: 14 replicas on 4 devices go as 16, and no more."""
-    fun, least, operands = COLLECTIVES[name]
+    fun, least = COLLECTIVES[name]
     text = compiled(lambda x: fun(x, None, 14), 14, 4)
     device, devices = layout(16, 4)
-    assert crossing_inside(text, devices) == 100 * operands * least([range(16)], device)
+    assert crossing_inside(text, devices) == 100 * least([range(16)], device)
