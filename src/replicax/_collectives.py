@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from replicax import _jax
+from replicax import _jax, _primitives
 from replicax._blocks import (
     any_lane,
     block,
@@ -590,7 +590,7 @@ def all_to_all_devices(x: Any, name: Hashable, split_axis: int, concat_axis: int
     """JAX's collective over devices, or over groups of them."""
     if split is None:
         return lax.all_to_all(x, name, split_axis, concat_axis, tiled=True)
-    return _jax.grouped_all_to_all(x, name, split_axis, concat_axis, split)
+    return _primitives.grouped_all_to_all(x, name, split_axis, concat_axis, split)
 
 
 @collective("ragged_all_to_all", result=own)

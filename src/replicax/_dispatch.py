@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from replicax import _jax
+from replicax import _jax, _primitives
 from replicax._axes import Leaf, Spec, mapped_size, match_in_axes, name_leaves, parameter_names
 from replicax._errors import (
     DeletedArrayError,
@@ -23,8 +23,9 @@ from replicax._errors import (
     UnknownBackendError,
     report,
 )
-from replicax._layout import Layout, lanes_only, layout
-from replicax._lowering import Program, describe_type, lower, pad_rows, trace_replica, tracing_replica
+from replicax._layout import Layout, layout, replicas_of
+from replicax._levels import pad_rows
+from replicax._lowering import Program, Recorded, describe_type, lower, record, trace_replica
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Dispatcher:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._programs: dict[Hashable, Program] = {}
+        self._programs: dict[Hashable, Program | Recorded] = {}
 
     def __call__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs ``fun`` once for each replica."""
@@ -95,7 +96,9 @@ class Dispatcher:
 
     def _call(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         program, leaves = self.resolve(fun, args, kwargs)
-        if not _jax.eager():
+        if isinstance(program, Recorded):
+            results = program.bind(*program.closed, *leaves)
+        elif not _jax.eager():
             settled = map(functools.partial(_settle, program), [*leaves, *program.closed], program.in_axes)
             results = program.staged(*settled)
         else:
@@ -139,7 +142,7 @@ class Dispatcher:
 
     def resolve(
         self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, abstract: bool = False
-    ) -> tuple[Program, list[Any]]:
+    ) -> tuple[Program | Recorded, list[Any]]:
         """The program for a call, traced and lowered at most once a signature, and the leaves to run it on.
 
         With ``abstract`` a ``jax.ShapeDtypeStruct`` may stand for an array.
@@ -154,7 +157,7 @@ class Dispatcher:
             _refuse_non_arrays(fun, dynamic, kwargs, leaves)
             raise
         values = tuple((i, type(value), value) for i, value in static.items())
-        key = (tree, types, values, _jax.trace_context(), _jax.eager(), tracing_replica())
+        key = (tree, types, values, _jax.trace_context(), _jax.eager(), _jax.tracing_replica())
         try:
             program = self._programs.get(key)
         except TypeError:
@@ -173,6 +176,7 @@ class Dispatcher:
 
     def _lowered(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.stages.Lowered:
         program, leaves = self.resolve(fun, args, kwargs, abstract=True)
+        assert isinstance(program, Program)
         return program.compiled.lower(*map(program.padded_type, [*leaves, *program.closed], program.in_axes))
 
     def _split(self, fun: Callable[..., Any], args: tuple[Any, ...]) -> tuple[dict[int, Any], dict[int, Any]]:
@@ -199,30 +203,30 @@ class Dispatcher:
         dynamic: Mapping[int, Any],
         kwargs: dict[str, Any],
         leaves: Sequence[Any],
-    ) -> tuple[Program, bool]:
+    ) -> tuple[Program | Recorded, bool]:
         options = self.options
         names = name_leaves(fun, dynamic, kwargs)
         named = [Leaf(name, _type(x)) for name, x in zip(names, leaves, strict=True)]
         in_axes = match_in_axes(options.in_axes, dynamic, len(args), named)
         size = mapped_size(in_axes, named, options.axis_size)
-        if tracing_replica():
-            placed = lanes_only(options.axis_name, size)
-        else:
-            placed = layout(options.axis_name, size, options.resolve_devices(), spread=not _jax.eager())
-
+        devices = options.resolve_devices()
         one = [_without(leaf.aval, axis) for leaf, axis in zip(named, in_axes, strict=True)]
         one_dynamic, one_kwargs = jax.tree.unflatten(jax.tree.structure((dict(dynamic), kwargs)), one)
         one_args = [one_dynamic.get(i, arg) for i, arg in enumerate(args)]
         static = [i for i in range(len(args)) if i not in dynamic]
         replica = trace_replica(fun, one_args, one_kwargs, static, options.axis_name, size)
 
+        reusable = not replica.closes_over_tracers
         donated_args = {i % len(args) for i in options.donated if -len(args) <= i < len(args)}
         owners = [i for i, tree in dynamic.items() for _ in jax.tree.leaves(tree)]
         donated = [k for k, i in enumerate(owners) if i in donated_args]
         name = getattr(fun, "__name__", type(fun).__name__)
         dtypes = [leaf.aval.dtype for leaf in named]
-        program = lower(replica, placed, in_axes, options.out_axes, dtypes, donated, name)
-        return program, not replica.closes_over_tracers
+        if _jax.tracing_replica():
+            return record(replica, replicas_of(options.axis_name, size), in_axes, options.out_axes, name), reusable
+        nesting = _primitives.nesting(replica.jaxpr)
+        placed = layout(options.axis_name, size, devices, spread=not _jax.eager(), nesting=nesting)
+        return lower(replica, placed, in_axes, options.out_axes, dtypes, donated, name), reusable
 
 
 def _type(x: Any) -> jax.ShapeDtypeStruct:
@@ -393,7 +397,7 @@ def _settle(program: Program, x: Any, axis: int | None) -> Any:
     """
     value = _jax.outermost_value(x)
     known = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
-    if known and program.layout.mesh is not None and not _jax.staging():
+    if known and not _jax.staging():
         return jax.device_put(x, program.layout.result_sharding(axis))
     return x
 

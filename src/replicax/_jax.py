@@ -10,18 +10,17 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax._src import ad_util, config, core, source_info_util, tree_util
 from jax._src import linear_util as lu
 from jax._src.ad_checkpoint import remat_p
-from jax._src.interpreters import ad, batching, mlir
+from jax._src.interpreters import ad
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
-from jax._src.lax import parallel
 from jax.extend import core as extend_core
 
 Jaxpr = Any
@@ -86,6 +85,24 @@ _WIDE = {
 def axis_env(sizes: Mapping[AxisName, int]) -> contextlib.AbstractContextManager[None]:
     """Brings mapped axes of the given sizes into scope while a function is traced."""
     return core.extend_axis_env_nd(list(sizes.items()))
+
+
+def tracing_replica() -> bool:
+    """Whether a replica of an enclosing map of ours is being traced."""
+    return _tracing.get() and not eager()
+
+
+@contextlib.contextmanager
+def replica_traced() -> Iterator[None]:
+    """What is traced inside is a replica's: maps in it are recorded, to be lowered with it."""
+    before = _tracing.set(True)
+    try:
+        yield
+    finally:
+        _tracing.reset(before)
+
+
+_tracing: ContextVar[bool] = ContextVar("_tracing", default=False)
 
 
 def axes_in_scope() -> tuple[AxisName, ...]:
@@ -204,6 +221,15 @@ def _trace_flat(fun: Callable[..., Sequence[Any]], avals: Sequence[Any], debug_i
     return jaxpr, list(consts)
 
 
+def trace_flat(
+    fun: Callable[..., Sequence[Any]], avals: Sequence[Any], sizes: Mapping[AxisName, int]
+) -> tuple[Jaxpr, list[Any]]:
+    """A jaxpr of a function of flat arguments that closes over nothing, and the arrays that it takes before them."""
+    with axis_env(sizes):
+        jaxpr, consts = _trace_flat(fun, avals, lu.DebugInfo("nested map", "one replica", None, None))
+    return _close(pe.convert_constvars_jaxpr(jaxpr), ()), consts
+
+
 def _close(jaxpr: Jaxpr, consts: Sequence[Any]) -> Jaxpr:
     return _Closed(jaxpr, consts) if _Closed is not _Open else jaxpr.with_consts(consts)
 
@@ -224,7 +250,7 @@ def retrace(fun: Callable[..., Sequence[Any]], like: Jaxpr, *, hoist: bool) -> t
     """
 
     def same_types(*args: Any) -> list[Any]:
-        return [_as_type(x, var.aval) for x, var in zip(fun(*args), body(like).outvars, strict=True)]
+        return [as_type(x, var.aval) for x, var in zip(fun(*args), body(like).outvars, strict=True)]
 
     in_avals = [var.aval for var in body(like).invars]
     jaxpr, consts = _trace_flat(same_types, in_avals, body(like).debug_info)
@@ -234,6 +260,24 @@ def retrace(fun: Callable[..., Sequence[Any]], like: Jaxpr, *, hoist: bool) -> t
     return _close(jaxpr, consts) if isinstance(like, _Closed) else jaxpr, hoisted
 
 
+def without_constants(jaxpr: Jaxpr) -> Jaxpr:
+    """The jaxpr with its constants as arguments, before the others."""
+    if not body(jaxpr).constvars:
+        return jaxpr
+    return _close(pe.convert_constvars_jaxpr(body(jaxpr)), ())
+
+
+def with_results(jaxpr: Jaxpr, outvars: Sequence[Any]) -> Jaxpr:
+    """The jaxpr with other results, of those that it computes anyway; it closes over nothing."""
+    debug_info = body(jaxpr).debug_info._replace(arg_names=None, result_paths=None)
+    return _close(body(jaxpr).replace(outvars=list(outvars), debug_info=debug_info), ())
+
+
+def run(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
+    """The results of a jaxpr, bound equation by equation as they are."""
+    return list(core.eval_jaxpr(body(jaxpr), constants(jaxpr), *args))
+
+
 def bears_no_constants(eqn: Equation) -> bool:
     """Whether the jaxpr of a higher-order equation must not close over arrays: that of ``jax.checkpoint``."""
     return eqn.primitive is remat_p
@@ -241,10 +285,11 @@ def bears_no_constants(eqn: Equation) -> bool:
 
 def operands(eqn: Equation, args: Sequence[Any]) -> list[Any]:
     """The operands of an equation as arrays: a jaxpr may hand one over as a scalar of Python's."""
-    return [_as_array(x, atom.aval) for x, atom in zip(args, eqn.invars, strict=True)]
+    return [as_array(x, atom.aval) for x, atom in zip(args, eqn.invars, strict=True)]
 
 
-def _as_array(x: Any, aval: Any) -> Any:
+def as_array(x: Any, aval: Any) -> Any:
+    """An operand of an equation as an array: a jaxpr may hand one over as a scalar of Python's."""
     if isinstance(x, jax.Array | np.ndarray):
         return x
     return lax_internal._convert_element_type(x, aval.dtype, weak_type=aval.weak_type)
@@ -255,7 +300,8 @@ def equation_name(eqn: Equation) -> str:
     return type(eqn.params["_prim"]).__name__ if "_prim" in eqn.params else str(eqn.primitive.name)
 
 
-def _as_type(x: Any, aval: Any) -> Any:
+def as_type(x: Any, aval: Any) -> Any:
+    """``x``, as weakly typed as ``aval``."""
     if getattr(core.typeof(x), "weak_type", False) == getattr(aval, "weak_type", False):
         return x
     return lax_internal._convert_element_type(x, aval.dtype, weak_type=aval.weak_type)
@@ -374,7 +420,8 @@ def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, li
         return [x for x, dyn in zip(leaves, dynamic_out, strict=True) if dyn]
 
     dbg = lu.DebugInfo("replicax derivative rule", "derivative rule", None, None)
-    jaxpr = _close(*_trace_flat(flat, [core.typeof(x) for x in arrays], dbg))
+    with replica_traced():
+        jaxpr = _close(*_trace_flat(flat, [core.typeof(x) for x in arrays], dbg))
     return jaxpr, arrays, restore[0]
 
 
@@ -387,108 +434,6 @@ def is_array_type(x: object) -> bool:
     except TypeError:
         return False
     return True
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# One lane and all
-
-
-def own_lane(x: Any, axis: AxisName) -> Any:
-    """Element ``i`` of ``x`` in lane ``i`` of a vmapped axis, as long as the first dimension of ``x``.
-
-    ``vmap`` only names the dimension, where an index by ``lax.axis_index`` would be a gather.
-    """
-    return _own_lane_p.bind(x, axis=axis)
-
-
-_own_lane_p = core.Primitive("own_lane")
-
-
-def _own_lane_type(x: Any, *, axis: AxisName) -> Any:
-    del axis
-    return x.update(shape=x.shape[1:])
-
-
-def _own_lane_batched(
-    axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], *, axis: AxisName
-) -> tuple[Any, int | None]:
-    (x,), (dim,) = args, dims
-    if axis_data.name != axis:
-        return (own_lane(x, axis), None) if dim is None else (own_lane(jnp.moveaxis(x, dim, 1), axis), 0)
-    return (x, 0) if dim is None else (jnp.diagonal(x, 0, *(dim, 0 if dim else 1)), x.ndim - 2)
-
-
-_own_lane_p.def_abstract_eval(_own_lane_type)
-batching.fancy_primitive_batchers[_own_lane_p] = _own_lane_batched
-
-
-def each_lane(x: Any, axis: AxisName) -> Any:
-    """``x``, which ``vmap`` takes to differ along the axis from here on, whether it does or not."""
-    return _each_lane_p.bind(x, axis=axis)
-
-
-_each_lane_p = core.Primitive("each_lane")
-
-
-def _each_lane_type(x: Any, *, axis: AxisName) -> Any:
-    del axis
-    return x
-
-
-def _each_lane_batched(
-    axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], *, axis: AxisName
-) -> tuple[Any, int | None]:
-    (x,), (dim,) = args, dims
-    if axis_data.name != axis:
-        return each_lane(x, axis), dim
-    return (jnp.broadcast_to(x, (axis_data.size, *x.shape)), 0) if dim is None else (x, dim)
-
-
-_each_lane_p.def_abstract_eval(_each_lane_type)
-batching.fancy_primitive_batchers[_each_lane_p] = _each_lane_batched
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# All to all over groups
-
-
-def grouped_all_to_all(
-    x: Any, axis: AxisName, split_axis: int, concat_axis: int, device_groups: tuple[tuple[int, ...], ...]
-) -> Any:
-    """``lax.all_to_all`` (tiled) over groups of a mesh axis, which JAX's own refuses under any ``vmap``."""
-    return _grouped_all_to_all_p.bind(
-        x,
-        axis_name=(axis,),
-        split_axis=split_axis,
-        concat_axis=concat_axis,
-        axis_index_groups=device_groups,
-        tiled=True,
-    )
-
-
-_grouped_all_to_all_p = core.Primitive("grouped_all_to_all")
-
-
-def _grouped_all_to_all_batched(
-    axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], *, split_axis: int, concat_axis: int, **params: Any
-) -> tuple[Any, int | None]:
-    del axis_data
-    (x,), (dim,) = args, dims
-    if dim is None:
-        return _grouped_all_to_all_p.bind(x, split_axis=split_axis, concat_axis=concat_axis, **params), None
-    split_axis, concat_axis = split_axis + (dim <= split_axis), concat_axis + (dim <= concat_axis)
-    return _grouped_all_to_all_p.bind(x, split_axis=split_axis, concat_axis=concat_axis, **params), dim
-
-
-def _grouped_all_to_all_transposed(ct: Any, x: Any, *, split_axis: int, concat_axis: int, **params: Any) -> list[Any]:
-    del x
-    return [_grouped_all_to_all_p.bind(ct, split_axis=concat_axis, concat_axis=split_axis, **params)]
-
-
-_grouped_all_to_all_p.def_effectful_abstract_eval(parallel.all_to_all_p.abstract_eval)
-mlir.register_lowering(_grouped_all_to_all_p, parallel._all_to_all_lowering)
-ad.deflinear2(_grouped_all_to_all_p, _grouped_all_to_all_transposed)
-batching.fancy_primitive_batchers[_grouped_all_to_all_p] = _grouped_all_to_all_batched
 
 
 # ---------------------------------------------------------------------------------------------------------------

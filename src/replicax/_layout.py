@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ class LaneAxis:
     """The name of the lanes of a mapped axis; no collective of the user's can have it."""
 
     of: Hashable
+    level: int = 0
 
     def __repr__(self) -> str:
         return f"lanes of {self.of!r}"
@@ -32,6 +33,7 @@ class LogicalAxis:
         lanes: The number of replicas that each device runs, L.
         device_axis: The mesh axis of size D', or None when D' is 1.
         lane_axis: The vmapped axis of size L, or None when L is 1.
+        level: How many maps it is nested in; axes of one name at different levels are different axes.
     """
 
     name: Hashable
@@ -40,6 +42,7 @@ class LogicalAxis:
     lanes: int
     device_axis: Hashable | None
     lane_axis: Hashable | None
+    level: int = 0
 
     @property
     def padding(self) -> int:
@@ -53,8 +56,61 @@ class LogicalAxis:
         return tuple((name, size) for name, size in axes if name is not None)
 
 
+@dataclass(frozen=True)
+class DeviceAxis:
+    """An axis of the mesh that the maps of one level lie on.
+
+    Attributes:
+        name: Its name; None where there is but one device.
+        size: The number of devices along it.
+    """
+
+    name: Hashable | None
+    size: int
+
+
 #: The mapped axes in scope, by the user's names.
 LogicalAxes = Mapping[Hashable, LogicalAxis]
+
+
+class Scope(LogicalAxes):
+    """The mapped axes that a program may name, each hiding an outer one of its name.
+
+    Args:
+        axes: The axes, from the outermost map to the innermost.
+        levels: The mesh axes for the maps inside, outermost first; maps further inside are lanes alone.
+    """
+
+    def __init__(self, axes: Sequence[LogicalAxis], levels: Sequence[DeviceAxis] = ()) -> None:
+        self.axes = tuple(axes)
+        self.levels = tuple(levels)
+        self._by_name = {axis.name: axis for axis in axes}
+
+    def __getitem__(self, name: Hashable) -> LogicalAxis:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def enter(self, name: Hashable, size: int) -> Scope:
+        """The scope inside a map over ``size`` replicas."""
+        where, *rest = self.levels or [DeviceAxis(None, 1)]
+        inner = _axis(name, size, where.size, -(-size // where.size), where.name, len(self.axes))
+        return Scope((*self.axes, inner), rest)
+
+    @property
+    def physical(self) -> dict[Hashable, int]:
+        """All lanes and devices that the axes lie on, hidden ones and those of maps inside too, with their sizes."""
+        axes = {name: size for axis in self.axes for name, size in axis.physical}
+        return axes | {level.name: level.size for level in self.levels if level.name is not None}
+
+    @property
+    def copies(self) -> tuple[Hashable, ...]:
+        """The mesh axes for maps inside: all devices along them run the same program out here."""
+        return tuple(level.name for level in self.levels if level.name is not None)
 
 
 @dataclass(frozen=True)
@@ -63,11 +119,13 @@ class Layout:
 
     Attributes:
         axis: The mapped axis, and its device and lane axes.
-        mesh: The D' devices, along one mesh axis; None for lanes inside a replica of an enclosing map.
+        mesh: The devices: D' along the first axis, and those of maps inside along further ones.
+        inner: The mesh axes of maps inside, outermost first.
     """
 
     axis: LogicalAxis
-    mesh: Mesh | None
+    mesh: Mesh
+    inner: tuple[DeviceAxis, ...] = ()
 
     @property
     def size(self) -> int:
@@ -79,18 +137,27 @@ class Layout:
         """D' · L: the length of a mapped axis once every device has all its lanes."""
         return self.axis.devices * self.axis.lanes
 
-    def spec(self, axis: int | None) -> PartitionSpec:
-        """How an array mapped along ``axis`` (None: broadcast) is split."""
-        if axis is None or self.mesh is None:
-            return PartitionSpec()
-        return PartitionSpec(*[None] * axis, self.mesh.axis_names[0])
+    @property
+    def scope(self) -> Scope:
+        """The mapped axes of the program: the map's own."""
+        return Scope([self.axis], self.inner)
 
-    def sharding(self, axis: int | None) -> NamedSharding:
+    def spec(self, axis: int | None, inner: Splits = ()) -> PartitionSpec:
+        """How an array mapped along ``axis`` (None: broadcast) is split.
+
+        Args:
+            axis: The mapped axis.
+            inner: Which further axes of the array are split over which mesh axes of maps inside.
+        """
+        split = {} if axis is None else {axis: self.mesh.axis_names[0]}
+        split |= dict(inner)
+        return PartitionSpec(*(split.get(k) for k in range(max(split, default=-1) + 1)))
+
+    def sharding(self, axis: int | None, inner: Splits = ()) -> NamedSharding:
         """Where a padded array mapped along ``axis`` lies: lanes in order, L on each device."""
-        assert self.mesh is not None, "lanes inside a replica lie where the replica lies"
-        return NamedSharding(self.mesh, self.spec(axis))
+        return NamedSharding(self.mesh, self.spec(axis, inner))
 
-    def result_sharding(self, axis: int | None) -> NamedSharding:
+    def result_sharding(self, axis: int | None, inner: Splits = ()) -> NamedSharding:
         """Where a result of N rows lies.
 
         JAX has no uneven sharding. When D' divides N the rows lie where they were computed. Otherwise they are split
@@ -99,11 +166,15 @@ class Layout:
         between device sets. (N = 14 on 4 devices: 2 parts of 7, each on 2 devices; a prime N: whole on each.)
         """
         parts = math.gcd(self.size, self.axis.devices)
-        if axis is None or self.mesh is None or not self.axis.padding or parts == 1:
-            return self.sharding(axis if not self.axis.padding else None)
+        if axis is None or not self.axis.padding or parts == 1:
+            return self.sharding(None, ()) if self.axis.padding else self.sharding(axis, inner)
         name = mesh_axis_name(self.axis.name)
         mesh = Mesh(self.mesh.devices.reshape(parts, -1), (name, f"{name} copies"))
         return NamedSharding(mesh, PartitionSpec(*[None] * axis, name))
+
+
+#: Axes of an array, each with the mesh axis that it is split over.
+Splits = Sequence[tuple[int, Hashable]]
 
 
 def mesh_axis_name(name: Hashable) -> str:
@@ -111,32 +182,73 @@ def mesh_axis_name(name: Hashable) -> str:
     return name if isinstance(name, str) and name.isidentifier() else "replicas"
 
 
-def layout(name: Hashable, size: int, devices: Sequence[Any], *, spread: bool = False) -> Layout:
+#: The maps inside a program by level: for each level, outermost first, the names and sizes of the maps at it.
+Nesting = Sequence[Sequence[tuple[Hashable, int]]]
+
+
+def layout(name: Hashable, size: int, devices: Sequence[Any], *, spread: bool = False, nesting: Nesting = ()) -> Layout:
     """The layout of ``size`` replicas on ``devices``.
 
     Each device runs L = ceil(N / D) lanes, on the smallest number of devices, D' = ceil(N / L), that this takes.
+    What is left of the devices goes to the maps inside: floor(D / D') for each replica's first level, and so on.
+
     With ``spread`` all D devices take part, however many of them only pad: under an outer trace a program has one
     set of devices, and there maps of different sizes have to meet. There, too, the mesh axis does not bear the
     user's name, which an enclosing ``vmap`` may have as well, and would take for its own.
+
+    Args:
+        name: The user's name of the mapped axis.
+        size: The number of replicas, N.
+        devices: The devices that may be used.
+        spread: Whether all have to be.
+        nesting: The maps inside.
     """
-    lanes = -(-size // len(devices))
-    used = len(devices) if spread else -(-size // lanes)
-    mesh_axis = f"{mesh_axis_name(name)}_devices" if spread else mesh_axis_name(name)
-    mesh = Mesh(np.asarray(devices[:used], dtype=object), (mesh_axis,))
-    return Layout(_axis(name, size, used, lanes, mesh_axis), mesh)
+    levels = [[(name, size)], *nesting]
+    counts = (_factored if spread else _filled)([[n for _, n in level] for level in levels], len(devices))
+    names: list[str] = []
+    for (first, _), *_ in levels:
+        plain = f"{mesh_axis_name(first)}_devices" if spread else mesh_axis_name(first)
+        names.append(plain if plain not in names else f"{plain}_{len(names) + 1}")
+    used = np.asarray(devices[: math.prod(counts)], dtype=object)
+    inner = tuple(DeviceAxis(n if d > 1 else None, d) for n, d in zip(names[1:], counts[1:], strict=True))
+    in_mesh = [0, *[k + 1 for k, where in enumerate(inner) if where.name is not None]]
+    mesh = Mesh(used.reshape([counts[k] for k in in_mesh]), tuple(names[k] for k in in_mesh))
+    lanes = -(-size // counts[0])
+    return Layout(_axis(name, size, counts[0], lanes, names[0], 0), mesh, inner)
 
 
-def lanes_only(name: Hashable, size: int) -> Layout:
-    """The layout of ``size`` replicas inside one replica of an enclosing map: all of them lanes."""
-    return Layout(_axis(name, size, 1, size, None), None)
+def replicas_of(name: Hashable, size: int) -> LogicalAxis:
+    """A mapped axis that lies nowhere yet: that of a map inside, before the outer map is laid out."""
+    return _axis(name, size, 1, size, None, 0)
 
 
-def _axis(name: Hashable, size: int, devices: int, lanes: int, mesh_axis: str | None) -> LogicalAxis:
+def _filled(levels: Sequence[Sequence[int]], devices: int) -> list[int]:
+    """How many devices each level gets: as many as it has use for, from the outermost."""
+    counts = []
+    for sizes in levels:
+        counts.append(max(-(-n // -(-n // devices)) for n in sizes))
+        devices //= counts[-1]
+    return counts
+
+
+def _factored(levels: Sequence[Sequence[int]], devices: int) -> list[int]:
+    """How many devices each level gets of a number that has to be used up: so that each runs the fewest lanes.
+
+    Of splits with as few lanes, the one with more devices in outer levels.
+    """
+    if len(levels) == 1:
+        return [devices]
+    splits = [[d, *_factored(levels[1:], devices // d)] for d in range(devices, 0, -1) if devices % d == 0]
+    return min(splits, key=lambda counts: math.prod(-(-max(s) // d) for s, d in zip(levels, counts, strict=True)))
+
+
+def _axis(name: Hashable, size: int, devices: int, lanes: int, mesh_axis: Hashable, level: int) -> LogicalAxis:
     return LogicalAxis(
         name=name,
         size=size,
         devices=devices,
         lanes=lanes,
         device_axis=mesh_axis if devices > 1 else None,
-        lane_axis=LaneAxis(name) if lanes > 1 else None,
+        lane_axis=LaneAxis(name, level) if lanes > 1 else None,
+        level=level,
     )

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.tree_util import keystr
 
-from replicax import _jax
+from replicax import _jax, _primitives
 from replicax._axes import Spec, match_out_axes
-from replicax._blocks import any_lane, lane_by_lane, unfolded
-from replicax._collectives import equal_value
+from replicax._blocks import unfolded
 from replicax._errors import (
     DivergentOutputError,
     NestedMapError,
@@ -27,8 +25,10 @@ from replicax._errors import (
     UnsupportedCollectiveError,
     report,
 )
-from replicax._layout import Layout, LogicalAxis
-from replicax._rewrite import Rewriter
+from replicax._layout import Layout, LogicalAxis, Scope, Splits
+from replicax._levels import OneReplica, Part, comes_in_parts, equal_on, over_lanes, own_on, pad_rows
+from replicax._rewrite import Rewriter, one_value
+from replicax._varying import Analysis, Varying
 
 
 class Anonymous:
@@ -94,9 +94,9 @@ def trace_replica(
         _check_results(out)
         return out
 
-    depth = _tracing.set(True)
     try:
-        jaxpr, consts, out = _jax.trace(checked, args, kwargs, static, {name: size})
+        with _jax.replica_traced():
+            jaxpr, consts, out = _jax.trace(checked, args, kwargs, static, {name: size})
     except NameError as error:
         unbound = _jax.unbound_axis_name(error)
         if unbound is None:
@@ -113,8 +113,6 @@ def trace_replica(
     except (NotImplementedError, TypeError, ValueError) as error:
         _explain(error)
         raise
-    finally:
-        _tracing.reset(depth)
     return Replica(jaxpr, consts, out)
 
 
@@ -143,14 +141,6 @@ def _explain(error: Exception) -> None:
     for theirs, ours in REFUSALS.items():
         if theirs in str(error):
             error.add_note(ours)
-
-
-_tracing: ContextVar[bool] = ContextVar("_tracing", default=False)
-
-
-def tracing_replica() -> bool:
-    """Whether a replica of an enclosing map is being traced."""
-    return _tracing.get()
 
 
 def _check_results(out: Any) -> None:
@@ -197,6 +187,8 @@ class Program:
         in_axes: The mapped axis of each argument leaf.
         dtypes: The dtype of each argument leaf.
         out_axes: The mapped axis of each result leaf.
+        in_splits: Which further axes of each argument leaf are split over the devices of maps inside.
+        out_splits: The same of each result leaf.
         out_tree: The structure of the result.
         function: From padded argument leaves to result leaves of N rows, on the layout's devices; not compiled.
         donated: The positions of the donated argument leaves.
@@ -209,6 +201,8 @@ class Program:
     in_axes: Sequence[int | None]
     dtypes: Sequence[Any]
     out_axes: Sequence[int | None]
+    in_splits: Sequence[Splits]
+    out_splits: Sequence[Splits]
     out_tree: Any
     function: Callable[..., tuple[Any, ...]]
     donated: tuple[int, ...]
@@ -223,7 +217,12 @@ class Program:
     @cached_property
     def in_shardings(self) -> tuple[jax.sharding.NamedSharding, ...]:
         """Where each (padded) argument leaf has to lie."""
-        return tuple(self.layout.sharding(axis) for axis in self.in_axes)
+        return tuple(map(self.layout.sharding, self.in_axes, self.in_splits))
+
+    @cached_property
+    def out_shardings(self) -> tuple[jax.sharding.NamedSharding, ...]:
+        """Where each result leaf lies."""
+        return tuple(map(self.layout.result_sharding, self.out_axes, self.out_splits))
 
     def padded_type(self, x: Any, axis: int | None) -> jax.ShapeDtypeStruct:
         """The type of an argument leaf once every padding lane has its row."""
@@ -244,7 +243,7 @@ class Program:
         return jax.jit(
             self.function,
             in_shardings=self.in_shardings,
-            out_shardings=tuple(self.layout.result_sharding(axis) for axis in self.out_axes),
+            out_shardings=self.out_shardings,
             donate_argnums=self.taken,
         )
 
@@ -269,7 +268,7 @@ class Program:
         where, rows = self.layout, self.layout.axis.padding
 
         def placed(x: Any, axis: int | None) -> Any:
-            if axis is None or not rows or where.mesh is None:
+            if axis is None or not rows:
                 return x
             # XLA may choose a sharding of N rows that JAX cannot express, and JAX then refuses the array.
             return lax.with_sharding_constraint(x, where.sharding(None))
@@ -283,17 +282,6 @@ class Program:
 
         padded_first.__name__ = padded_first.__qualname__ = self.name
         return jax.jit(padded_first)
-
-
-def pad_rows(x: Any, axis: int, rows: int) -> Any:
-    """``x`` with its last row along ``axis`` repeated ``rows`` more times.
-
-    The copies have no part in derivatives: not even a NaN, from a slope of infinity times a cotangent of zero.
-    """
-    if not rows:
-        return x
-    last = lax.stop_gradient(lax.slice_in_dim(x, x.shape[axis] - 1, None, axis=axis))
-    return jnp.concatenate([x, jnp.repeat(last, rows, axis)], axis)
 
 
 def lower(
@@ -315,16 +303,29 @@ def lower(
     """
     _refuse_device_maps(replica.jaxpr, name)
     flat_out_axes = match_out_axes(out_axes, replica.out)
-    one_replica, closed = _one_replica(replica, layout.axis, in_axes, flat_out_axes)
+    passed = [k for k, const in enumerate(replica.consts) if _has_to_be_passed(const)]
+    closed = tuple(replica.consts[k] for k in passed)
     all_axes = (*in_axes, *[None] * len(closed))
-    one_device = _over_lanes(one_replica, layout.axis, all_axes, flat_out_axes)
-    function = _over_devices(one_device, layout, all_axes, flat_out_axes)
+    in_places, out_places = _places(replica.jaxpr, layout, flat_out_axes)
+    in_splits = [*map(_split, in_places, in_axes), *[()] * len(closed)]
+    out_splits = list(map(_split, out_places, flat_out_axes))
+    one_replica = _one_replica(replica, layout.scope, passed, in_axes, flat_out_axes, in_places, out_places)
+    one_device = over_lanes(one_replica, layout.axis, all_axes, flat_out_axes)
+    function = _over_devices(
+        one_device,
+        layout,
+        list(map(layout.spec, all_axes, in_splits)),
+        list(map(layout.spec, flat_out_axes, out_splits)),
+        flat_out_axes,
+    )
     function.__name__ = function.__qualname__ = name
     return Program(
         layout=layout,
         in_axes=all_axes,
         dtypes=(*dtypes, *(x.dtype for x in closed)),
         out_axes=flat_out_axes,
+        in_splits=in_splits,
+        out_splits=out_splits,
         out_tree=jax.tree.structure(replica.out),
         function=function,
         donated=tuple(donated),
@@ -333,31 +334,77 @@ def lower(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """A map inside a replica of another, to be lowered with it.
+
+    Attributes:
+        args: The arrays that it takes before its arguments.
+        out_tree: The structure of the result.
+        bind: From these and the argument leaves to the result leaves.
+    """
+
+    closed: tuple[Any, ...]
+    out_tree: Any
+    bind: Callable[..., Sequence[Any]]
+
+
+def record(replica: Replica, axis: LogicalAxis, in_axes: Sequence[int | None], out_axes: Spec, name: str) -> Recorded:
+    """A map as one equation of the enclosing map's program.
+
+    Raises:
+        AxisSpecError: as :func:`lower`.
+        DivergentOutputError: likewise.
+        NestedMapError: likewise.
+    """
+    _refuse_device_maps(replica.jaxpr, name)
+    flat_out_axes = match_out_axes(out_axes, replica.out)
+    varying = [frozenset() if a is None else frozenset({axis}) for a in in_axes]
+    _check_broadcast_results(replica, flat_out_axes, Analysis(Scope([axis])).results(replica.jaxpr, varying), axis)
+    jaxpr = _jax.without_constants(replica.jaxpr)
+
+    def bind(*args: Any) -> list[Any]:
+        axes = (*[None] * len(replica.consts), *in_axes)
+        return _primitives.nested_map(jaxpr, args, name=axis.name, size=axis.size, in_axes=axes, out_axes=flat_out_axes)
+
+    return Recorded(tuple(replica.consts), jax.tree.structure(replica.out), bind)
+
+
 def _one_replica(
-    replica: Replica, axis: LogicalAxis, in_axes: Sequence[int | None], out_axes: Sequence[int | None]
-) -> tuple[Callable[..., tuple[Any, ...]], tuple[Any, ...]]:
-    """What a replica runs on its arguments and on the closed-over arrays that have to be passed; and those arrays."""
-    rewriter = Rewriter({axis.name: axis})
-    varying = [frozenset() if a is None else frozenset({axis.name}) for a in in_axes]
-    _check_broadcast_results(replica, out_axes, rewriter.analysis.results(replica.jaxpr, varying), axis.name)
-    has_rules = _jax.has_primitive(replica.jaxpr, ("custom_vjp_call",)) and bool(axis.physical)
-
-    def one_value(y: Any) -> Any:
-        if has_rules and jnp.issubdtype(jnp.result_type(y), jnp.inexact):
-            return equal_value(axis, lane_by_lane([axis], y))
-        return any_lane(axis, y)
-
-    passed = [k for k, const in enumerate(replica.consts) if _has_to_be_passed(const)]
+    replica: Replica,
+    scope: Scope,
+    passed: Sequence[int],
+    in_axes: Sequence[int | None],
+    out_axes: Sequence[int | None],
+    in_places: Sequence[_Place],
+    out_places: Sequence[_Place],
+) -> OneReplica:
+    """What a replica runs on its arguments, and on the closed-over arrays that have to be passed."""
+    rewriter, axis = Rewriter(scope), scope.axes[-1]
+    varying = [frozenset() if a is None else frozenset({axis}) for a in in_axes]
+    _check_broadcast_results(replica, out_axes, rewriter.analysis.results(replica.jaxpr, varying), axis)
+    has_rules = _jax.has_primitive(replica.jaxpr, ("custom_vjp_call",))
 
     def one_replica(*args: Any) -> tuple[Any, ...]:
         consts = list(replica.consts)
         for k, value in zip(passed, args[len(varying) :], strict=True):
             consts[k] = value
         own = [unfolded(x) if a is None else x for x, a in zip(args, in_axes, strict=False)]
-        results = rewriter.run(replica.jaxpr, consts, own, varying)
-        return tuple(one_value(y) if a is None else y for y, a in zip(results, out_axes, strict=True))
+        own = [x if place is None else Part(x, place[1], place[0]) for x, place in zip(own, in_places, strict=True)]
+        results = rewriter.run_in_parts(replica.jaxpr, consts, own, varying)
+        results = [_at(y, place) for y, place in zip(results, out_places, strict=True)]
+        return tuple(
+            one_value(axis, y, has_rules=has_rules) if a is None else y for y, a in zip(results, out_axes, strict=True)
+        )
 
-    return one_replica, tuple(replica.consts[k] for k in passed)
+    return one_replica
+
+
+def _at(result: Any, place: _Place) -> Any:
+    """A result where it is to be: a device's part of it, or the whole."""
+    if not isinstance(result, Part):
+        return result
+    return result.join() if place is None else result.value
 
 
 def _has_to_be_passed(const: Any) -> bool:
@@ -376,59 +423,92 @@ def _refuse_device_maps(jaxpr: _jax.Jaxpr, name: str) -> None:
         )
 
 
-def _over_lanes(
-    one_replica: Callable[..., tuple[Any, ...]],
-    axis: LogicalAxis,
-    in_axes: Sequence[int | None],
-    out_axes: Sequence[int | None],
-) -> Callable[..., tuple[Any, ...]]:
-    """What one device runs on its block of each argument: its lanes, vectorized."""
-    if axis.lane_axis is not None:
-        return jax.vmap(one_replica, tuple(in_axes), tuple(out_axes), axis_name=axis.lane_axis, axis_size=axis.lanes)
+#: Where a value has the axis of a map inside, of which each device has its part alone; None for a whole value.
+_Place = tuple[int, LogicalAxis] | None
 
-    def only_lane(*blocks: Any) -> tuple[Any, ...]:
-        args = (x if a is None else lax.squeeze(x, [a]) for x, a in zip(blocks, in_axes, strict=True))
-        outs = one_replica(*args)
-        return tuple(y if a is None else lax.expand_dims(y, [a]) for y, a in zip(outs, out_axes, strict=True))
 
-    return only_lane
+def _places(
+    jaxpr: _jax.Jaxpr, layout: Layout, out_axes: Sequence[int | None]
+) -> tuple[Sequence[_Place], Sequence[_Place]]:
+    """Which arguments go to maps inside and nowhere else, and which results come from them.
+
+    Each device is sent its own part of such an argument, and keeps its part of such a result.
+    """
+    jaxpr = _jax.body(jaxpr)
+    made: dict[Any, _Place] = {}
+    uses: dict[Any, set[_Place]] = {var: set() for var in jaxpr.invars}
+    for eqn in jaxpr.eqns:
+        inner = layout.scope.enter(eqn.params["name"], eqn.params["size"]) if _primitives.is_nested_map(eqn) else None
+        axis = inner.axes[-1] if inner and comes_in_parts(inner.axes[-1]) and not layout.axis.padding else None
+        for k, atom in enumerate(eqn.invars):
+            dim = eqn.params["in_axes"][k] if axis else None
+            if not _jax.is_literal(atom) and atom in uses:
+                uses[atom].add(None if axis is None or dim is None else (dim, axis))
+        if axis:
+            dims = zip(eqn.outvars, eqn.params["out_axes"], strict=True)
+            made.update({var: (dim, axis) for var, dim in dims if dim is not None})
+    for atom in jaxpr.outvars:
+        if not _jax.is_literal(atom) and atom in uses:
+            uses[atom].add(None)
+    args = [next(iter(places)) if len(places) == 1 else None for places in uses.values()]
+    results = [
+        None if _jax.is_literal(atom) or axis is None else made.get(atom)
+        for atom, axis in zip(jaxpr.outvars, out_axes, strict=True)
+    ]
+    return args, results
+
+
+def _split(place: _Place, axis: int | None) -> Splits:
+    """The dimension of a mapped array that is split over the devices of a map inside, and their mesh axis."""
+    if place is None:
+        return ()
+    dim, inner = place
+    return ((dim + (axis is not None and axis <= dim), inner.device_axis),)
 
 
 def _over_devices(
-    one_device: Callable[..., tuple[Any, ...]],
+    one_device: OneReplica,
     layout: Layout,
-    in_axes: Sequence[int | None],
+    ins: Sequence[PartitionSpec],
+    outs: Sequence[PartitionSpec],
     out_axes: Sequence[int | None],
 ) -> Callable[..., tuple[Any, ...]]:
-    """What all devices run on padded arguments, the results cut to N rows."""
-    mapped = one_device
-    if layout.mesh is not None:
-        mapped = jax.shard_map(
-            one_device,
-            mesh=layout.mesh,
-            in_specs=tuple(map(layout.spec, in_axes)),
-            out_specs=tuple(map(layout.spec, out_axes)),
-            check_vma=False,
-        )
+    """What all devices run on padded arguments, the results cut to N rows.
+
+    Args:
+        one_device: What each of them runs.
+        layout: Where the replicas lie.
+        ins: How each argument is split.
+        outs: How each result is split.
+        out_axes: The mapped axis of each result.
+    """
+
+    def missing(spec: PartitionSpec) -> list[Hashable]:
+        return [name for name in layout.scope.copies if name not in spec]
+
+    def alike(*blocks: Any) -> tuple[Any, ...]:
+        given = (equal_on(x, missing(spec)) for x, spec in zip(blocks, ins, strict=True))
+        return tuple(own_on(y, missing(spec)) for y, spec in zip(one_device(*given), outs, strict=True))
+
+    mapped = jax.shard_map(alike, mesh=layout.mesh, in_specs=tuple(ins), out_specs=tuple(outs), check_vma=False)
 
     def all_replicas(*args: Any) -> tuple[Any, ...]:
-        outs = mapped(*args)
         return tuple(
             out if a is None or not layout.axis.padding else lax.slice_in_dim(out, 0, layout.size, axis=a)
-            for out, a in zip(outs, out_axes, strict=True)
+            for out, a in zip(mapped(*args), out_axes, strict=True)
         )
 
     return all_replicas
 
 
 def _check_broadcast_results(
-    replica: Replica, out_axes: Sequence[int | None], varying: Sequence[frozenset[Hashable]], name: Hashable
+    replica: Replica, out_axes: Sequence[int | None], varying: Sequence[Varying], axis: LogicalAxis
 ) -> None:
     paths = jax.tree_util.tree_leaves_with_path(replica.out)
     faults = [
         f"result{keystr(path)} of shape {aval.shape}"
-        for (path, aval), axis, where in zip(paths, out_axes, varying, strict=True)
-        if axis is None and name in where
+        for (path, aval), out_axis, where in zip(paths, out_axes, varying, strict=True)
+        if out_axis is None and axis in where
     ]
     if faults:
         raise DivergentOutputError(

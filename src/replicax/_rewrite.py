@@ -13,26 +13,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from replicax import _jax
-from replicax._blocks import lane_by_lane
-from replicax._collectives import REGISTRY, any_replica, is_replica, where_replica
+from replicax import _jax, _primitives
+from replicax._blocks import any_lane, lane_by_lane
+from replicax._collectives import REGISTRY, any_replica, equal_value, is_replica, where_replica
 from replicax._errors import UnsupportedCollectiveError
 from replicax._jax import Equation, Jaxpr
-from replicax._layout import LogicalAxes
-from replicax._varying import Analysis, Varying
+from replicax._layout import LogicalAxis, Scope
+from replicax._levels import Part, over_lanes, own_block, whole
+from replicax._varying import NOWHERE, Analysis, Varying, mapped
 
 
 class Rewriter:
     """Rewrites one traced program for the logical axes in scope.
 
     Args:
-        logical: The logical axes, by the user's names.
+        scope: The mapped axes in scope.
+        analysis: Their analysis, where there is one already.
     """
 
-    def __init__(self, logical: LogicalAxes) -> None:
-        self.logical = logical
-        self.analysis = Analysis(logical)
-        self._communicates: dict[int, tuple[Jaxpr, frozenset[Hashable]]] = {}
+    def __init__(self, scope: Scope, analysis: Analysis | None = None) -> None:
+        self.scope = scope
+        self.analysis = Analysis(scope) if analysis is None else analysis
+        self._inside: dict[tuple[Hashable, int], Rewriter] = {}
+        self._communicates: dict[int, tuple[Jaxpr, frozenset[LogicalAxis]]] = {}
         self._rewritten: dict[Hashable, tuple[Jaxpr, tuple[Jaxpr, list[Any]]]] = {}
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], varying: Sequence[Varying]) -> list[Any]:
@@ -47,27 +50,45 @@ class Rewriter:
         Returns:
             The values of its results.
         """
+        return list(map(_joined, self.run_in_parts(jaxpr, consts, args, varying)))
+
+    def run_in_parts(
+        self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], varying: Sequence[Varying]
+    ) -> list[Any]:
+        """As :meth:`run`; but an argument, or a result, of a map inside may be a device's :class:`Part` of it."""
         jaxpr = _jax.body(jaxpr)
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-        where = dict.fromkeys(jaxpr.constvars, frozenset[Hashable]()) | dict(zip(jaxpr.invars, varying, strict=True))
+        where = dict.fromkeys(jaxpr.constvars, NOWHERE) | dict(zip(jaxpr.invars, varying, strict=True))
         last_use = {atom: eqn for eqn in jaxpr.eqns for atom in eqn.invars if not _jax.is_literal(atom)}
         kept = {atom for atom in jaxpr.outvars if not _jax.is_literal(atom)}
 
+        joined: dict[Any, Any] = {}
+
         def read(atom: Any) -> Any:
+            if _jax.is_literal(atom):
+                return atom.val
+            if isinstance(env[atom], Part) and atom not in joined:
+                joined[atom] = env[atom].join()
+            return joined.get(atom, env[atom])
+
+        def read_part(atom: Any) -> Any:
             return atom.val if _jax.is_literal(atom) else env[atom]
 
         for eqn in jaxpr.eqns:
-            operands = [frozenset() if _jax.is_literal(atom) else where[atom] for atom in eqn.invars]
+            reader = read_part if _primitives.is_nested_map(eqn) else read
+            operands = [NOWHERE if _jax.is_literal(atom) else where[atom] for atom in eqn.invars]
             with _jax.equation_context(eqn):
-                results = self._equation(eqn, [read(atom) for atom in eqn.invars], operands)
+                results = self._equation(eqn, [reader(atom) for atom in eqn.invars], operands)
             env.update(zip(eqn.outvars, results, strict=True))
             where.update(zip(eqn.outvars, self.analysis.equation(eqn, operands), strict=True))
             for atom in eqn.invars:
                 if not _jax.is_literal(atom) and last_use[atom] is eqn and atom not in kept:
                     env.pop(atom, None)
-        return [read(atom) for atom in jaxpr.outvars]
+        return [read_part(atom) for atom in jaxpr.outvars]
 
     def _equation(self, eqn: Equation, args: list[Any], varying: list[Varying]) -> list[Any]:
+        if _primitives.is_nested_map(eqn):
+            return self._nested(eqn, args, varying)
         if not any(True for _ in _jax.sub_jaxprs(eqn)):
             return self._leaf(eqn, args)
         if not self._touches(eqn):
@@ -87,19 +108,45 @@ class Rewriter:
         return _jax.bind_again(eqn, args, lambda sub: new[id(sub)], rewrite_rule)
 
     def _leaf(self, eqn: Equation, args: list[Any]) -> list[Any]:
-        names = [name for name in _jax.named_axes(eqn) if name in self.logical]
+        names = [name for name in _jax.named_axes(eqn) if name in self.scope]
         if names:
             known = REGISTRY.get(eqn.primitive.name)
             if known is None and (expansion := _jax.expansion(eqn)) is not None:
                 return self._expanded(expansion, args, apart=len(eqn.outvars))
             if known is None:
                 raise UnsupportedCollectiveError(_unsupported(_jax.equation_name(eqn), names))
-            return [known.rule(self.logical, *_jax.operands(eqn, args), **eqn.params)]
-        if self._padded and _jax.has_side_effect(eqn):
+            return [known.rule(self.scope, *_jax.operands(eqn, args), **eqn.params)]
+        if self._doubled and _jax.has_side_effect(eqn):
             return self._guarded(eqn, args)
         if _jax.awaits_collective(eqn):
             return args  # nothing to await: the rule of what was started gave the result itself
         return _jax.bind(eqn, args)
+
+    def _nested(self, eqn: Equation, args: list[Any], varying: list[Varying]) -> list[Any]:
+        """A map inside: its replicas are lanes too, on the devices that this level has left to the next."""
+        inside, (jaxpr,) = self._rewriter_inside(eqn), _jax.sub_jaxprs(eqn)
+        axis, in_axes, out_axes = inside.scope.axes[-1], eqn.params["in_axes"], eqn.params["out_axes"]
+        operands = mapped(eqn, varying, frozenset({axis}))
+        has_rules = _jax.has_primitive(jaxpr, ("custom_vjp_call",))
+
+        def one_replica(*own: Any) -> tuple[Any, ...]:
+            results = inside.run(jaxpr, _jax.constants(jaxpr), own, operands)
+            return tuple(
+                one_value(axis, y, has_rules=has_rules) if a is None else y
+                for y, a in zip(results, out_axes, strict=True)
+            )
+
+        arrays = [x if isinstance(x, Part) else _jax.as_array(x, v.aval) for x, v in zip(args, eqn.invars, strict=True)]
+        blocks = [own_block(axis, x, a) for x, a in zip(arrays, in_axes, strict=True)]
+        results = over_lanes(one_replica, axis, in_axes, out_axes)(*blocks)
+        return [whole(axis, y, a) for y, a in zip(results, out_axes, strict=True)]
+
+    def _rewriter_inside(self, eqn: Equation) -> Rewriter:
+        key = eqn.params["name"], eqn.params["size"]
+        if key not in self._inside:
+            analysis = self.analysis.inside(eqn)
+            self._inside[key] = Rewriter(analysis.scope, analysis)
+        return self._inside[key]
 
     # What a higher-order equation holds ------------------------------------------------------------------------
 
@@ -112,28 +159,45 @@ class Rewriter:
         )
 
     def _rewrites_leaf(self, eqn: Equation) -> bool:
-        return bool(_jax.derivative_rules(eqn)) or (self._padded and _jax.has_side_effect(eqn))
+        return (
+            bool(_jax.derivative_rules(eqn))
+            or _primitives.is_nested_map(eqn)
+            or (self._doubled and _jax.has_side_effect(eqn))
+        )
 
     def _any_leaf(self, jaxpr: Jaxpr, test: Callable[[Equation], bool]) -> bool:
         return any(
             test(eqn) or any(self._any_leaf(sub, test) for sub in _jax.sub_jaxprs(eqn)) for eqn in _jax.body(jaxpr).eqns
         )
 
-    def _axes_inside(self, eqn: Equation) -> frozenset[Hashable]:
-        """The logical axes that collectives anywhere inside the equation are over."""
+    def _axes_inside(self, eqn: Equation) -> frozenset[LogicalAxis]:
+        """The mapped axes that collectives anywhere inside the equation are over."""
+        if _primitives.is_nested_map(eqn):
+            inside = self._rewriter_inside(eqn)
+            return inside._axes_of(*_jax.sub_jaxprs(eqn)) - {inside.scope.axes[-1]}
         return frozenset().union(*map(self._axes_of, _jax.sub_jaxprs(eqn)))
 
-    def _axes_of(self, jaxpr: Jaxpr) -> frozenset[Hashable]:
+    def _axes_of(self, jaxpr: Jaxpr) -> frozenset[LogicalAxis]:
         if id(jaxpr) not in self._communicates:
-            axes: set[Hashable] = set()
+            axes: set[LogicalAxis] = set()
             for eqn in _jax.body(jaxpr).eqns:
-                axes.update(self._axes_inside(eqn), *[{n} for n in _jax.named_axes(eqn) if n in self.logical])
+                axes |= self._axes_inside(eqn) | self._axes_named(eqn)
             self._communicates[id(jaxpr)] = (jaxpr, frozenset(axes))
         return self._communicates[id(jaxpr)][1]
 
+    def _axes_named(self, eqn: Equation) -> set[LogicalAxis]:
+        """The mapped axes whose replicas have to come along to a collective.
+
+        Where maps are nested, a permutation along one axis of the mesh is one of all devices to XLA.
+        """
+        axes = {self.scope[name] for name in _jax.named_axes(eqn) if name in self.scope}
+        by_groups = eqn.primitive.name in BY_GROUPS and eqn.params.get("axis_index_groups") is None
+        return axes if by_groups or not axes else set(self.scope.axes)
+
     @property
-    def _padded(self) -> bool:
-        return any(axis.padding for axis in self.logical.values())
+    def _doubled(self) -> bool:
+        """Whether a replica runs more than once: in padding lanes, or on the devices of maps inside."""
+        return any(axis.padding for axis in self.scope.axes) or bool(self.scope.copies)
 
     # How it is bound again -------------------------------------------------------------------------------------
 
@@ -145,7 +209,7 @@ class Rewriter:
 
             def run(*args: Any) -> list[Any]:
                 results = self.run(jaxpr, _jax.constants(jaxpr), args, varying)
-                return [lane_by_lane(self.logical.values(), x) for x in results] if apart else results
+                return [lane_by_lane(self.scope.axes, x) for x in results] if apart else results
 
             self._rewritten[key] = (jaxpr, _jax.retrace(run, jaxpr, hoist=hoist))
         return self._rewritten[key][1]
@@ -163,13 +227,14 @@ class Rewriter:
             apart: How many results the function has that are to be each lane's own. With 0 nothing varies, but the
                 cotangents of a function that is called alike everywhere.
         """
-        everywhere, axes = frozenset(self.logical), tuple(self.logical.values())
+        axes = self.scope.axes
+        everywhere = frozenset(axes)
 
         def rewritten(*args: Any) -> Any:
             with _jax.axis_env({axis.name: axis.size for axis in axes}):
                 jaxpr, arrays, restore = _jax.trace_rule(rule, args)
             # JAX calls a rule when vmap and shard_map have long returned, and taken their axes along.
-            with _jax.axis_env({name: size for axis in axes for name, size in axis.physical}):
+            with _jax.axis_env(self.scope.physical):
                 varies = apart or (role == "bwd" and self._axes_of(jaxpr))
                 varying = [everywhere if varies else frozenset()] * len(arrays)
                 results = self.run(jaxpr, _jax.constants(jaxpr), arrays, varying)
@@ -199,7 +264,7 @@ class Rewriter:
         for_cond, for_body = self.analysis.operands(eqn, varying)
         split = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
         cond_consts, body_consts, carry = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
-        axes = [self.logical[n] for n in self.analysis.predicate(eqn, varying) & self._axes_inside(eqn)]
+        axes = sorted(self.analysis.predicate(eqn, varying) & self._axes_inside(eqn), key=lambda axis: axis.level)
 
         def goes_on(carry: Sequence[Any]) -> Any:
             return self.run(cond, _jax.constants(cond), [*cond_consts, *carry], for_cond)[0]
@@ -221,18 +286,44 @@ class Rewriter:
         return [lax.select_n(index, *cases) if len(cases) > 1 else cases[0] for cases in zip(*results, strict=True)]
 
     def _guarded(self, eqn: Equation, args: list[Any]) -> list[Any]:
-        """A callback of the user's that padding lanes do not make."""
+        """A callback of the user's that each replica makes once."""
         runs = jnp.bool_(True)
-        for axis in self.logical.values():
+        for axis in self.scope.axes:
             if axis.padding:
                 runs = runs & is_replica(axis)
-        return _jax.bind_callback_where(eqn, args, runs)
+        for name in self.scope.copies:
+            runs = runs & (lax.axis_index(name) == 0)
+        results = _jax.bind_callback_where(eqn, args, runs)
+        for name in self.scope.copies:  # zeros where it was not made
+            results = [_primitives.total(x, name) for x in results]
+        return results
+
+
+def one_value(axis: LogicalAxis, y: Any, *, has_rules: bool) -> Any:
+    """The result that is equal in all replicas.
+
+    Args:
+        axis: The mapped axis.
+        y: The result, as one replica has it.
+        has_rules: Whether the program has derivative rules of the user's, which have to meet each replica's part of
+            a cotangent.
+    """
+    if has_rules and axis.physical and jnp.issubdtype(jnp.result_type(y), jnp.inexact):
+        return equal_value(axis, lane_by_lane([axis], y))
+    return any_lane(axis, y)
+
+
+def _joined(x: Any) -> Any:
+    return x.join() if isinstance(x, Part) else x
 
 
 def _where_still(goes_on: Any, new: Any, old: Any) -> Any:
     """``new`` in the loops that go on. A loop under a vmap of the user's has a condition for each of its rows."""
     return lax.select_n(lax.broadcast_in_dim(goes_on, new.shape, range(goes_on.ndim)), old, new)
 
+
+#: What XLA carries out among each group of devices by itself: the groups need not come at the same time.
+BY_GROUPS = ("psum", "psum_invariant", "pmax", "pmin", "all_gather", "axis_index")
 
 #: What a user calls the collectives in the registry.
 KNOWN = (

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from replicax import _jax
+from replicax import _jax, _primitives
 from replicax._collectives import REGISTRY, Result
 from replicax._jax import Equation, Jaxpr
-from replicax._layout import LogicalAxes
+from replicax._layout import LogicalAxis, Scope
 
 #: The mapped axes over which one value varies.
-Varying = frozenset[Hashable]
+Varying = frozenset[LogicalAxis]
 NOWHERE: Varying = frozenset()
 
 
@@ -30,12 +30,20 @@ class Analysis:
     """The analysis of one traced program, each jaxpr in it analysed once for each pattern of arguments.
 
     Args:
-        logical: The logical axes, by the user's names.
+        scope: The mapped axes in scope.
     """
 
-    def __init__(self, logical: LogicalAxes) -> None:
-        self.logical = logical
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self._inside: dict[tuple[Hashable, int], Analysis] = {}
         self._known: dict[tuple[int, tuple[Varying, ...]], tuple[Jaxpr, list[Varying]]] = {}
+
+    def inside(self, eqn: Equation) -> Analysis:
+        """The analysis of the program of a map inside."""
+        key = eqn.params["name"], eqn.params["size"]
+        if key not in self._inside:
+            self._inside[key] = Analysis(self.scope.enter(*key))
+        return self._inside[key]
 
     def results(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> list[Varying]:
         """Where each result of a jaxpr varies, given where each argument does."""
@@ -57,6 +65,10 @@ class Analysis:
     def equation(self, eqn: Equation, args: Sequence[Varying]) -> list[Varying]:
         """Where each result of an equation varies."""
         subs = list(_jax.sub_jaxprs(eqn))
+        if _primitives.is_nested_map(eqn):
+            inside = self.inside(eqn)
+            own = frozenset({inside.scope.axes[-1]})
+            return [out - own for out in inside.results(subs[0], mapped(eqn, args, own))]
         if not subs:
             return [self._leaf(eqn, union(args))] * len(eqn.outvars)
         operands = self.operands(eqn, args)
@@ -121,12 +133,17 @@ class Analysis:
 
     def _leaf(self, eqn: Equation, args: Varying) -> Varying:
         collective = REGISTRY.get(eqn.primitive.name)
-        names = self.logical.keys() & _jax.named_axes(eqn)
+        axes = {self.scope[name] for name in _jax.named_axes(eqn) if name in self.scope}
         if collective is None:
-            return args | names
-        match collective.result(eqn.params, self.logical):
+            return args | axes
+        match collective.result(eqn.params, self.scope):
             case Result.EQUAL:
-                return args - names
+                return args - axes
             case Result.AS_GIVEN:
                 return args
-        return args | names
+        return args | axes
+
+
+def mapped(eqn: Equation, args: Sequence[Varying], own: Varying) -> list[Varying]:
+    """Where the arguments of a map inside vary in its replicas."""
+    return [a if axis is None else a | own for a, axis in zip(args, eqn.params["in_axes"], strict=True)]
