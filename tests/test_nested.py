@@ -1,5 +1,7 @@
 """Maps inside maps equal vmap inside vmap, whatever part of the devices each level gets."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jax import lax
 
 from replicax import pmap
 from replicax.testing._check import compare, gradient
+from test_sweep import REPLICAS, every_pair
 
 #: Replicas at each level, and devices: with devices for all levels, for some, for none; with padding in each.
 TWO_LEVELS = [((2, 4), 8), ((4, 3), 8), ((1, 5), 3), ((3, 2), 8), ((5, 2), 2), ((9, 2), 8), ((2, 7), 5), ((3, 3), 1)]
@@ -214,6 +217,35 @@ def test_three_levels_equal_vmap(sizes, d):
     compare(str, gradient(nested(on_devices(d)), args, {}, lambda fun: fun), expected, rtol=1e-3)
 
 
+def small(mapped, depth):
+    """A program of two or three levels that compiles fast."""
+
+    def innermost(z, x):
+        return z * lax.psum(x, "i") + lax.pmean(z, ("j", "k"))
+
+    def inner(y, x):
+        z = y + lax.axis_index(("j", "i"))
+        z = mapped(innermost, axis_name="k", in_axes=(0, None))(jnp.stack([z, y]), x) if depth == 3 else z
+        return z - lax.psum(z, "j")
+
+    return mapped(lambda x: mapped(inner, axis_name="j", in_axes=(0, None))(x, x.sum()), axis_name="i")
+
+
+@functools.cache
+def case(n):
+    """Another level above or below, of each of five sizes in turn, a third in every other case; what vmap computes."""
+    turn = REPLICAS.index(n)
+    m, depth = (1, 2, 3, 5, 8)[turn % 5], 2 + turn // 2 % 2
+    x = rows(n, m) if turn % 2 else rows(m, n)
+    return x, depth, jax.jit(small(jax.vmap, depth))(x)
+
+
+@every_pair
+def test_every_pair_of_replicas_and_devices(n, d):
+    x, depth, expected = case(n)
+    compare(str, small(on_devices(d), depth)(x), expected, rtol=1e-4)
+
+
 # Where it lies, and what moves ----------------------------------------------------------------------------------
 
 
@@ -238,6 +270,23 @@ def test_maps_of_maps_send_each_device_its_part_and_nothing_between_them():
     out = double(x)
     assert {shard.data.shape for shard in out.addressable_shards} == {(1, 1, 1000)}
     assert out.sharding.num_devices == 8
+
+
+def test_a_sum_over_both_levels_is_one_reduction():
+    text = pmap(pmap(lambda x: lax.psum(x, ("i", "j")), "j"), "i").lower(rows(2, 4)).compile().as_text()
+    assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
+    assert "all-gather" not in text
+
+
+def test_values_known_while_tracing():
+    def outer(x):
+        with jax.ensure_compile_time_eval():
+            table = pmap(lambda y: y + lax.psum(y, "j"), "j")(np.arange(3))
+        assert isinstance(table, jax.Array)
+        assert not isinstance(table, jax.core.Tracer)
+        return x + table
+
+    np.testing.assert_allclose(pmap(outer, "i")(rows(2, 3)), rows(2, 3) + np.arange(3, 6))
 
 
 def test_effects_happen_once_for_each_replica():

@@ -444,6 +444,13 @@ def _nested_map_batched(
     return outs, [d if d is None or a is None else d + (a < d) for a, d in zip(out_axes, out_dims, strict=True)]
 
 
+def _nested_map_run(*args: Any, jaxpr: Jaxpr, name: AxisName, size: int, in_axes: Any, out_axes: Any) -> list[Any]:
+    """What is known while the outer map is traced."""
+    run_all = jax.vmap(lambda *own: run(jaxpr, own), in_axes, list(out_axes), axis_size=size, axis_name=name)
+    return list(run_all(*args))
+
+
+_nested_map_p.def_impl(_nested_map_run)
 _nested_map_p.def_effectful_abstract_eval(_nested_map_type)
 ad.primitive_jvps[_nested_map_p] = _nested_map_jvp
 ad.primitive_transposes[_nested_map_p] = _nested_map_transposed
