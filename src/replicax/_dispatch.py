@@ -228,13 +228,22 @@ class Dispatcher:
             program.clear()
 
     def split(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Takes the static arguments out of a call."""
+        """Takes the static arguments out of a call.
+
+        Raises:
+            StaticArgumentError: one is missing.
+        """
         chosen, count = self.options.static, len(args)
         if not chosen.positions and not chosen.names:
             return Call(args, range(count), kwargs)
         missing = [i for i in chosen.given if not -count <= i < count]
         if missing:
             self._refuse_missing(fun, [i for i in missing if dict(chosen.aliases).get(i) not in kwargs], count)
+        return self.partition(args, kwargs)
+
+    def partition(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Takes those static arguments out of a call that it has."""
+        chosen, count = self.options.static, len(args)
         at = sorted({i % count for i in chosen.positions if -count <= i < count})
         positions = [i for i in range(count) if i not in at]
         static: list[tuple[int | str, type, Any]] = [(i, type(args[i]), args[i]) for i in at]

@@ -118,17 +118,20 @@ def prefix_faults(which: str, prefix: Any, tree: Any, is_leaf: Callable[[Any], b
 
 
 def structure_faults(one: Any, other: Any) -> Iterator[tuple[tuple[Any, ...], str, str]]:
-    """Where two tree structures differ: the path, and what each has there."""
+    """Where two tree structures differ: the path, and what each has there, in words."""
     for path, ours, theirs, why in tree_util.equality_errors_pytreedef(one, other):
-        keys = re.search(r"key sets: (\{.*\})", why)
-        which = f" (different in {keys[1]})" if keys else ""
-        yield tuple(path), _node(ours), _node(theirs) + which
+        keys = re.search(r"key sets: \{(.*)\}", why)
+        which = f", different in {keys[1]}" if keys else ""
+        yield tuple(path), _node(ours) + which, _node(theirs)
 
 
 def _node(description: str) -> str:
     plain = re.sub(r"<class '(?:[^']*\.)?([^'.]+)'>", r"\1", description)
     plain = plain.replace("pytree metadata", "static fields").replace("children", "entries").replace("child", "entry")
-    return "an array" if plain == "pytree leaf" else plain.removesuffix("Type")
+    plain = re.sub(r"\b0 entry", "0 entries", plain.removesuffix("Type"))
+    if plain in ("pytree leaf", "None"):
+        return "an array" if plain == "pytree leaf" else "None"
+    return f"an {plain}" if plain[0] in "AEIOUaeiou" else f"a {plain}"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -84,12 +84,13 @@ def type_name(aval: Any) -> str:
 def structure_differences(tree: Any, earlier: Any, roots: Mapping[Hashable, str]) -> list[str]:
     """Where two trees of ``(positional arguments, keyword arguments)`` are not the same, one line a difference."""
     found = []
-    for path, was, now in _jax.structure_faults(earlier, tree):
+    for path, now, was in _jax.structure_faults(tree, earlier):
         if len(path) > 1:
             name = roots.get(path_key(path[:2]), "argument") + keystr(path[2:])
+            found.append(f"{name} is {now}, and was {was}")
         else:
-            name = "the keyword arguments" if path_key(path) == (1,) else "the positional arguments"
-        found.append(f"{name}: {now}, and before {was}")
+            name = "keyword" if path_key(path) == (1,) else "positional"
+            found.append(f"the {name} arguments are {now}, and were {was}")
     return found
 
 

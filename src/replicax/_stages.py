@@ -109,9 +109,8 @@ class Plan:
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The arguments, which may come with the static ones, as in a call of the map, or without, as in JAX."""
         chosen = self.dispatcher.options.static
-        positional = [where for where, _, _ in self.call.static if isinstance(where, int)]
-        if len(args) == len(self.call.positions) + len(positional):
-            call = self.dispatcher.split(self.fun, args, kwargs)
+        if len(args) > len(self.call.positions):
+            call = self.dispatcher.partition(args, kwargs)
         else:
             given = [(name, type(kwargs[name]), kwargs[name]) for name in chosen.names if name in kwargs]
             rest = {name: value for name, value in kwargs.items() if name not in chosen.names}
@@ -121,7 +120,8 @@ class Plan:
         expected |= {i: expected[name] for i, name in chosen.aliases if name in expected}
         names = parameter_names(self.fun, range(len(args)))
         faults = [
-            f"{names[where] if isinstance(where, int) else where} is {value!r:.60}, and was {expected.get(where, 'not passed')!r:.60}"
+            f"{names[where] if isinstance(where, int) else where} is {value!r:.60}, and "
+            + (f"was {expected[where]!r:.60}" if where in expected else "was not passed")
             for where, kind, value in call.static
             if where not in expected or type(expected[where]) is not kind or expected[where] != value
         ]
