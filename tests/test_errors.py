@@ -134,7 +134,7 @@ FAULTS = {
     ),
     "static and donated": (
         call(add, x8, 1, static_broadcasted_argnums=1, donate_argnums=(0, 1)),
-        replicax.StaticArgumentError, ValueError, ["both name [1]"],
+        replicax.StaticArgumentError, ValueError, ["both name ['right']"],
     ),
     "no devices": (call(add, x8, x8, devices=[]), replicax.DevicesError, ValueError, ["it is empty", "jax.devices()"]),
     "a device twice": (

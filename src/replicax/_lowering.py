@@ -247,6 +247,16 @@ class Program:
             donate_argnums=self.taken,
         )
 
+    def trace(self, leaves: Sequence[Any]) -> jax.stages.Traced:
+        """The function of :attr:`compiled`, traced for arguments of these types before they are padded."""
+        return self.compiled.trace(*map(self.padded_type, [*leaves, *self.closed], self.in_axes))
+
+    def clear(self) -> None:
+        """Frees what was compiled."""
+        for held in ("compiled", "staged"):
+            if (jitted := vars(self).pop(held, None)) is not None:
+                jitted.clear_cache()
+
     def pad(self, which: tuple[int, ...], leaves: list[Any]) -> list[Any]:
         """These arguments, which lie on the layout's devices, with a row for each padding lane."""
         if which not in self._pads:
@@ -339,14 +349,16 @@ class Recorded:
     """A map inside a replica of another, to be lowered with it.
 
     Attributes:
-        args: The arrays that it takes before its arguments.
+        closed: The arrays that it takes after its arguments.
         out_tree: The structure of the result.
-        bind: From these and the argument leaves to the result leaves.
+        staged: From the argument leaves and these to the result leaves.
+        name: The name of the user's function.
     """
 
     closed: tuple[Any, ...]
     out_tree: Any
-    bind: Callable[..., Sequence[Any]]
+    staged: Callable[..., Sequence[Any]]
+    name: str
 
 
 def record(replica: Replica, axis: LogicalAxis, in_axes: Sequence[int | None], out_axes: Spec, name: str) -> Recorded:
@@ -363,11 +375,14 @@ def record(replica: Replica, axis: LogicalAxis, in_axes: Sequence[int | None], o
     _check_broadcast_results(replica, flat_out_axes, Analysis(Scope([axis])).results(replica.jaxpr, varying), axis)
     jaxpr = _jax.without_constants(replica.jaxpr)
 
-    def bind(*args: Any) -> list[Any]:
-        axes = (*[None] * len(replica.consts), *in_axes)
-        return _primitives.nested_map(jaxpr, args, name=axis.name, size=axis.size, in_axes=axes, out_axes=flat_out_axes)
+    def staged(*args: Any) -> list[Any]:
+        leaves, consts = args[: len(in_axes)], args[len(in_axes) :]
+        axes = (*[None] * len(consts), *in_axes)
+        return _primitives.nested_map(
+            jaxpr, [*consts, *leaves], name=axis.name, size=axis.size, in_axes=axes, out_axes=flat_out_axes
+        )
 
-    return Recorded(tuple(replica.consts), jax.tree.structure(replica.out), bind)
+    return Recorded(tuple(replica.consts), jax.tree.structure(replica.out), staged, name)
 
 
 def _one_replica(
