@@ -86,6 +86,12 @@ def test_arrays_without_elements(n):
 
 
 @pytest.mark.parametrize("n", N.values(), ids=N)
+def test_tangents_of_integers(n):
+    """Arrays without bytes: what JAX takes for the derivative by an integer."""
+    check(lambda a: (a, jnp.ones(3)), np.zeros((n, 2), jax.dtypes.float0))
+
+
+@pytest.mark.parametrize("n", N.values(), ids=N)
 def test_scalars_of_python(n):
     x = np.arange(n, dtype=np.float32)
     for scalar in (2, 2.5, True, 1j, np.float32(3), np.int8(4)):

@@ -214,8 +214,8 @@ def match_in_axes(spec: Spec, args: Mapping[int, Any], arity: int, leaves: Seque
     if per_argument and not max(args, default=-1) < len(in_axes) <= arity:
         raise AxisSpecError(
             f"in_axes={in_axes!r} is of length {len(in_axes)}, and the function was called with {arity} positional "
-            f"argument(s). Give one entry for each positional argument (keyword arguments are mapped along axis 0), "
-            f"or a single int for all of them."
+            f"argument(s). Give one entry for each positional argument (each argument passed by keyword is mapped "
+            f"along axis 0), or a single int for all of them."
         )
     entries = tuple(in_axes[i] if per_argument else in_axes for i in args)
     axes = broadcast_prefix("in_axes", "the tuple of arguments", entries, tuple(args.values()))
@@ -249,7 +249,7 @@ def broadcast_prefix(which: str, what: str, spec: Any, tree: Any) -> list[int | 
     try:
         jax.tree.map(repeat, spec, tree, is_leaf=is_none)
     except ValueError:
-        faults = _jax.prefix_faults(which, spec, tree, is_none)
+        faults = _jax.prefix_faults(f"pmap {which}", spec, tree, is_none)
         raise AxisSpecError(
             report(
                 f"{which} does not fit {what}: it must be an axis, or a tree of them with the same structure.",
@@ -327,7 +327,7 @@ def mapped_size(axes: Sequence[int | None], leaves: Sequence[Leaf], axis_size: i
         faults.insert(0, f"axis_size is {axis_size}")
     raise MappedSizeError(
         report(
-            "pmap maps all arguments together, but their mapped axes differ in size:",
+            "pmap got inconsistent sizes for array axes to be mapped:",
             faults,
             "Pass arrays of one size along the mapped axis, or write None in in_axes for an argument that every "
             "replica gets whole, as in in_axes=(0, None).",

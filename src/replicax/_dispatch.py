@@ -393,7 +393,7 @@ def _refuse_unhashable(fun: Callable[..., Any], call: Call) -> None:
             faults.append(f"{name} is of type {type(value).__name__}")
     raise StaticArgumentError(
         report(
-            "Static arguments must be hashable, since each new value is compiled for anew, and these are not:",
+            "Non-hashable static arguments are not supported, since each new value is compiled for anew:",
             faults,
             "Pass a hashable value, such as a tuple for a list, or do not name the argument as static.",
         )
@@ -410,6 +410,11 @@ def check_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
     if isinstance(devices, str) or not isinstance(devices, Iterable):
         raise OptionTypeError(f"devices must be a list of devices, and is {devices!r:.60}. Write [device] for one.")
     given = tuple(devices)
+    if not given:
+        raise DevicesError(
+            "The 'devices' argument to pmap must be non-empty, or None. Pass some of jax.devices(), or leave devices "
+            "out to use all of them."
+        )
     faults = [
         f"devices[{i}] is {d!r}, which is no device" for i, d in enumerate(given) if not isinstance(d, jax.Device)
     ]
@@ -419,11 +424,11 @@ def check_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
     platforms = sorted({d.platform for d in given}) if not faults else []
     if len(platforms) > 1:
         faults = [f"its devices are of the platforms {', '.join(platforms)}"]
-    if faults or not given:
+    if faults:
         raise DevicesError(
             report(
                 "devices must be one or more different devices of one platform:",
-                faults or ["it is empty"],
+                faults,
                 "Pass some of jax.devices(), or leave devices out to use all of them.",
             )
         )
@@ -515,7 +520,9 @@ def _pad_all(program: Program, placed: list[Any]) -> None:
         x = placed[i]
         if axis is None:
             continue
-        if not isinstance(x, jax.Array):
+        if program.dtypes[i] == jax.dtypes.float0:
+            placed[i] = np.zeros(program.padded_type(x, axis).shape, jax.dtypes.float0)
+        elif not isinstance(x, jax.Array):
             placed[i] = _pad_on_host(x, axis, program.layout)
         elif x.sharding.device_set == devices:
             here.append(i)
@@ -531,6 +538,8 @@ _pad_where_it_lies = jax.jit(pad_rows, static_argnums=(1, 2))
 
 def _own(x: Any, dtype: Any) -> Any:
     """``x``; of a NumPy array, a copy that nobody changes, aligned so that it can serve as a CPU device's memory."""
+    if dtype == jax.dtypes.float0:  # no bytes, which no device holds
+        return x
     if not isinstance(x, np.ndarray):
         return x.astype(dtype) if isinstance(x, jax.Array) and x.dtype != dtype else x
     raw = np.empty(x.nbytes + _ALIGNMENT, np.uint8)
