@@ -40,6 +40,7 @@ class Options:
         devices: The devices to use, or None for all of the backend.
         backend: The platform to use, or None for JAX's default.
         axis_size: The number of replicas, or None to read it off the arguments.
+        agreeing: Whether a result with out_axes None has to be the same in all replicas.
     """
 
     axis_name: Hashable
@@ -50,6 +51,7 @@ class Options:
     devices: tuple[jax.Device, ...] | None
     backend: str | None
     axis_size: int | None
+    agreeing: bool = True
 
     def resolve_devices(self) -> tuple[jax.Device, ...]:
         """The devices that replicas may lie on; the first moment that JAX's backends are touched."""
@@ -221,7 +223,7 @@ class Dispatcher:
         donated = [k for k, i in enumerate(owners) if i in donated_args]
         name = getattr(fun, "__name__", type(fun).__name__)
         dtypes = [leaf.aval.dtype for leaf in named]
-        program = lower(replica, placed, in_axes, options.out_axes, dtypes, donated, name)
+        program = lower(replica, placed, in_axes, options.out_axes, dtypes, donated, name, agreeing=options.agreeing)
         return program, not replica.closes_over_tracers
 
 

@@ -304,8 +304,13 @@ def lower(
     dtypes: Sequence[Any],
     donated: Sequence[int],
     name: str,
+    *,
+    agreeing: bool = True,
 ) -> Program:
     """Lowers the program of one replica to a function of all of them.
+
+    With ``agreeing`` a result whose ``out_axes`` is None has to be the same in all replicas; otherwise it is each
+    device's first replica's, and read as replica 0's.
 
     Raises:
         AxisSpecError: ``out_axes`` does not fit the result.
@@ -315,7 +320,7 @@ def lower(
     """
     _refuse_device_maps(replica.jaxpr, name)
     flat_out_axes = match_out_axes(out_axes, replica.out)
-    one_replica, closed = _one_replica(replica, layout.axis, in_axes, flat_out_axes)
+    one_replica, closed = _one_replica(replica, layout.axis, in_axes, flat_out_axes, agreeing)
     all_axes = (*in_axes, *[None] * len(closed))
     one_device = _over_lanes(one_replica, layout.axis, all_axes, flat_out_axes)
     function = _over_devices(one_device, layout, all_axes, flat_out_axes)
@@ -334,12 +339,13 @@ def lower(
 
 
 def _one_replica(
-    replica: Replica, axis: LogicalAxis, in_axes: Sequence[int | None], out_axes: Sequence[int | None]
+    replica: Replica, axis: LogicalAxis, in_axes: Sequence[int | None], out_axes: Sequence[int | None], agreeing: bool
 ) -> tuple[Callable[..., tuple[Any, ...]], tuple[Any, ...]]:
     """What a replica runs on its arguments and on the closed-over arrays that have to be passed; and those arrays."""
     rewriter = Rewriter({axis.name: axis})
     varying = [frozenset() if a is None else frozenset({axis.name}) for a in in_axes]
-    _check_broadcast_results(replica, out_axes, rewriter.analysis.results(replica.jaxpr, varying), axis.name)
+    if agreeing:
+        _check_broadcast_results(replica, out_axes, rewriter.analysis.results(replica.jaxpr, varying), axis.name)
     has_rules = _jax.has_primitive(replica.jaxpr, ("custom_vjp_call",)) and bool(axis.physical)
 
     def one_value(y: Any) -> Any:
