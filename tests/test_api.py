@@ -4,6 +4,7 @@ import ast
 import pathlib
 
 import replicax
+import replicax.compat
 import replicax.testing
 
 SOURCE = pathlib.Path(replicax.__file__).parent
@@ -11,34 +12,40 @@ SOURCE = pathlib.Path(replicax.__file__).parent
 PUBLIC = {
     "AheadOfTimeError", "ArgumentNameError", "AxisSpecError", "AxisSpecTypeError", "CollectiveArgumentError",
     "DeletedArrayError", "DevicesError", "DivergentOutputError", "MappedFunction", "MappedSizeError", "MismatchError",
-    "NestedMapError", "NotAFunctionError", "NotAnArrayError", "OptionTypeError", "ReplicaxError", "SimulationError",
+    "NestedMapError", "NotAFunctionError", "NotAnArrayError", "OptionTypeError", "ReplicaxError", "ShardsError",
+    "SimulationError",
     "StaticArgumentError", "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError", "local_replicas",
     "pmap", "replicate", "shard", "show_replicas", "simulate_devices", "unreplicate",
 }  # fmt: skip
 
+MODULES = {"compat", "testing"}
+
 #: From the top down: a module imports only from layers below its own, or nothing of its own layer but in order.
 LAYERS = [
+    "compat.__main__", "compat._install", "compat._functions",
     "testing._check", "testing._lockstep", "_report", "_replicas", "_devices", "_pmap", "_stages", "_dispatch",
     "_lowering", "_rewrite", "_varying", "_collectives", "_levels", "_blocks", "_exchange", "_signature", "_axes",
-    "_layout", "_primitives",
-    "_jax", "_errors",
+    "_layout", "_primitives", "_jax", "_errors",
 ]  # fmt: skip
 
 
 def test_the_public_names():
-    assert {name for name in vars(replicax) if not name.startswith("_") and name != "testing"} == PUBLIC
+    assert {name for name in vars(replicax) if not name.startswith("_") and name not in MODULES} == PUBLIC
     assert {name for name in vars(replicax.testing) if not name.startswith("_")} == {
         "MismatchError",
         "check",
         "lockstep",
     }
+    assert {name for name in vars(replicax.compat) if not name.startswith("_")} == {
+        "device_put_replicated", "device_put_sharded", "install", "installed", "pmap", "uninstall",
+    }  # fmt: skip
 
 
 def test_every_public_name_is_documented():
-    for module in (replicax, replicax.testing):
+    for module in (replicax, replicax.testing, replicax.compat):
         for name in vars(module):
             thing = getattr(module, name)
-            if not name.startswith("_") and name != "testing":
+            if not name.startswith("_") and name not in MODULES:
                 assert thing.__doc__, name
 
 

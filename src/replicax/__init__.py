@@ -1,5 +1,6 @@
 """Parallel map for JAX: any number of replicas of a program on any number of devices."""
 
+from replicax import compat as compat
 from replicax import testing as testing
 from replicax._devices import simulate_devices as simulate_devices
 from replicax._errors import AheadOfTimeError as AheadOfTimeError
@@ -17,6 +18,7 @@ from replicax._errors import NotAFunctionError as NotAFunctionError
 from replicax._errors import NotAnArrayError as NotAnArrayError
 from replicax._errors import OptionTypeError as OptionTypeError
 from replicax._errors import ReplicaxError as ReplicaxError
+from replicax._errors import ShardsError as ShardsError
 from replicax._errors import SimulationError as SimulationError
 from replicax._errors import StaticArgumentError as StaticArgumentError
 from replicax._errors import UnboundAxisError as UnboundAxisError

@@ -53,6 +53,7 @@ class Options:
         devices: The devices to use, or None for all of the backend.
         backend: The platform to use, or None for JAX's default.
         axis_size: The number of replicas, or None to read it off the arguments.
+        agreeing: Whether a result with out_axes None has to be the same in all replicas.
     """
 
     axis_name: Hashable
@@ -63,6 +64,7 @@ class Options:
     devices: tuple[jax.Device, ...] | None
     backend: str | None
     axis_size: int | None
+    agreeing: bool = True
 
     def resolve_devices(self) -> tuple[jax.Device, ...]:
         """The devices that replicas may lie on; the first moment that JAX's backends are touched."""
@@ -311,11 +313,12 @@ class Dispatcher:
         reusable, name = not replica.closes_over_tracers, function_name(fun)
         if _jax.tracing_replica():
             axis = replicas_of(options.axis_name, size)
-            return record(replica, axis, signature.in_axes, options.out_axes, name), reusable
+            return record(replica, axis, signature.in_axes, options.out_axes, name, options.agreeing), reusable
         nesting = _primitives.nesting(replica.jaxpr)
         placed = layout(options.axis_name, size, devices, spread=not _jax.eager(), nesting=nesting)
         dtypes = [aval.dtype for aval in avals]
-        program = lower(replica, placed, signature.in_axes, options.out_axes, dtypes, self._donated(call), name)
+        donated, agreeing = self._donated(call), options.agreeing
+        program = lower(replica, placed, signature.in_axes, options.out_axes, dtypes, donated, name, agreeing)
         if _jax.eager():  # All that is traced is traced now, in this thread's turn and before an argument is moved.
             program.trace(avals)
         return program, reusable

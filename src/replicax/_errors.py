@@ -21,6 +21,7 @@ has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written
     ├── UnsupportedCollectiveError   NotImplementedError  a collective that replicax has no rule for
     ├── CollectiveArgumentError      ValueError           a permutation, group or index that no collective can follow
     ├── DivergentOutputError         ValueError           out_axes=None for a result that differs between replicas
+    ├── ShardsError                  ValueError           the shards of device_put_sharded do not fit together
     ├── SimulationError              RuntimeError         simulate_devices after JAX has started
     └── MismatchError                AssertionError       replicax.testing found a difference
 """
@@ -101,6 +102,10 @@ class CollectiveArgumentError(ReplicaxError, ValueError):
 
 class DivergentOutputError(ReplicaxError, ValueError):
     """``out_axes=None`` for a result that differs, or may differ, between replicas."""
+
+
+class ShardsError(ReplicaxError, ValueError):
+    """The shards of ``device_put_sharded`` are not one for each device, or differ in more than their values."""
 
 
 class SimulationError(ReplicaxError, RuntimeError):

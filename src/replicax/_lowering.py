@@ -28,7 +28,7 @@ from replicax._errors import (
 from replicax._layout import Layout, LogicalAxis, Scope, Splits
 from replicax._levels import OneReplica, Part, comes_in_parts, equal_on, over_lanes, own_on, pad_rows
 from replicax._rewrite import Rewriter, one_value
-from replicax._varying import Analysis, Varying
+from replicax._varying import NOWHERE, Analysis, Varying
 
 
 class Anonymous:
@@ -302,8 +302,12 @@ def lower(
     dtypes: Sequence[Any],
     donated: Sequence[int],
     name: str,
+    agreeing: bool,
 ) -> Program:
     """Lowers the program of one replica to a function of all of them.
+
+    With ``agreeing`` a result whose ``out_axes`` is None has to be the same in all replicas; otherwise it is each
+    device's first replica's, and read as replica 0's.
 
     Raises:
         AxisSpecError: ``out_axes`` does not fit the result.
@@ -319,7 +323,12 @@ def lower(
     in_places, out_places = _places(replica.jaxpr, layout, flat_out_axes)
     in_splits = [*map(_split, in_places, in_axes), *[()] * len(closed)]
     out_splits = list(map(_split, out_places, flat_out_axes))
-    one_replica = _one_replica(replica, layout.scope, passed, in_axes, flat_out_axes, in_places, out_places)
+    rewriter = Rewriter(layout.scope)
+    varying = [NOWHERE if a is None else frozenset({layout.axis}) for a in in_axes]
+    if agreeing:
+        where = rewriter.analysis.results(replica.jaxpr, varying)
+        _check_broadcast_results(replica, flat_out_axes, where, layout.axis)
+    one_replica = _one_replica(replica, rewriter, varying, passed, flat_out_axes, in_places, out_places)
     one_device = over_lanes(one_replica, layout.axis, all_axes, flat_out_axes)
     function = _over_devices(
         one_device,
@@ -361,8 +370,10 @@ class Recorded:
     name: str
 
 
-def record(replica: Replica, axis: LogicalAxis, in_axes: Sequence[int | None], out_axes: Spec, name: str) -> Recorded:
-    """A map as one equation of the enclosing map's program.
+def record(
+    replica: Replica, axis: LogicalAxis, in_axes: Sequence[int | None], out_axes: Spec, name: str, agreeing: bool
+) -> Recorded:
+    """A map as one equation of the enclosing map's program; for ``agreeing`` see :func:`lower`.
 
     Raises:
         AxisSpecError: as :func:`lower`.
@@ -371,40 +382,43 @@ def record(replica: Replica, axis: LogicalAxis, in_axes: Sequence[int | None], o
     """
     _refuse_device_maps(replica.jaxpr, name)
     flat_out_axes = match_out_axes(out_axes, replica.out)
-    varying = [frozenset() if a is None else frozenset({axis}) for a in in_axes]
-    _check_broadcast_results(replica, flat_out_axes, Analysis(Scope([axis])).results(replica.jaxpr, varying), axis)
+    varying = [NOWHERE if a is None else frozenset({axis}) for a in in_axes]
+    where = Analysis(Scope([axis])).results(replica.jaxpr, varying)
+    if agreeing:
+        _check_broadcast_results(replica, flat_out_axes, where, axis)
+    first = [a is None and axis in varies for a, varies in zip(flat_out_axes, where, strict=True)]
+    all_out_axes = [0 if f else a for a, f in zip(flat_out_axes, first, strict=True)]
     jaxpr = _jax.without_constants(replica.jaxpr)
 
     def staged(*args: Any) -> list[Any]:
         leaves, consts = args[: len(in_axes)], args[len(in_axes) :]
         axes = (*[None] * len(consts), *in_axes)
-        return _primitives.nested_map(
-            jaxpr, [*consts, *leaves], name=axis.name, size=axis.size, in_axes=axes, out_axes=flat_out_axes
+        results = _primitives.nested_map(
+            jaxpr, [*consts, *leaves], name=axis.name, size=axis.size, in_axes=axes, out_axes=all_out_axes
         )
+        return [y[0] if f else y for y, f in zip(results, first, strict=True)]
 
     return Recorded(tuple(replica.consts), jax.tree.structure(replica.out), staged, name)
 
 
 def _one_replica(
     replica: Replica,
-    scope: Scope,
+    rewriter: Rewriter,
+    varying: Sequence[Varying],
     passed: Sequence[int],
-    in_axes: Sequence[int | None],
     out_axes: Sequence[int | None],
     in_places: Sequence[_Place],
     out_places: Sequence[_Place],
 ) -> OneReplica:
     """What a replica runs on its arguments, and on the closed-over arrays that have to be passed."""
-    rewriter, axis = Rewriter(scope), scope.axes[-1]
-    varying = [frozenset() if a is None else frozenset({axis}) for a in in_axes]
-    _check_broadcast_results(replica, out_axes, rewriter.analysis.results(replica.jaxpr, varying), axis)
+    axis = rewriter.scope.axes[-1]
     has_rules = _jax.has_primitive(replica.jaxpr, ("custom_vjp_call",))
 
     def one_replica(*args: Any) -> tuple[Any, ...]:
         consts = list(replica.consts)
         for k, value in zip(passed, args[len(varying) :], strict=True):
             consts[k] = value
-        own = [unfolded(x) if a is None else x for x, a in zip(args, in_axes, strict=False)]
+        own = [x if where else unfolded(x) for x, where in zip(args, varying, strict=False)]
         own = [x if place is None else Part(x, place[1], place[0]) for x, place in zip(own, in_places, strict=True)]
         results = rewriter.run_in_parts(replica.jaxpr, consts, own, varying)
         results = [_at(y, place) for y, place in zip(results, out_places, strict=True)]

@@ -27,7 +27,7 @@ class MappedFunction(Generic[R]):
     def __init__(self, fun: Callable[..., R], options: Options) -> None:
         functools.update_wrapper(self, fun)
         self._fun = fun
-        self._options = options
+        self.options = options
         self._dispatcher: Dispatcher = dispatcher(fun, options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> R:
@@ -37,10 +37,10 @@ class MappedFunction(Generic[R]):
         return self if instance is None else types.MethodType(self, instance)
 
     def __reduce__(self) -> Any:
-        return MappedFunction, (self._fun, self._options)  # and not the compiled programs
+        return MappedFunction, (self._fun, self.options)  # and not the compiled programs
 
     def __repr__(self) -> str:
-        name = self._options.axis_name
+        name = self.options.axis_name
         axis = "" if name is ANONYMOUS else f" over axis {name!r}"
         return f"<replicax.pmap of {getattr(self._fun, '__qualname__', repr(self._fun))}{axis}>"
 

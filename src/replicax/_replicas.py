@@ -38,7 +38,7 @@ def replicate(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax
         >>> replicax.replicate({"w": np.ones(3)}, 4)["w"].shape
         (4, 3)
     """
-    _check_arrays("replicate", tree)
+    check_arrays("replicate", tree)
     if axis_size is None:
         axis_size = len(jax.devices() if devices is None else check_devices(devices))
     return pmap(_identity, in_axes=None, axis_size=axis_size, devices=devices)(tree)
@@ -70,7 +70,7 @@ def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Dev
         >>> replicax.shard(np.zeros((12, 5)), 4).shape
         (4, 3, 5)
     """
-    _check_arrays("shard", tree)
+    check_arrays("shard", tree)
     devices = tuple(jax.devices()) if devices is None else check_devices(devices)
     size = len(devices) if axis_size is None else as_int("axis_size", axis_size)
     if size < 1:
@@ -178,7 +178,12 @@ def _rows(block: Any) -> Sequence[Any]:
     return list(np.asarray(block))
 
 
-def _check_arrays(caller: str, tree: Any) -> None:
+def check_arrays(caller: str, tree: Any) -> None:
+    """Refuses a tree that holds something without a value as an array.
+
+    Raises:
+        NotAnArrayError: naming every such leaf.
+    """
     faults = [
         f"tree{keystr(path)} {describe_type(x)}"
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -195,7 +200,7 @@ def _check_arrays(caller: str, tree: Any) -> None:
 
 
 def _check_leading_axis(caller: str, tree: Any) -> None:
-    _check_arrays(caller, tree)
+    check_arrays(caller, tree)
     faults = [
         f"tree{keystr(path)}, of type {type(x).__name__} and shape {np.shape(x)}"
         for path, x in jax.tree_util.tree_leaves_with_path(tree)

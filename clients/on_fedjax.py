@@ -1,0 +1,68 @@
+"""fedjax: federated clients on several devices."""
+
+import fedjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PACKAGES = ["fedjax"]
+rng = np.random.default_rng(0)
+
+
+def clients(n):
+    sizes = np.random.default_rng(1).integers(3, 9, size=n)
+    for i, size in enumerate(sizes):
+        x = rng.normal(size=(size, 2)).astype(np.float32)
+        yield i, {"x": x, "y": x @ np.array([1.0, -2.0], np.float32)}
+
+
+def per_client(backend, data):
+    def init(shared, start):
+        return {"w": shared["w"] + start, "steps": 0}
+
+    def step(state, batch):
+        grads = jax.grad(lambda w: jnp.mean((batch["x"] @ w - batch["y"]) ** 2))(state["w"])
+        return {"w": state["w"] - 0.1 * grads, "steps": state["steps"] + 1}, {"norm": jnp.sum(grads**2)}
+
+    def final(shared, state):
+        return {"delta": shared["w"] - state["w"], "steps": state["steps"]}
+
+    shared = {"w": jnp.ones(2)}
+    with fedjax.for_each_client_backend(backend):
+        run = fedjax.for_each_client(init, step, final, with_step_result=True)
+        dataset = [
+            (i, list(fedjax.ClientDataset(d).batch(batch_size=3, drop_remainder=True)), jnp.float32(i)) for i, d in data
+        ]
+        return {i: (out, steps) for i, out, steps in run(shared, dataset)}
+
+
+def each_client():
+    """for_each_client with the pmap backend, 11 clients"""
+    data = list(clients(11))
+    ours, theirs = per_client("pmap", data), per_client("jit", data)
+    assert sorted(ours) == sorted(theirs) == list(range(11))
+    for i in ours:
+        assert int(ours[i][0]["steps"]) == int(theirs[i][0]["steps"])
+        np.testing.assert_allclose(np.ravel(ours[i][0]["delta"]), np.ravel(theirs[i][0]["delta"]), rtol=1e-4, atol=1e-5)
+        assert len(ours[i][1]) == len(theirs[i][1])
+
+
+def averaging():
+    """federated averaging"""
+
+    def grad(params, batch, _):
+        return jax.grad(lambda w: jnp.mean((batch["x"] @ w - batch["y"]) ** 2))(params)
+
+    data = [(i, fedjax.ClientDataset(d), jax.random.PRNGKey(i)) for i, d in clients(11)]
+    with fedjax.for_each_client_backend("pmap"):
+        algorithm = fedjax.algorithms.fed_avg.federated_averaging(
+            grad, fedjax.optimizers.sgd(0.1), fedjax.optimizers.sgd(1.0),
+            fedjax.ShuffleRepeatBatchHParams(batch_size=3, num_epochs=1, seed=0),
+        )  # fmt: skip
+        state = algorithm.init(jnp.zeros(2))
+        for _ in range(10):
+            state, _ = algorithm.apply(state, data)
+    np.testing.assert_allclose(np.asarray(state.params), [1, -2], atol=0.1)
+
+
+CASES = [each_client, averaging]

@@ -1,0 +1,181 @@
+"""What takes the places of JAX's functions: plain ones, with JAX's signatures and JAX's meanings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import keystr
+
+from replicax import _jax
+from replicax._dispatch import check_devices
+from replicax._errors import OptionTypeError, ShardsError, report
+from replicax._pmap import MappedFunction
+from replicax._pmap import pmap as mapped
+from replicax._replicas import check_arrays
+
+R = TypeVar("R")
+Tree = TypeVar("Tree")
+
+
+def pmap(
+    fun: Callable[..., R],
+    axis_name: Hashable | None = None,
+    *,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    static_broadcasted_argnums: int | Iterable[int] = (),
+    devices: Sequence[jax.Device] | None = None,
+    backend: str | None = None,
+    axis_size: int | None = None,
+    donate_argnums: int | Iterable[int] = (),
+) -> MappedFunction[R]:
+    """:func:`replicax.pmap` with the signature of ``jax.pmap`` and its meaning of ``out_axes=None``.
+
+    There JAX does not ask whether the replicas agree: each device keeps the value of its own (first) replica, and
+    whoever reads the array reads replica 0's.
+
+    Args:
+        fun: The program of one replica.
+        axis_name: A name of the mapped axis, for collectives.
+        in_axes: Which axis of each positional argument is mapped.
+        out_axes: Where the mapped axis goes in the result.
+        static_broadcasted_argnums: The positions of arguments that are compile-time constants.
+        devices: The devices to use; all of the backend's when None.
+        backend: The platform to use.
+        axis_size: The number of replicas. Needed only if no argument is mapped.
+        donate_argnums: The positions of arguments whose buffers the program may reuse.
+
+    Returns:
+        ``fun`` for all replicas, as of :func:`replicax.pmap`.
+
+    Raises:
+        ReplicaxError: as :func:`replicax.pmap`, except that results with ``out_axes=None`` may differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from replicax import compat
+        >>> compat.pmap(lambda x: 2 * x, out_axes=None)(jnp.array([3.0, 4.0]))
+        Array(6., dtype=float32)
+    """
+    checked = mapped(
+        fun,
+        axis_name,
+        in_axes=in_axes,
+        out_axes=out_axes,
+        static_broadcasted_argnums=static_broadcasted_argnums,
+        devices=devices,
+        backend=backend,
+        axis_size=axis_size,
+        donate_argnums=donate_argnums,
+    )
+    return MappedFunction(fun, dataclasses.replace(checked.options, agreeing=False))
+
+
+def device_put_replicated(x: Tree, devices: Sequence[jax.Device]) -> Tree:
+    """One copy of every array on each device, as JAX before 0.10 had it.
+
+    Each device is sent one copy of its own: none holds the stack of them, nor does the host.
+
+    Args:
+        x: A pytree of arrays and scalars of any shapes ``(...)``.
+        devices: The devices.
+
+    Returns:
+        The same tree, its arrays of shape ``(len(devices), ...)``, row i on ``devices[i]``.
+
+    Raises:
+        NotAnArrayError: naming every leaf that is no array.
+        DevicesError: ``devices`` is empty, or no list of different devices of one platform.
+
+    Example:
+        >>> import jax, numpy as np
+        >>> from replicax import compat
+        >>> compat.device_put_replicated({"w": np.ones(3)}, jax.devices()[:4])["w"].shape
+        (4, 3)
+    """
+    devices = check_devices(devices)
+    check_arrays("device_put_replicated", x)
+    with _jax.own_mesh():
+        return jax.tree.map(lambda leaf: _rows_on([_as_row(leaf)] * len(devices), devices), x)
+
+
+def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) -> Tree:
+    """One tree on each device, as one tree of arrays, as JAX before 0.10 had it.
+
+    Each device is sent its own shard alone: nobody holds the stack of them.
+
+    Args:
+        shards: A list of pytrees, one for each device, with the same structure, shapes ``(...)`` and dtypes.
+        devices: The devices.
+
+    Returns:
+        One such tree, its arrays of shape ``(len(devices), ...)``, row i, of ``shards[i]``, on ``devices[i]``.
+
+    Raises:
+        OptionTypeError: ``shards`` is no list.
+        ShardsError: there is not one shard for each device, or they differ in structure, shapes or dtypes.
+        NotAnArrayError: naming every leaf that is no array.
+        DevicesError: ``devices`` is empty, or no list of different devices of one platform.
+
+    Example:
+        >>> import jax
+        >>> from replicax import compat
+        >>> compat.device_put_sharded([{"x": 1.0}, {"x": 2.0}], jax.devices()[:2])
+        {'x': Array([1., 2.], dtype=float32)}
+    """
+    if isinstance(shards, str) or not isinstance(shards, Sequence):
+        raise OptionTypeError(
+            f"device_put_sharded: shards must be a list with one tree of arrays for each device, and is of type "
+            f"{type(shards).__name__}. Write list(shards) if its elements are the shards."
+        )
+    devices = check_devices(devices)
+    if len(shards) != len(devices):
+        raise ShardsError(
+            f"device_put_sharded was given {len(shards)} shards for {len(devices)} devices. Pass one shard for each "
+            f"device, or pass the rows of an array of any length to pmap as they are, which spreads them itself."
+        )
+    check_arrays("device_put_sharded", list(shards))
+    _check_alike(shards)
+    with _jax.own_mesh():
+        return jax.tree.map(lambda *leaves: _rows_on(list(map(_as_row, leaves)), devices), *shards)
+
+
+def _as_row(x: Any) -> Any:
+    """The leaf with a leading axis of 1, where it lies; of a NumPy array a copy, since JAX may alias its memory."""
+    return lax.expand_dims(x, (0,)) if isinstance(x, jax.Array) else np.array(x)[None]
+
+
+def _rows_on(rows: list[Any], devices: tuple[jax.Device, ...]) -> jax.Array:
+    """One array, of which each device has one row."""
+    pieces = jax.device_put(rows, list(devices))
+    where = NamedSharding(Mesh(np.asarray(devices, dtype=object), ("replicas",)), PartitionSpec("replicas"))
+    return jax.make_array_from_single_device_arrays((len(devices), *pieces[0].shape[1:]), where, pieces)
+
+
+def _check_alike(shards: Sequence[Any]) -> None:
+    trees = [jax.tree.structure(shard) for shard in shards]
+    faults = [f"shards[{i}] is {tree}, and shards[0] is {trees[0]}" for i, tree in enumerate(trees) if tree != trees[0]]
+    if not faults:
+        first, *others = (jax.tree_util.tree_leaves_with_path(shard) for shard in shards)
+        types = [_jax.typeof(x) for _, x in first]
+        faults = [
+            f"shards[{i}]{keystr(path)} is {_jax.typeof(x).str_short()}, and shards[0]{keystr(path)} is "
+            f"{aval.str_short()}"
+            for i, other in enumerate(others, 1)
+            for (path, x), aval in zip(other, types, strict=True)
+            if (_jax.typeof(x).shape, _jax.typeof(x).dtype) != (aval.shape, aval.dtype)
+        ]
+    if faults:
+        raise ShardsError(
+            report(
+                "device_put_sharded takes shards of the same structure, shapes and dtypes, and these differ:",
+                faults,
+                "Pad or cast them to one shape and dtype first.",
+            )
+        )
