@@ -191,7 +191,7 @@ class Program:
         mapped = "jax.jit(replicax.pmap(...)), here without jit" if self.under_jit else "replicax.pmap(...)"
         return (
             "import jax, jax.numpy as jnp, numpy as np\nfrom jax import lax\nimport replicax.testing\n\n"
-            f"replicax.simulate_devices(8)\n\n\n{self.function}\n\n"
+            f"replicax.simulate_devices(8)\ninner = replicax.pmap  # or jax.vmap\n\n\n{self.function}\n\n"
             f"# {self.replicas} replicas on {self.devices} devices: {mapped}\n"
             f"replicax.testing.check(program, *{self.call['args']}, kwargs={self.call['kwargs']}, axis_name={AXIS}, "
             f"devices=jax.devices()[:{self.devices}], reference={reference}, derivatives={derivatives}, rtol=1e-3"

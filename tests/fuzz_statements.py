@@ -69,17 +69,17 @@ def reduction(name: str, but: Sequence[str]) -> Write:
         if a is None:
             return
         summed(w, a)
-        axis = '("i", "j")' if scope.rows and w.one_in(3) else AXIS
+        axis = w.one_of([AXIS, '("i", "j")', '"j"', '("j", "i")']) if scope.rows and w.one_in(2) else AXIS
         grouped = groups(w, scope, name, uneven=True)[0] if axis == AXIS else ""
         operand = f"lax.stop_gradient({a.name})" if name in ("pmax", "pmin") else a.name
         text, dtype = f"lax.{name}({operand}, {axis}{grouped})", a.dtype
         if name == "psum":
             dtype = "int32" if a.dtype == "bool" else a.dtype
-            text = bounded(text, dtype, w.n)
+            text = bounded(text, dtype, w.n if axis == AXIS else 4 * w.n)
         if name == "pmean" and dtype in EXACT:
             dtype = "float32"
         communicates(w, scope, name)
-        w.assign(scope, text, dtype, a.shape, bool(grouped))
+        w.assign(scope, text, dtype, a.shape, a.varies if axis == '"j"' else bool(grouped))
 
     return write
 
@@ -258,17 +258,21 @@ def call_of(name: str, transform: str) -> Write:
 
 
 def over_rows(name: str) -> Write:
-    """A function for each row of a value: ``vmap`` or ``lax.map``."""
+    """A function for each row of a value: ``vmap``, ``lax.map``, or a map inside."""
 
     def write(w: Writer, scope: Scope) -> None:
         a = w.value(scope, lambda v: v.shape and v.shape[0] <= 4)
         if a is None:
             a = w.value(scope)
             a = Value(f"rows({a.name}, 2, 0)", a.dtype, (2, *a.shape), a.varies)
-        flags = {"batched": True, "rows": True} if name == "vmap" else {}
+        flags = {} if name == "map" else {"batched": True, "rows": True}
         f, (out,) = w.function(scope, [w.parameter(a, a.shape[1:], a.varies)], [None], **flags)
         w.note(name)
-        text = f'jax.vmap({f}, axis_name="j")({a.name})' if name == "vmap" else f"lax.map({f}, {a.name})"
+        text = {
+            "vmap": f'jax.vmap({f}, axis_name="j")({a.name})',
+            "map": f"lax.map({f}, {a.name})",
+            "map inside": f'inner({f}, axis_name="j")({a.name})',
+        }[name]
         w.assign(scope, text, out.dtype, (a.shape[0], *out.shape), out.varies)
 
     return write
@@ -458,6 +462,7 @@ def rule(name: str) -> Write:
 
 
 CONTROL: dict[str, Write] = {
+    "map inside": over_rows("map inside"),
     "scan": scan,
     "cond": branches("cond"),
     "while_loop": while_loop,

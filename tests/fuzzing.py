@@ -51,10 +51,13 @@ class Trial:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        scope: dict[str, Any] = {"jax": jax, "jnp": jnp, "np": np, "lax": lax}
+        scope: dict[str, Any] = {"jax": jax, "jnp": jnp, "np": np, "lax": lax, "inner": jax.vmap}
         exec(compile(program.function, "<program>", "exec"), scope)
         call = {key: eval(text, scope) for key, text in program.call.items()}
-        self.fun, self.args, self.kwargs = scope["program"], call["args"], call["kwargs"]
+        self.args, self.kwargs = call["args"], call["kwargs"]
+        ours = scope | {"inner": replicax.pmap}
+        exec(compile(program.function, "<program>", "exec"), ours)
+        self.fun, self.our_fun = scope["program"], ours["program"]
         self.options = {"axis_name": "i", "in_axes": call["in_axes"], "out_axes": call["out_axes"]}
         if program.needs_size:
             self.options["axis_size"] = program.replicas
@@ -67,7 +70,7 @@ class Trial:
                 return lockstep(self.fun, **self.options)
             case "jax.pmap":
                 return jax.pmap(self.fun, **self.options, devices=jax.devices()[: self.program.replicas])
-        return replicax.pmap(self.fun, **self.options, devices=jax.devices()[: self.program.devices])
+        return replicax.pmap(self.our_fun, **self.options, devices=jax.devices()[: self.program.devices])
 
     def wrapper(self, by: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """``jax.jit``, or nothing where that is of no use."""
