@@ -110,7 +110,7 @@ def test_a_donated_argument_that_had_to_move_is_freed_before_the_program_runs(n)
         x, w = everywhere(table(n))[place], everywhere(table(n))[place]
         program, leaves = mapped._dispatcher.resolve(fun, (x, w), {})
 
-        def execute(*placed, program=program, leaves=leaves):
+        def execute(*placed, program=program, leaves=leaves, place=place):
             for leaf, moved in zip(leaves, placed, strict=True):
                 if isinstance(leaf, jax.Array):
                     nonlocal early
@@ -271,15 +271,12 @@ def test_modules_with_functions_among_their_leaves_are_partitioned(n):
         return m.act(m.weight * x) ** m.power + m.layers[0].act(m.layers[0].w)
 
     x = table(n)
+    prefix = Module(act=None, layers=0, power=None, weight=0)
     expected = jax.vmap(lambda a, x: apply(a, rest, x))(arrays, x)
     for mapped in (
         pmap(apply, static_broadcasted_argnums=1),
         pmap(apply, static_broadcasted_argnames="rest"),
-        pmap(
-            apply,
-            static_broadcasted_argnames="rest",
-            in_axes=(Module(act=None, layers=0, power=None, weight=0), None, 0),
-        ),
+        pmap(apply, static_broadcasted_argnames="rest", in_axes=(prefix, None, 0)),
     ):
         np.testing.assert_allclose(mapped(arrays, rest, x), expected, rtol=1e-6)
     np.testing.assert_allclose(pmap(lambda a, x: apply(a, rest, x))(arrays, x), expected, rtol=1e-6)

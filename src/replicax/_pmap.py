@@ -189,7 +189,8 @@ def pmap(
     Args:
         fun: The program of one replica, on arrays, scalars and pytrees of them. Without it ``pmap`` returns a
             decorator.
-        axis_name: A name of the mapped axis, any hashable but an int, for collectives such as ``jax.lax.psum(x, axis_name)``.
+        axis_name: A name of the mapped axis, any hashable but an int, for collectives such as
+            ``jax.lax.psum(x, axis_name)``.
         in_axes: Which axis of each positional argument is mapped: an int (negative ones count from the end) for all
             of them, or a tuple with an int, None, or a pytree prefix of those for each. An argument, or a part of
             one, with None goes whole to every replica. Keyword arguments are always mapped along axis 0.
