@@ -10,9 +10,10 @@ import replicax.testing
 SOURCE = pathlib.Path(replicax.__file__).parent
 
 PUBLIC = {
-    "AxisSpecError", "AxisSpecTypeError", "CollectiveArgumentError", "DeletedArrayError", "DevicesError",
-    "DivergentOutputError", "MappedFunction", "MappedSizeError", "NestedMapError", "OptionTypeError", "ShardsError",
-    "MismatchError", "NotAFunctionError", "NotAnArrayError", "ReplicaxError", "SimulationError",
+    "AheadOfTimeError", "ArgumentNameError", "AxisSpecError", "AxisSpecTypeError", "CollectiveArgumentError",
+    "DeletedArrayError", "DevicesError", "DivergentOutputError", "MappedFunction", "MappedSizeError", "MismatchError",
+    "NestedMapError", "NotAFunctionError", "NotAnArrayError", "OptionTypeError", "ReplicaxError", "ShardsError",
+    "SimulationError",
     "StaticArgumentError", "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError", "local_replicas",
     "pmap", "replicate", "shard", "show_replicas", "simulate_devices", "unreplicate",
 }  # fmt: skip
@@ -22,8 +23,9 @@ MODULES = {"compat", "testing"}
 #: From the top down: a module imports only from layers below its own, or nothing of its own layer but in order.
 LAYERS = [
     "compat.__main__", "compat._install", "compat._functions",
-    "testing._check", "testing._lockstep", "_report", "_replicas", "_devices", "_pmap", "_dispatch", "_lowering",
-    "_rewrite", "_varying", "_collectives", "_blocks", "_exchange", "_axes", "_layout", "_jax", "_errors",
+    "testing._check", "testing._lockstep", "_report", "_replicas", "_devices", "_pmap", "_stages", "_dispatch",
+    "_lowering", "_rewrite", "_varying", "_collectives", "_blocks", "_exchange", "_signature", "_axes", "_layout",
+    "_jax", "_errors",
 ]  # fmt: skip
 
 

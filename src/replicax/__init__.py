@@ -3,6 +3,8 @@
 from replicax import compat as compat
 from replicax import testing as testing
 from replicax._devices import simulate_devices as simulate_devices
+from replicax._errors import AheadOfTimeError as AheadOfTimeError
+from replicax._errors import ArgumentNameError as ArgumentNameError
 from replicax._errors import AxisSpecError as AxisSpecError
 from replicax._errors import AxisSpecTypeError as AxisSpecTypeError
 from replicax._errors import CollectiveArgumentError as CollectiveArgumentError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,15 @@ import jax
 from jax.tree_util import keystr
 
 from replicax import _jax
-from replicax._errors import AxisSpecError, AxisSpecTypeError, MappedSizeError, report
+from replicax._errors import (
+    ArgumentNameError,
+    AxisSpecError,
+    AxisSpecTypeError,
+    MappedSizeError,
+    OptionTypeError,
+    as_int,
+    report,
+)
 
 
 def is_none(x: object) -> bool:
@@ -96,10 +104,7 @@ def name_leaves(fun: Callable[..., Any], args: Mapping[int, Any], kwargs: Mappin
 
 def parameter_names(fun: Callable[..., Any], positions: Sequence[int] | Mapping[int, Any]) -> dict[int, str]:
     """The name of the parameter at each position; ``argument 0`` and so on where there is no telling."""
-    try:
-        parameters = list(inspect.signature(fun).parameters.values())
-    except (ValueError, TypeError):
-        parameters = []
+    parameters = _parameters(fun) or []
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     variadic = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
 
@@ -109,6 +114,87 @@ def parameter_names(fun: Callable[..., Any], positions: Sequence[int] | Mapping[
         return f"argument {i}" if variadic is None or i < 0 else f"{variadic}[{i - len(positional)}]"
 
     return {i: name(i) for i in positions}
+
+
+def _parameters(fun: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    try:
+        return list(inspect.signature(fun).parameters.values())
+    except (ValueError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The arguments that an option such as ``donate_argnums`` is about, however they are passed.
+
+    Attributes:
+        given: The positions that the user wrote; negative ones count from the end of a call's arguments.
+        positions: Those, and the positions of the parameters that the user named.
+        names: The names that the user wrote, and those of the parameters at the given positions.
+        aliases: The position and the name of each parameter that has both.
+    """
+
+    given: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+    aliases: tuple[tuple[int, str], ...] = ()
+
+
+def choose(which: str, fun: Callable[..., Any], argnums: int | Iterable[int], argnames: str | Iterable[str]) -> Chosen:
+    """Checks ``<which>_argnums`` and ``<which>_argnames``, and completes each by the other.
+
+    Raises:
+        OptionTypeError: a position is no int, or a name no string.
+        ArgumentNameError: the function has no parameter of such a name.
+    """
+    numbers = argnums if isinstance(argnums, Iterable) else (argnums,)
+    positions = tuple(as_int(f"{which}_argnums", position) for position in numbers)
+    names = (argnames,) if isinstance(argnames, str) or not isinstance(argnames, Iterable) else tuple(argnames)
+    for name in names:
+        if not isinstance(name, str):
+            raise OptionTypeError(
+                f"{which}_argnames must be the name of a parameter, or several, and has {name!r:.60} in it, of type "
+                f"{type(name).__name__}. Positions go to {which}_argnums."
+            )
+    parameters = _parameters(fun) if positions or names else None
+    if parameters is None:
+        return Chosen(positions, positions, names)
+    _refuse_unknown_names(which, fun, names, parameters)
+    pairs = [
+        (i, p.name)
+        for i, p in enumerate(parameters)
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and (i in positions or p.name in names)
+    ]
+    by_name = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY]
+    return Chosen(
+        given=positions,
+        positions=tuple(dict.fromkeys((*positions, *(i for i, _ in pairs)))),
+        names=tuple(dict.fromkeys((*names, *(name for _, name in pairs if name in by_name)))),
+        aliases=tuple(pairs),
+    )
+
+
+def _refuse_unknown_names(
+    which: str, fun: Callable[..., Any], names: Sequence[str], parameters: Sequence[inspect.Parameter]
+) -> None:
+    known = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    unknown = [name for name in names if name not in known]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ArgumentNameError(
+            report(
+                f"{which}_argnames names what {getattr(fun, '__name__', repr(fun))} has no parameter for:",
+                [repr(name) for name in unknown],
+                f"Its parameters are {', '.join(map(repr, known)) or 'none'}: name one of those.",
+            )
+        )
+
+
+def one_replica_type(aval: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
+    """The type of one replica's part of a mapped array."""
+    if axis is None:
+        return aval
+    shape = (*aval.shape[:axis], *aval.shape[axis + 1 :])
+    return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def match_in_axes(spec: Spec, args: Mapping[int, Any], arity: int, leaves: Sequence[Leaf]) -> list[int | None]:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import functools
+import logging
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from replicax import _jax
-from replicax._axes import Leaf, Spec, mapped_size, match_in_axes, name_leaves, parameter_names
+from replicax._axes import (
+    Chosen,
+    Leaf,
+    Spec,
+    mapped_size,
+    match_in_axes,
+    name_leaves,
+    one_replica_type,
+    parameter_names,
+)
 from replicax._errors import (
     DeletedArrayError,
     DevicesError,
@@ -25,6 +36,7 @@ from replicax._errors import (
 )
 from replicax._layout import Layout, lanes_only, layout
 from replicax._lowering import Program, describe_type, lower, pad_rows, trace_replica, tracing_replica
+from replicax._signature import Signature
 
 
 @dataclass(frozen=True)
@@ -35,8 +47,8 @@ class Options:
         axis_name: The user's name of the mapped axis (or the name of one without a name).
         in_axes: The mapped axes of the positional arguments.
         out_axes: The mapped axes of the result.
-        static: The positions of static arguments.
-        donated: The positions of donated arguments.
+        static: The static arguments.
+        donated: The donated arguments.
         devices: The devices to use, or None for all of the backend.
         backend: The platform to use, or None for JAX's default.
         axis_size: The number of replicas, or None to read it off the arguments.
@@ -46,8 +58,8 @@ class Options:
     axis_name: Hashable
     in_axes: Spec
     out_axes: Spec
-    static: tuple[int, ...]
-    donated: tuple[int, ...]
+    static: Chosen
+    donated: Chosen
     devices: tuple[jax.Device, ...] | None
     backend: str | None
     axis_size: int | None
@@ -80,6 +92,26 @@ class Options:
         return self.devices
 
 
+class Call(NamedTuple):
+    """The arguments of a call, the static ones apart.
+
+    Attributes:
+        dynamic: The positional arguments that are not static.
+        positions: Where they stood.
+        kwargs: The keyword arguments that are not static.
+        static: The static arguments: position or name, type, value.
+    """
+
+    dynamic: tuple[Any, ...]
+    positions: Sequence[int]
+    kwargs: dict[str, Any]
+    static: tuple[tuple[int | str, type, Any], ...] = ()
+
+    def by_position(self) -> dict[int, Any]:
+        """The positional arguments that are not static."""
+        return dict(zip(self.positions, self.dynamic, strict=True))
+
+
 class Dispatcher:
     """The compiled programs of one function under one set of options.
 
@@ -89,6 +121,8 @@ class Dispatcher:
     def __init__(self, options: Options) -> None:
         self.options = options
         self._programs: dict[Hashable, Program] = {}
+        self._signatures: dict[Hashable, Signature] = {}
+        self._tracing: dict[Hashable, threading.RLock] = {}
 
     def __call__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs ``fun`` once for each replica."""
@@ -101,43 +135,13 @@ class Dispatcher:
             settled = map(functools.partial(_settle, program), [*leaves, *program.closed], program.in_axes)
             results = program.staged(*settled)
         else:
-            if program.donated:
-                self._check_donated(program, fun, args, kwargs, leaves)
-            results = self._run(program, leaves)
+            names = functools.partial(self._leaf_names, fun, args, kwargs)
+            results = run(program, leaves, program.compiled, names)
         return jax.tree.unflatten(program.out_tree, results)
 
-    def _run(self, program: Program, leaves: list[Any]) -> tuple[Any, ...]:
-        placed = place(program, [*leaves, *program.closed_in_place])
-        results = program.compiled(*placed)
-        for i in program.donated:  # What was moved is still there; what was not, the program has taken.
-            if placed[i] is not leaves[i] and isinstance(leaves[i], jax.Array):
-                leaves[i].delete()
-        return results
-
-    def _check_donated(
-        self,
-        program: Program,
-        fun: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        leaves: list[Any],
-    ) -> None:
-        arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
-        times = Counter(map(id, arrays.values()))
-        given = {id(arrays[i]) for i in program.donated if i in arrays}
-        faults = {i: "was donated before, and its buffer is gone" for i, x in arrays.items() if x.is_deleted()}
-        twice = {key for key, count in times.items() if count > 1} & given
-        faults |= {i: "is donated, and passed twice" for i, x in arrays.items() if id(x) in twice}
-        if faults:
-            names = name_leaves(fun, self._split(fun, args)[1], kwargs)
-            raise DeletedArrayError(
-                report(
-                    "pmap cannot take these arguments:",
-                    [f"{names[i]} {fault}" for i, fault in sorted(faults.items())],
-                    "Use the result of the call that an array was donated to, and pass a copy, x + 0, where it is "
-                    "needed twice.",
-                )
-            )
+    def _leaf_names(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        call = self.split(fun, args, kwargs)
+        return name_leaves(fun, call.by_position(), call.kwargs)
 
     def resolve(
         self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, abstract: bool = False
@@ -146,85 +150,208 @@ class Dispatcher:
 
         With ``abstract`` a ``jax.ShapeDtypeStruct`` may stand for an array.
         """
-        static, dynamic = self._split(fun, args)
-        leaves, tree = jax.tree.flatten((dynamic, kwargs))
+        call = self.split(fun, args, kwargs)
+        leaves, key = self._key(fun, call, abstract=abstract)
+        try:
+            program = self._programs.get(key)
+        except TypeError:
+            _refuse_unhashable(fun, call)
+            raise
+        if program is None:
+            program = self._build(key, fun, call, leaves)
+        return program, leaves
+
+    def _key(self, fun: Callable[..., Any], call: Call, *, abstract: bool) -> tuple[list[Any], Hashable]:
+        """The arguments' leaves, and all that the program for them depends on."""
+        leaves, tree = jax.tree.flatten((call.dynamic, call.kwargs))
         try:
             types = tuple(map(_type_key, leaves))
             if not abstract and any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
                 raise TypeError
         except (TypeError, ValueError):
-            _refuse_non_arrays(fun, dynamic, kwargs, leaves)
+            _refuse_non_arrays(fun, call, leaves)
             raise
-        values = tuple((i, type(value), value) for i, value in static.items())
-        key = (tree, types, values, _jax.trace_context(), _jax.eager(), tracing_replica())
+        return leaves, (tree, types, call.static, _jax.trace_context(), _jax.eager(), tracing_replica())
+
+    def _build(self, key: Hashable, fun: Callable[..., Any], call: Call, leaves: Sequence[Any]) -> Program:
+        """Traces and lowers a program, unless another thread has done so by the time that it is this one's turn."""
+        turn = self._tracing.setdefault(key, threading.RLock())
+        in_turn = turn.acquire(timeout=PATIENCE)
         try:
             program = self._programs.get(key)
-        except TypeError:
-            _refuse_unhashable(fun, static)
-            raise
-        if program is None:
-            program, reusable = self._lower(fun, args, dynamic, kwargs, leaves)
-            if reusable:
-                self._programs[key] = program
-        return program, leaves
+            if program is None:
+                signature = self._signature(fun, call, leaves)
+                earlier = list(self._signatures.values())
+                program, reusable = self._lower(fun, call, signature)
+                if jax.config.jax_explain_cache_misses:
+                    logger.warning(signature.explain(program.name, earlier))
+                if reusable:
+                    self._signatures[key], self._programs[key] = signature, program
+            return program
+        finally:
+            if in_turn:
+                turn.release()
+            self._tracing.pop(key, None)
 
-    def lowered(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.stages.Lowered:
-        """The program for a call, lowered to StableHLO but not compiled."""
-        with _jax.own_mesh():
-            return self._lowered(fun, args, kwargs)
-
-    def _lowered(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.stages.Lowered:
+    def describe(
+        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program, Call, Signature]:
+        """The program for a call with these arguments or types, and what it stands for."""
         program, leaves = self.resolve(fun, args, kwargs, abstract=True)
-        return program.compiled.lower(*map(program.padded_type, [*leaves, *program.closed], program.in_axes))
+        call = self.split(fun, args, kwargs)
+        return program, call, self._signature(fun, call, leaves)
 
-    def _split(self, fun: Callable[..., Any], args: tuple[Any, ...]) -> tuple[dict[int, Any], dict[int, Any]]:
-        """The static and the other positional arguments, by position."""
-        positions = {i % len(args) if -len(args) <= i < len(args) else i for i in self.options.static}
-        missing = [i for i in sorted(positions) if i >= len(args) or i < 0]
+    def eval_shape(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The types of the results of a call with these arguments or types."""
+        with _jax.own_mesh():
+            program, leaves = self.resolve(fun, args, kwargs, abstract=True)
+            if _jax.eager():
+                out = program.trace(leaves).out_info
+            else:
+                out = jax.eval_shape(program.staged, *map(_type, [*leaves, *program.closed]))
+        types = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False)) for x in out]
+        return jax.tree.unflatten(program.out_tree, types)
+
+    def explain(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Whether a call has its program already, and if not, why none of the others fits."""
+        call = self.split(fun, args, kwargs)
+        leaves, key = self._key(fun, call, abstract=True)
+        name = function_name(fun)
+        if key in self._signatures:
+            return f"{name} is compiled already for such a call."
+        return self._signature(fun, call, leaves).explain(name, list(self._signatures.values()))
+
+    def clear(self) -> None:
+        """Forgets all programs."""
+        programs = [*self._programs.values()]
+        self._programs.clear()
+        self._signatures.clear()
+        for program in programs:
+            program.clear()
+
+    def split(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Takes the static arguments out of a call.
+
+        Raises:
+            StaticArgumentError: one is missing.
+        """
+        chosen, count = self.options.static, len(args)
+        if not chosen.positions and not chosen.names:
+            return Call(args, range(count), kwargs)
+        missing = [i for i in chosen.given if not -count <= i < count]
         if missing:
-            names = parameter_names(fun, missing)
+            self._refuse_missing(fun, [i for i in missing if dict(chosen.aliases).get(i) not in kwargs], count)
+        return self.partition(args, kwargs)
+
+    def partition(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Takes those static arguments out of a call that it has."""
+        chosen, count = self.options.static, len(args)
+        at = sorted({i % count for i in chosen.positions if -count <= i < count})
+        positions = [i for i in range(count) if i not in at]
+        static: list[tuple[int | str, type, Any]] = [(i, type(args[i]), args[i]) for i in at]
+        static += [(name, type(kwargs[name]), kwargs[name]) for name in chosen.names if name in kwargs]
+        rest = {name: value for name, value in kwargs.items() if name not in chosen.names}
+        return Call(tuple(args[i] for i in positions), positions, rest, tuple(static))
+
+    def _refuse_missing(self, fun: Callable[..., Any], missing: Sequence[int], count: int) -> None:
+        names = parameter_names(fun, missing)
+        if missing:
             raise StaticArgumentError(
                 report(
-                    f"static_broadcasted_argnums={self.options.static} names positional arguments that are missing "
-                    f"from a call with {len(args)}:",
-                    [names[i] for i in missing],
-                    "Pass static arguments by position.",
+                    f"static_broadcasted_argnums={self.options.static.given} names arguments that are missing from a "
+                    f"call with {count} positional argument(s):",
+                    [names[i] for i in sorted(missing)],
+                    "Pass static arguments by position, or by name; one with a default value may be left out of the "
+                    "call if static_broadcasted_argnames names it instead.",
                 )
             )
-        static = {i: args[i] for i in positions}
-        return static, {i: arg for i, arg in enumerate(args) if i not in positions}
 
-    def _lower(
-        self,
-        fun: Callable[..., Any],
-        args: tuple[Any, ...],
-        dynamic: Mapping[int, Any],
-        kwargs: dict[str, Any],
-        leaves: Sequence[Any],
-    ) -> tuple[Program, bool]:
-        options = self.options
-        names = name_leaves(fun, dynamic, kwargs)
+    def _signature(self, fun: Callable[..., Any], call: Call, leaves: Sequence[Any]) -> Signature:
+        """What a program for this call has to be compiled for; refuses a call that none can be compiled for."""
+        options, args = self.options, call.by_position()
+        names = name_leaves(fun, args, call.kwargs)
         named = [Leaf(name, _type(x)) for name, x in zip(names, leaves, strict=True)]
-        in_axes = match_in_axes(options.in_axes, dynamic, len(args), named)
-        size = mapped_size(in_axes, named, options.axis_size)
+        static = {where for where, _, _ in call.static} | {*options.static.positions}
+        arity = len(args) + sum(isinstance(where, int) for where, _, _ in call.static)
+        while arity in static:  # passed by name, or left out: in_axes may have an entry for it
+            arity += 1
+        in_axes = match_in_axes(options.in_axes, args, arity, named)
+        every = parameter_names(fun, [*args, *(where for where, _, _ in call.static if isinstance(where, int))])
+        return Signature(
+            size=mapped_size(in_axes, named, options.axis_size),
+            leaves=tuple(named),
+            in_axes=tuple(in_axes),
+            tree=jax.tree.structure((call.dynamic, call.kwargs)),
+            roots={(0, k): every[i] for k, i in enumerate(args)} | {(1, name): name for name in call.kwargs},
+            static={every[i] if isinstance(i, int) else i: value for i, _, value in call.static},
+            settings=_jax.settings(),
+            surroundings="inside another mapped function"
+            if tracing_replica()
+            else ("by itself" if _jax.eager() else "inside a transformation such as jit, grad or vmap"),
+        )
+
+    def _lower(self, fun: Callable[..., Any], call: Call, signature: Signature) -> tuple[Program, bool]:
+        options, size = self.options, signature.size
         if tracing_replica():
             placed = lanes_only(options.axis_name, size)
         else:
             placed = layout(options.axis_name, size, options.resolve_devices(), spread=not _jax.eager())
 
-        one = [_without(leaf.aval, axis) for leaf, axis in zip(named, in_axes, strict=True)]
-        one_dynamic, one_kwargs = jax.tree.unflatten(jax.tree.structure((dict(dynamic), kwargs)), one)
-        one_args = [one_dynamic.get(i, arg) for i, arg in enumerate(args)]
-        static = [i for i in range(len(args)) if i not in dynamic]
-        replica = trace_replica(fun, one_args, one_kwargs, static, options.axis_name, size)
-
-        donated_args = {i % len(args) for i in options.donated if -len(args) <= i < len(args)}
-        owners = [i for i, tree in dynamic.items() for _ in jax.tree.leaves(tree)]
-        donated = [k for k, i in enumerate(owners) if i in donated_args]
-        name = getattr(fun, "__name__", type(fun).__name__)
-        dtypes = [leaf.aval.dtype for leaf in named]
-        program = lower(replica, placed, in_axes, options.out_axes, dtypes, donated, name, agreeing=options.agreeing)
+        avals = [leaf.aval for leaf in signature.leaves]
+        one = [one_replica_type(aval, axis) for aval, axis in zip(avals, signature.in_axes, strict=True)]
+        one_dynamic, one_kwargs = jax.tree.unflatten(signature.tree, one)
+        by_position = dict(zip(call.positions, one_dynamic, strict=True))
+        static = {where: value for where, _, value in call.static}
+        by_position |= {i: value for i, value in static.items() if isinstance(i, int)}
+        replica = trace_replica(
+            _bound(fun, {name: value for name, value in static.items() if isinstance(name, str)}),
+            [by_position[i] for i in range(len(by_position))],
+            one_kwargs,
+            [i for i in static if isinstance(i, int)],
+            options.axis_name,
+            size,
+        )
+        donated = self._donated(call)
+        dtypes = [aval.dtype for aval in avals]
+        program = lower(
+            replica, placed, signature.in_axes, options.out_axes, dtypes, donated, function_name(fun), options.agreeing
+        )
+        if _jax.eager():  # All that is traced is traced now, in this thread's turn and before an argument is moved.
+            program.trace(avals)
         return program, not replica.closes_over_tracers
+
+    def _donated(self, call: Call) -> list[int]:
+        """Which leaves of the arguments are donated."""
+        chosen, count = self.options.donated, len(call.positions) + sum(isinstance(i, int) for i, _, _ in call.static)
+        at = {i % count for i in chosen.positions if -count <= i < count}
+        roots = [(i in at, tree) for i, tree in zip(call.positions, call.dynamic, strict=True)]
+        roots += [(name in chosen.names, call.kwargs[name]) for name in sorted(call.kwargs)]
+        leaves = [given for given, tree in roots for _ in jax.tree.leaves(tree)]
+        return [k for k, given in enumerate(leaves) if given]
+
+
+#: How many seconds a thread waits while another traces the same program. After that it traces for itself, which is a
+#: waste and no harm; it might be what the other one waits for.
+PATIENCE = 60.0
+
+logger = logging.getLogger("replicax")
+
+
+def function_name(fun: Callable[..., Any]) -> str:
+    """What the user calls a function, and what its programs are called."""
+    return getattr(fun, "__name__", type(fun).__name__)
+
+
+def _bound(fun: Callable[..., Any], static: Mapping[str, Any]) -> Callable[..., Any]:
+    """``fun`` with its static keyword arguments."""
+    if not static:
+        return fun
+
+    @functools.wraps(fun)
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        return fun(*args, **kwargs, **static)
+
+    return bound
 
 
 def _type(x: Any) -> jax.ShapeDtypeStruct:
@@ -237,47 +364,38 @@ def _type_key(x: Any) -> Hashable:
     return aval.shape, aval.dtype, getattr(aval, "weak_type", False)
 
 
-def _without(aval: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
-    """The type of one replica's part of a mapped array."""
-    if axis is None:
-        return aval
-    shape = (*aval.shape[:axis], *aval.shape[axis + 1 :])
-    return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Faults
 
 
-def _refuse_non_arrays(
-    fun: Callable[..., Any], dynamic: Mapping[int, Any], kwargs: Mapping[str, Any], leaves: Sequence[Any]
-) -> None:
+def _refuse_non_arrays(fun: Callable[..., Any], call: Call, leaves: Sequence[Any]) -> None:
     faults = []
-    for name, x in zip(name_leaves(fun, dynamic, kwargs), leaves, strict=True):
+    for name, x in zip(name_leaves(fun, call.by_position(), call.kwargs), leaves, strict=True):
         if not _jax.is_array_type(x) and not isinstance(x, bool):
             faults.append(f"{name} {describe_type(x)}")
     raise NotAnArrayError(
         report(
             "pmap maps arrays, and these arguments are none:",
             faults,
-            "Convert them to arrays of numbers; or pass what is none by position and name that position in "
-            "static_broadcasted_argnums (it has to be hashable); or bind it beforehand with functools.partial.",
+            "Convert them to arrays of numbers; or name what is none in static_broadcasted_argnums or "
+            "static_broadcasted_argnames (it has to be hashable); or bind it beforehand with functools.partial.",
         )
     )
 
 
-def _refuse_unhashable(fun: Callable[..., Any], static: Mapping[int, Any]) -> None:
-    names, faults = parameter_names(fun, static), []
-    for i, value in static.items():
+def _refuse_unhashable(fun: Callable[..., Any], call: Call) -> None:
+    names, faults = parameter_names(fun, [i for i, _, _ in call.static if isinstance(i, int)]), []
+    for where, _, value in call.static:
         try:
             hash(value)
         except (TypeError, ValueError):
-            faults.append(f"{names[i]} is of type {type(value).__name__}")
+            name = names[where] if isinstance(where, int) else where
+            faults.append(f"{name} is of type {type(value).__name__}")
     raise StaticArgumentError(
         report(
             "Static arguments must be hashable, since each new value is compiled for anew, and these are not:",
             faults,
-            "Pass a hashable value, such as a tuple for a list, or drop the position from static_broadcasted_argnums.",
+            "Pass a hashable value, such as a tuple for a list, or do not name the argument as static.",
         )
     )
 
@@ -310,6 +428,62 @@ def check_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
             )
         )
     return given
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Running a program
+
+
+def run(
+    program: Program, leaves: Sequence[Any], executable: Callable[..., Any], names: Callable[[], Sequence[str]]
+) -> Sequence[Any]:
+    """Runs a program on arguments that may lie anywhere, and takes those that are donated.
+
+    Args:
+        program: The program.
+        leaves: Its arguments.
+        executable: It, compiled.
+        names: What the user calls the arguments.
+    """
+    if not program.donated or jax.config.jax_debug_nans:  # after a NaN, JAX runs the program again to find it
+        return executable(*place(program, [*leaves, *program.closed_in_place]))
+    _check_donated(program, leaves, names)
+    placed = place(program, [*leaves, *program.closed_in_place])
+    moved = {i: x for i in program.donated if placed[i] is not (x := leaves[i]) and isinstance(x, jax.Array)}
+    for i, x in moved.items():
+        if not _shares(x, placed[i]):
+            x.delete()
+    results = executable(*placed)
+    for x in moved.values():
+        x.delete()
+    return results
+
+
+def _shares(x: jax.Array, copy: jax.Array) -> bool:
+    """Whether a moved array may have buffers of the original's: those of parts that did not have to move."""
+    if x.shape != copy.shape or x.sharding.device_set.isdisjoint(copy.sharding.device_set):
+        return False
+    before, after = x.sharding.devices_indices_map(x.shape), copy.sharding.devices_indices_map(copy.shape)
+    return any(before[device] == after[device] for device in before.keys() & after.keys())
+
+
+def _check_donated(program: Program, leaves: Sequence[Any], names: Callable[[], Sequence[str]]) -> None:
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
+    times = Counter(map(id, arrays.values()))
+    given = {id(arrays[i]) for i in program.donated if i in arrays}
+    faults = {i: "was donated before, and its buffer is gone" for i, x in arrays.items() if x.is_deleted()}
+    twice = {key for key, count in times.items() if count > 1} & given
+    faults |= {i: "is donated, and passed twice" for i, x in arrays.items() if id(x) in twice}
+    if faults:
+        called = names()
+        raise DeletedArrayError(
+            report(
+                "pmap cannot take these arguments:",
+                [f"{called[i]} {fault}" for i, fault in sorted(faults.items())],
+                "Use the result of the call that an array was donated to, and pass a copy, x + 0, where it is "
+                "needed twice.",
+            )
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written
     ├── OptionTypeError              TypeError            an option of pmap is of the wrong type
     ├── DeletedArrayError            RuntimeError         an argument was donated before, or is donated twice
     ├── StaticArgumentError          ValueError           a static argument is missing, unhashable or donated
+    ├── ArgumentNameError            ValueError           an option names a parameter that the function lacks
+    ├── AheadOfTimeError             TypeError            a compiled program was called in another way than it can be
     ├── DevicesError                 ValueError           devices is empty, repeated or mixed
     ├── UnknownBackendError          RuntimeError         no such backend here
     ├── UnboundAxisError             NameError            a collective over a name that no map binds
@@ -68,6 +70,14 @@ class DeletedArrayError(ReplicaxError, RuntimeError):
 
 class StaticArgumentError(ReplicaxError, ValueError):
     """A static argument is missing or unhashable, or is to be donated too."""
+
+
+class ArgumentNameError(ReplicaxError, ValueError):
+    """``static_broadcasted_argnames`` or ``donate_argnames`` names a parameter that the function does not have."""
+
+
+class AheadOfTimeError(ReplicaxError, TypeError):
+    """A compiled program was called with other arguments than it was compiled for, or inside a transformation."""
 
 
 class DevicesError(ReplicaxError, ValueError):

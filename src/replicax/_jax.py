@@ -8,6 +8,7 @@ known by name, except for the three control-flow primitives whose carries :func:
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -114,6 +115,48 @@ def is_about_shard_map_types(error: AssertionError) -> bool:
 def prefix_faults(which: str, prefix: Any, tree: Any, is_leaf: Callable[[Any], bool]) -> list[str]:
     """Where ``prefix`` is no tree prefix of ``tree``, in JAX's words."""
     return [str(error(which)) for error in tree_util.prefix_errors(prefix, tree, is_leaf=is_leaf)]
+
+
+def structure_faults(one: Any, other: Any) -> Iterator[tuple[tuple[Any, ...], str, str]]:
+    """Where two tree structures differ: the path, and what each has there, in words."""
+    for path, ours, theirs, why in tree_util.equality_errors_pytreedef(one, other):
+        keys = re.search(r"key sets: \{(.*)\}", why)
+        which = f", different in {keys[1]}" if keys else ""
+        yield tuple(path), _node(ours) + which, _node(theirs)
+
+
+def _node(description: str) -> str:
+    plain = re.sub(r"<class '(?:[^']*\.)?([^'.]+)'>", r"\1", description)
+    plain = re.sub(r"^dict with pytree metadata [\[(](.*?),?[\])]$", r"dict with keys \1", plain)
+    plain = plain.replace("pytree metadata", "static fields").replace("children", "entries").replace("child", "entry")
+    plain = re.sub(r"\b0 entry", "0 entries", plain.removesuffix("Type"))
+    if plain in ("pytree leaf", "None"):
+        return "an array" if plain == "pytree leaf" else "None"
+    return f"an {plain}" if plain[0] in "AEIOUaeiou" else f"a {plain}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ahead of time
+
+
+def settings() -> dict[str, Any]:
+    """The settings of JAX's that programs depend on, by name."""
+    names = (name for name in config.trace_context_names() if name != "axis_env_state")
+    return {name: value for name, value in zip(names, config.trace_context(), strict=False) if name.startswith("jax_")}
+
+
+def stage_parts(lowered: jax.stages.Lowered) -> Any:
+    """What a ``jax.stages.Lowered`` is made of, to make another that goes by the user's arguments."""
+    return lowered._lowering
+
+
+def executable_parts(compiled: jax.stages.Compiled) -> tuple[Any, Any]:
+    """What a ``jax.stages.Compiled`` is made of: the executable, and the constants that it takes first."""
+    return compiled._executable, compiled._params.const_args
+
+
+# Source lines that JAX remembers are the user's, not those of this package.
+source_info_util.register_exclusion(os.path.dirname(__file__) + os.sep)
 
 
 # ---------------------------------------------------------------------------------------------------------------

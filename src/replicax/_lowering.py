@@ -248,6 +248,16 @@ class Program:
             donate_argnums=self.taken,
         )
 
+    def trace(self, leaves: Sequence[Any]) -> jax.stages.Traced:
+        """The function of :attr:`compiled`, traced for arguments of these types before they are padded."""
+        return self.compiled.trace(*map(self.padded_type, [*leaves, *self.closed], self.in_axes))
+
+    def clear(self) -> None:
+        """Frees what was compiled."""
+        for held in ("compiled", "staged"):
+            if (jitted := vars(self).pop(held, None)) is not None:
+                jitted.clear_cache()
+
     def pad(self, which: tuple[int, ...], leaves: list[Any]) -> list[Any]:
         """These arguments, which lie on the layout's devices, with a row for each padding lane."""
         if which not in self._pads:
@@ -304,8 +314,7 @@ def lower(
     dtypes: Sequence[Any],
     donated: Sequence[int],
     name: str,
-    *,
-    agreeing: bool = True,
+    agreeing: bool,
 ) -> Program:
     """Lowers the program of one replica to a function of all of them.
 

@@ -9,10 +9,11 @@ from typing import Any, Generic, TypeVar, overload
 
 import jax
 
-from replicax._axes import check_spec
+from replicax._axes import check_spec, choose
 from replicax._dispatch import Dispatcher, Options, check_devices, dispatcher
 from replicax._errors import NotAFunctionError, OptionTypeError, StaticArgumentError, as_int
 from replicax._lowering import ANONYMOUS
+from replicax._stages import Lowered, Traced, trace
 
 R = TypeVar("R")
 
@@ -43,7 +44,27 @@ class MappedFunction(Generic[R]):
         axis = "" if name is ANONYMOUS else f" over axis {name!r}"
         return f"<replicax.pmap of {getattr(self._fun, '__qualname__', repr(self._fun))}{axis}>"
 
-    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+    def trace(self, *args: Any, **kwargs: Any) -> Traced:
+        """Traces the map for these arguments, without running, lowering or compiling it.
+
+        Args:
+            args: As in a call: arrays, or ``jax.ShapeDtypeStruct`` in their place.
+            kwargs: Likewise.
+
+        Returns:
+            The traced program, with ``jaxpr``, ``out_info`` and ``lower()``.
+
+        Raises:
+            AheadOfTimeError: the map is called inside another, or closes over a value of a transformation.
+
+        Example:
+            >>> import numpy as np, replicax
+            >>> replicax.pmap(lambda x: 2 * x).trace(np.ones((12, 3), np.float32)).out_info.shape
+            (12, 3)
+        """
+        return trace(self._dispatcher, self._fun, args, kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """Lowers the program for these arguments, without running or compiling it.
 
         Args:
@@ -51,10 +72,65 @@ class MappedFunction(Generic[R]):
             kwargs: Likewise.
 
         Returns:
-            The lowered program, whose ``as_text()`` is StableHLO and whose ``compile()`` gives the program that a
-            call runs, on flat arguments that lie in place.
+            The lowered program, a ``jax.stages.Lowered``, whose ``as_text()`` is StableHLO, and whose ``compile()``
+            gives a ``jax.stages.Compiled`` that is called like the map itself.
+
+        Raises:
+            AheadOfTimeError: the map is called inside another, or closes over a value of a transformation.
+
+        Example:
+            >>> import jax, numpy as np, replicax
+            >>> double = replicax.pmap(lambda x: 2 * x).lower(jax.ShapeDtypeStruct((12,), "float32")).compile()
+            >>> double(np.arange(12, dtype=np.float32))[-1]
+            Array(22., dtype=float32)
         """
-        return self._dispatcher.lowered(self._fun, args, kwargs)
+        return self.trace(*args, **kwargs).lower()
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """The shapes and dtypes of the result, without compiling or running anything.
+
+        Args:
+            args: As in a call: arrays that may lie anywhere, or ``jax.ShapeDtypeStruct`` in their place.
+            kwargs: Likewise.
+
+        Returns:
+            The result's tree, of ``jax.ShapeDtypeStruct``.
+
+        Example:
+            >>> import jax, replicax
+            >>> replicax.pmap(lambda x: x.sum()).eval_shape(jax.ShapeDtypeStruct((12, 3), "float32"))
+            ShapeDtypeStruct(shape=(12,), dtype=float32)
+        """
+        return self._dispatcher.eval_shape(self._fun, args, kwargs)
+
+    def clear_cache(self) -> None:
+        """Frees the programs compiled for this function, mapped with these options; the next call compiles anew."""
+        self._dispatcher.clear()
+
+    def explain_cache_miss(self, *args: Any, **kwargs: Any) -> str:
+        """Whether a call with these arguments would be compiled anew, and which of them makes it so.
+
+        JAX's own setting ``jax_explain_cache_misses`` logs the same, at level WARNING of the logger ``"replicax"``,
+        whenever a program is compiled.
+
+        Args:
+            args: As in a call: arrays, or ``jax.ShapeDtypeStruct`` in their place.
+            kwargs: Likewise.
+
+        Returns:
+            In what the call differs from the closest one that there is a program for.
+
+        Example:
+            >>> import numpy as np, replicax
+            >>> def double(x):
+            ...     return 2 * x
+            >>> mapped = replicax.pmap(double)
+            >>> y = mapped(np.ones((8, 2), np.float32))
+            >>> print(mapped.explain_cache_miss(np.ones((8, 3), np.float32)))
+            double is compiled anew. This is what differs from the call that it was compiled for:
+              * x is float32[8,3], and was float32[8,2]
+        """
+        return self._dispatcher.explain(self._fun, args, kwargs)
 
 
 @overload
@@ -65,10 +141,12 @@ def pmap(
     in_axes: Any = ...,
     out_axes: Any = ...,
     static_broadcasted_argnums: int | Iterable[int] = ...,
+    static_broadcasted_argnames: str | Iterable[str] = ...,
     devices: Sequence[jax.Device] | None = ...,
     backend: str | None = ...,
     axis_size: int | None = ...,
     donate_argnums: int | Iterable[int] = ...,
+    donate_argnames: str | Iterable[str] = ...,
 ) -> MappedFunction[R]: ...
 
 
@@ -79,10 +157,12 @@ def pmap(
     in_axes: Any = ...,
     out_axes: Any = ...,
     static_broadcasted_argnums: int | Iterable[int] = ...,
+    static_broadcasted_argnames: str | Iterable[str] = ...,
     devices: Sequence[jax.Device] | None = ...,
     backend: str | None = ...,
     axis_size: int | None = ...,
     donate_argnums: int | Iterable[int] = ...,
+    donate_argnames: str | Iterable[str] = ...,
 ) -> Callable[[Callable[..., R]], MappedFunction[R]]: ...
 
 
@@ -93,10 +173,12 @@ def pmap(
     in_axes: Any = 0,
     out_axes: Any = 0,
     static_broadcasted_argnums: int | Iterable[int] = (),
+    static_broadcasted_argnames: str | Iterable[str] = (),
     devices: Sequence[jax.Device] | None = None,
     backend: str | None = None,
     axis_size: int | None = None,
     donate_argnums: int | Iterable[int] = (),
+    donate_argnames: str | Iterable[str] = (),
 ) -> Any:
     """Maps a function over an axis of its arguments, in parallel on all devices.
 
@@ -107,19 +189,23 @@ def pmap(
     Args:
         fun: The program of one replica, on arrays, scalars and pytrees of them. Without it ``pmap`` returns a
             decorator.
-        axis_name: A name of the mapped axis, any hashable, for collectives such as ``jax.lax.psum(x, axis_name)``.
+        axis_name: A name of the mapped axis, any hashable but an int, for collectives such as
+            ``jax.lax.psum(x, axis_name)``.
         in_axes: Which axis of each positional argument is mapped: an int (negative ones count from the end) for all
             of them, or a tuple with an int, None, or a pytree prefix of those for each. An argument, or a part of
             one, with None goes whole to every replica. Keyword arguments are always mapped along axis 0.
         out_axes: Where the mapped axis goes in the result: an int, or a pytree prefix of the result. None stands for
             a result that is the same in all replicas, and returns it once.
-        static_broadcasted_argnums: The positions of arguments that are compile-time constants: any hashable, passed
-            by position. Each new value is compiled for anew.
+        static_broadcasted_argnums: The positions of arguments that are compile-time constants: any hashable. Each
+            new value is compiled for anew. They have to be passed, by position or by name.
+        static_broadcasted_argnames: The names of such arguments, which may also be left out of a call where they
+            have a default value.
         devices: The devices to use; all of the backend's when None. N replicas take up to all of them.
         backend: The platform to use: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
         axis_size: The number of replicas. Needed only if no argument is mapped.
-        donate_argnums: The positions of arguments whose buffers the program may reuse; the caller can no longer
-            read them.
+        donate_argnums: The positions of arguments whose buffers the program may reuse, however they are passed; the
+            caller can no longer read them. One that lies elsewhere is freed as soon as it has been moved.
+        donate_argnames: The names of such arguments.
 
     Returns:
         ``fun`` for all replicas: it takes the arguments with the mapped axis in them, each a NumPy array, a scalar
@@ -145,24 +231,26 @@ def pmap(
             in_axes=in_axes,
             out_axes=out_axes,
             static_broadcasted_argnums=static_broadcasted_argnums,
+            static_broadcasted_argnames=static_broadcasted_argnames,
             devices=devices,
             backend=backend,
             axis_size=axis_size,
             donate_argnums=donate_argnums,
+            donate_argnames=donate_argnames,
         )
     if not callable(fun):
         raise NotAFunctionError(f"pmap maps a function, and was given {fun!r}, of type {type(fun).__name__}.")
-    static = _positions("static_broadcasted_argnums", static_broadcasted_argnums)
-    donated = _positions("donate_argnums", donate_argnums)
-    if both := sorted(set(static) & set(donated)):
+    static = choose("static_broadcasted", fun, static_broadcasted_argnums, static_broadcasted_argnames)
+    donated = choose("donate", fun, donate_argnums, donate_argnames)
+    both: list[Any] = sorted({*static.names} & {*donated.names})
+    both = both or sorted({*static.positions} & {*donated.positions})
+    if both:
         raise StaticArgumentError(
-            f"static_broadcasted_argnums={static} and donate_argnums={donated} both name {both}: a static argument "
-            f"has no buffer to donate. Name each position in one of the two."
+            f"The options for static arguments and those for donated arguments both name {both}: a static argument "
+            f"has no buffer to donate. Name each argument in one of the two."
         )
     options = Options(
-        axis_name=ANONYMOUS
-        if axis_name is None
-        else _check_type("axis_name", axis_name, Hashable, "hashable, such as a string"),
+        axis_name=ANONYMOUS if axis_name is None else _check_name(axis_name),
         in_axes=check_spec("in_axes", in_axes),
         out_axes=check_spec("out_axes", out_axes),
         static=static,
@@ -174,12 +262,22 @@ def pmap(
     return MappedFunction(fun, options)
 
 
+def _check_name(name: Any) -> Hashable:
+    try:
+        hash(name)
+    except TypeError:
+        raise OptionTypeError(
+            f"axis_name must be hashable, such as a string, and is {name!r:.60}, of type {type(name).__name__}."
+        ) from None
+    if isinstance(name, int):
+        raise OptionTypeError(
+            f"axis_name is {name!r}, and a collective would take that for a position in an array's shape, as in "
+            f"jax.lax.psum(x, {name!r}). Name the axis by anything else, such as a string."
+        )
+    return name
+
+
 def _check_type(which: str, value: Any, kind: Any, what: str) -> Any:
     if isinstance(value, kind):
         return value
     raise OptionTypeError(f"{which} must be {what}, and is {value!r:.60}, of type {type(value).__name__}.")
-
-
-def _positions(which: str, argnums: int | Iterable[int]) -> tuple[int, ...]:
-    given = argnums if isinstance(argnums, Iterable) else (argnums,)
-    return tuple(as_int(which, position) for position in given)
