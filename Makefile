@@ -7,6 +7,7 @@
 #   make table    the table collective x context, run and printed
 #   make bench    the benchmarks, as ratios to their limits
 #   make fuzz     random programs against the oracles, for MINUTES=10, from SEED=(a random one)
+#   make clients  packages from PyPI that use jax.pmap, on JAX's own and on replicax (an environment of their own)
 #
 # PYTHON, VENV and JAX choose the interpreter, the environment and the release of JAX, as in
 #   make test PYTHON=python3.13 VENV=.venv-new JAX='jax==0.12.0'
@@ -15,13 +16,14 @@ PYTHON ?= python3
 VENV ?= .venv
 JAX ?= jax
 PYTEST_ARGS ?= -n 2 --dist loadgroup
+CLIENTS ?=
 MINUTES ?= 10
 SEED ?=
 
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 
-.PHONY: demo test check sweep table bench fuzz clean
+.PHONY: demo test check sweep table bench fuzz clients clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/demo.py
@@ -41,6 +43,9 @@ bench: $(STAMP)
 fuzz: $(STAMP)
 	$(BIN)/python tests/fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
+clients: $(VENV)-clients/installed
+	$(VENV)-clients/bin/python clients/run.py $(CLIENTS)
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,8 +54,13 @@ check: $(STAMP)
 $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "replicax needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade '$(JAX)' -e '.[test,check]'
+	$(BIN)/python -m pip install --quiet --upgrade '$(JAX)' -e '.[test,check,clients]'
 	touch $(STAMP)
 
+$(VENV)-clients/installed: pyproject.toml Makefile clients/requirements.txt
+	$(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/python -m pip install --quiet --upgrade '$(JAX)' -r clients/requirements.txt -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-clients .mypy_cache .pytest_cache .ruff_cache

@@ -55,7 +55,7 @@ def twelve():
 
 
 def twelve_named():
-    """12 chains, chain_method="parallel\""""
+    """12 chains, chain_method='parallel', which counts devices"""
     check(12, "parallel")
 
 

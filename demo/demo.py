@@ -124,8 +124,8 @@ def show_split(console: Console, size: int, devices: Sequence[jax.Device]) -> No
 
 def split_of(mapped: replicax.MappedFunction[Any], *args: Any) -> dict[jax.Device, range]:
     """Which replicas each device runs, as the compiled program says. Those past the last one are padding."""
-    lowered = mapped.lower(*args)
-    where, shape = lowered.compile().input_shardings[0][-1], lowered.args_info[0][-1].shape
+    traced = mapped.trace(*args)
+    where, shape = traced.lower().compile().input_shardings[0][-1], traced.jaxpr.in_avals[-1].shape
     return {device: range(*index[0].indices(shape[0])) for device, index in where.devices_indices_map(shape).items()}
 
 

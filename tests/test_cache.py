@@ -1,6 +1,8 @@
 """A signature is traced and compiled once, whoever maps the function; a function that is dropped takes it along."""
 
+import functools
 import gc
+import logging
 import subprocess
 import sys
 import weakref
@@ -8,6 +10,7 @@ import weakref
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 from replicax import pmap
@@ -119,3 +122,182 @@ assert jax.device_count() == 5
 replicax.simulate_devices(5)
 """
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=120)
+
+
+def freed(make):
+    """Whether nothing holds what ``make`` returns weak references to, once it is done with it."""
+    references = make()
+    gc.collect()
+    return [reference() for reference in references] == [None] * len(references)
+
+
+def programs_of(mapped):
+    """Weak references to what a map's programs are made of, down to what JAX holds of them."""
+    held = [mapped._dispatcher]
+    for program in mapped._dispatcher._programs.values():
+        held += [program, program.function, *([] if program.layout.mesh is None else [program.compiled])]
+    assert len(held) > 1
+    return [weakref.ref(x) for x in held]
+
+
+def a_closure():
+    big = np.ones(1000)
+    fun = lambda x: x + big.sum() + lax.psum(x, "i")
+    mapped = pmap(fun, "i")
+    mapped(np.arange(13.0))
+    jax.jit(mapped)(np.arange(13.0))
+    jax.grad(lambda x: mapped(x).sum())(np.arange(8.0))
+    return [weakref.ref(fun), weakref.ref(mapped), *programs_of(mapped)]
+
+
+def a_partial():
+    fun = functools.partial(lambda w, x: w * x, 3.0)
+    mapped = pmap(fun, "i", donate_argnums=0)
+    mapped(jnp.arange(8.0))
+    return [weakref.ref(fun), *programs_of(mapped)]
+
+
+def a_bound_method():
+    owner = Traced()
+    mapped = pmap(owner.method, axis_name="i")
+    mapped(np.arange(8.0))
+    return [weakref.ref(owner), *programs_of(mapped)]
+
+
+def what_is_compiled_ahead():
+    fun = lambda x: x * 2
+    mapped = pmap(fun)
+    compiled = mapped.lower(np.arange(8.0)).compile()
+    compiled(np.arange(8.0))
+    return [weakref.ref(fun), weakref.ref(compiled), *programs_of(mapped)]
+
+
+def a_map_inside_a_map():
+    inner = pmap(lambda x: x + lax.psum(x, "j"), "j")
+    fun = lambda x: inner(x)
+    mapped = pmap(fun)
+    mapped(np.ones((4, 3)))
+    return [weakref.ref(fun), *programs_of(mapped), *programs_of(inner)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [a_closure, a_partial, a_bound_method, what_is_compiled_ahead, a_map_inside_a_map],
+    ids=lambda make: make.__name__,
+)
+def test_what_is_discarded_is_freed_without_clearing_anything(make):
+    assert freed(make)
+
+
+def test_clear_cache_frees_the_programs_and_traces_again():
+    fun = Traced()
+    mapped, x = pmap(fun, "i"), np.arange(8, dtype=np.float32)
+
+    def call():
+        mapped(x)
+        jax.jit(mapped)(x)
+        references = programs_of(mapped)[1:]
+        mapped.clear_cache()
+        return references
+
+    assert freed(call)
+    assert fun.count == 2
+    np.testing.assert_array_equal(mapped(x), x + 28)
+    assert fun.count == 3
+    mapped(x)
+    assert fun.count == 3
+    pmap(Traced(), "i").clear_cache()  # with nothing in it
+
+
+def labelled(x, n=0, *, w=1.0):
+    return jax.tree.map(lambda a: a * w + n, x)
+
+
+def rows(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+#: The call that is explained, and the whole of what it says of it, after ``labelled({"a": rows(8, 2)}, 1, w=2.0)``.
+EXPLAINED = {
+    "shape": (lambda call: call({"a": rows(8, 3)}, 1, w=rows(8)), "x['a'] is float32[8,3], and was float32[8,2]"),
+    "dtype": (
+        lambda call: call({"a": rows(8, 2, dtype=np.int32)}, 1, w=rows(8)),
+        "x['a'] is int32[8,2], and was float32[8,2]",
+    ),
+    "weak type": (
+        lambda call: call({"a": rows(8, 2)}, 1, w=jnp.full(8, 2.0)),
+        "w is float32[8] (weakly typed), and was float32[8]",
+    ),
+    "rank": (lambda call: call({"a": rows(8)}, 1, w=rows(8)), "x['a'] is float32[8], and was float32[8,2]"),
+    "replicas": (lambda call: call({"a": rows(5, 2)}, 1, w=rows(5)), "there are 5 replicas, and were 8"),
+    "static value": (lambda call: call({"a": rows(8, 2)}, 3, w=rows(8)), "n is 3, and was 1"),
+    "static type": (lambda call: call({"a": rows(8, 2)}, 1.0, w=rows(8)), "n is 1.0, and was 1"),
+    "static left out": (lambda call: call({"a": rows(8, 2)}, w=rows(8)), "n is not passed, and was 1"),
+    "structure": (
+        lambda call: call({"b": rows(8, 2)}, 1, w=rows(8)),
+        "x is a dict with keys 'b', and was a dict with keys 'a'",
+    ),
+    "nesting": (lambda call: call({"a": [rows(8, 2)]}, 1, w=rows(8)), "x['a'] is a list, and was an array"),
+    "arguments": (
+        lambda call: call({"a": rows(8, 2)}, 1),
+        "the keyword arguments are a dict with 0 entries, different in 'w', and were a dict with 1 entry",
+    ),
+    "64 bits": (
+        lambda call: jax.enable_x64(True)(call)({"a": rows(8, 2)}, 1, w=rows(8)),
+        "JAX's setting jax_enable_x64 is True, and was False",
+    ),
+    "precision": (
+        lambda call: jax.default_matmul_precision("highest")(call)({"a": rows(8, 2)}, 1, w=rows(8)),
+        "JAX's setting jax_default_matmul_precision is 'highest', and was None",
+    ),
+    "under jit": (
+        lambda call: under_jit(call, {"a": rows(8, 2)}, 1, w=rows(8)),
+        "it is called inside a transformation such as jit, grad or vmap, and was by itself",
+    ),
+}  # fmt: skip
+
+
+def under_jit(call, x, n, w):
+    out = []
+    jax.jit(lambda x, w: out.append(call(x, n, w=w)))(x, w)
+    return out[0]
+
+
+@pytest.mark.parametrize("case", EXPLAINED)
+def test_a_recompile_explains_itself(case, caplog):
+    call, why = EXPLAINED[case]
+    mapped = pmap(lambda x, n=0, *, w=None: labelled(x, n), static_broadcasted_argnames="n")
+    assert mapped.explain_cache_miss({"a": rows(8, 2)}, 1, w=rows(8)) == "<lambda> has not been compiled before."
+    mapped({"a": rows(8, 2)}, 1, w=rows(8))
+    assert mapped.explain_cache_miss({"a": rows(8, 2) + 1}, 1, w=jnp.ones(8, np.float32)) == (
+        "<lambda> is compiled already for such a call."
+    )
+    explanation = call(mapped.explain_cache_miss)
+    headline, *differences = explanation.split("\n")
+    assert headline == "<lambda> is compiled anew. This is what differs from the call that it was compiled for:"
+    assert differences[0] == f"  * {why}"
+    assert len(differences) == 1, differences
+    with caplog.at_level(logging.WARNING, "replicax"):
+        call(mapped)
+        assert not ours(caplog)
+    mapped.clear_cache()
+    mapped({"a": rows(8, 2)}, 1, w=rows(8))
+    with jax.explain_cache_misses(True), caplog.at_level(logging.WARNING, "replicax"):
+        call(mapped)
+        call(mapped)
+    assert ours(caplog) == [explanation]
+
+
+def ours(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "replicax"]
+
+
+def test_the_closest_call_explains():
+    mapped = pmap(lambda x, y: x, in_axes=(0, None))
+    for x, y in ((rows(8, 2), 1.0), (rows(8, 3), rows(7)), (rows(4, 4), 1)):
+        mapped(x, y)
+    explanation = mapped.explain_cache_miss(rows(8, 4), rows(7))
+    assert "the closest of the 3 kinds of call" in explanation
+    assert explanation.endswith(":\n  * x is float32[8,4], and was float32[8,3]")
+    explanation = mapped.explain_cache_miss(rows(8, 2), 2)
+    assert explanation.endswith(":\n  * y is int32[] (weakly typed), and was float32[] (weakly typed)")

@@ -202,6 +202,53 @@ FAULTS = {
     "axis_name unhashable": (
         call(add, axis_name=["i"]), replicax.OptionTypeError, TypeError, ["axis_name must be hashable"],
     ),
+    "axis_name an int": (
+        call(add, axis_name=0), replicax.OptionTypeError, TypeError, ["axis_name is 0", "psum(x, 0)", "such as a str"],
+    ),
+    "axis_name unhashable within": (
+        call(add, axis_name=("i", ["j"])), replicax.OptionTypeError, TypeError, ["axis_name must be hashable"],
+    ),
+    "a name that the function lacks": (
+        call(add, static_broadcasted_argnames=("left", "middle")),
+        replicax.ArgumentNameError, ValueError,
+        ["static_broadcasted_argnames names what add has no", "* 'middle'", "'left', 'right'"],
+    ),
+    "a donated name that the function lacks": (
+        call(lambda: 1, donate_argnames="state"),
+        replicax.ArgumentNameError, ValueError, ["donate_argnames names", "* 'state'", "Its parameters are none"],
+    ),
+    "argnames no string": (
+        call(add, donate_argnames=["left", 1]),
+        replicax.OptionTypeError, TypeError, ["donate_argnames must be the name", "has 1 in it", "donate_argnums"],
+    ),
+    "static and donated by name": (
+        call(add, static_broadcasted_argnames="right", donate_argnums=1),
+        replicax.StaticArgumentError, ValueError, ["both name ['right']"],
+    ),
+    "an unhashable static argument by name": (
+        lambda: pmap(add, static_broadcasted_argnames="right")(x8, right=[1]),
+        replicax.StaticArgumentError, ValueError, ["right is of type list"],
+    ),
+    "a compiled program called with another type": (
+        lambda: pmap(add).lower(x8, x8).compile()(x8, x4),
+        replicax.AheadOfTimeError, TypeError, ["Argument 'right' compiled with float32[8] and called with float32[4]"],
+    ),
+    "a compiled program called with another structure": (
+        lambda: pmap(add).lower(x8, x8).compile()(x8, [x8]),
+        replicax.AheadOfTimeError, TypeError, ["right is a list, and was an array", "lowered for"],
+    ),
+    "a compiled program called with another static value": (
+        lambda: pmap(add, static_broadcasted_argnums=1).lower(x8, 2).compile()(x8, 3),
+        replicax.AheadOfTimeError, TypeError, ["right is 3, and was 2", "Leave them out"],
+    ),
+    "a compiled program under jit": (
+        lambda: jax.jit(pmap(add).lower(x8, x8).compile())(x8, x8),
+        replicax.AheadOfTimeError, TypeError, ["add is compiled", "left is a value", "right is a value"],
+    ),
+    "lowered inside another map": (
+        lambda: pmap(lambda x: pmap(add).lower(x, x))(np.ones((4, 4))),
+        replicax.AheadOfTimeError, TypeError, ["add cannot be compiled ahead of time here", "inside another map"],
+    ),
     "a static argument far before the first": (
         call(add, x8, x8, static_broadcasted_argnums=-5), replicax.StaticArgumentError, ValueError, ["argument -5"],
     ),

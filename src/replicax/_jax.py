@@ -144,6 +144,7 @@ def structure_faults(one: Any, other: Any) -> Iterator[tuple[tuple[Any, ...], st
 
 def _node(description: str) -> str:
     plain = re.sub(r"<class '(?:[^']*\.)?([^'.]+)'>", r"\1", description)
+    plain = re.sub(r"^dict with pytree metadata [\[(](.*?),?[\])]$", r"dict with keys \1", plain)
     plain = plain.replace("pytree metadata", "static fields").replace("children", "entries").replace("child", "entry")
     plain = re.sub(r"\b0 entry", "0 entries", plain.removesuffix("Type"))
     if plain in ("pytree leaf", "None"):

@@ -189,7 +189,8 @@ def pmap(
     Args:
         fun: The program of one replica, on arrays, scalars and pytrees of them. Without it ``pmap`` returns a
             decorator.
-        axis_name: A name of the mapped axis, any hashable, for collectives such as ``jax.lax.psum(x, axis_name)``.
+        axis_name: A name of the mapped axis, any hashable but an int, for collectives such as
+            ``jax.lax.psum(x, axis_name)``.
         in_axes: Which axis of each positional argument is mapped: an int (negative ones count from the end) for all
             of them, or a tuple with an int, None, or a pytree prefix of those for each. An argument, or a part of
             one, with None goes whole to every replica. Keyword arguments are always mapped along axis 0.
@@ -249,7 +250,7 @@ def pmap(
             f"has no buffer to donate. Name each argument in one of the two."
         )
     options = Options(
-        axis_name=ANONYMOUS if axis_name is None else _check_hashable("axis_name", axis_name),
+        axis_name=ANONYMOUS if axis_name is None else _check_name(axis_name),
         in_axes=check_spec("in_axes", in_axes),
         out_axes=check_spec("out_axes", out_axes),
         static=static,
@@ -261,14 +262,19 @@ def pmap(
     return MappedFunction(fun, options)
 
 
-def _check_hashable(which: str, value: Any) -> Hashable:
+def _check_name(name: Any) -> Hashable:
     try:
-        hash(value)
+        hash(name)
     except TypeError:
         raise OptionTypeError(
-            f"{which} must be hashable, such as a string, and is {value!r:.60}, of type {type(value).__name__}."
+            f"axis_name must be hashable, such as a string, and is {name!r:.60}, of type {type(name).__name__}."
         ) from None
-    return value
+    if isinstance(name, int):
+        raise OptionTypeError(
+            f"axis_name is {name!r}, and a collective would take that for a position in an array's shape, as in "
+            f"jax.lax.psum(x, {name!r}). Name the axis by anything else, such as a string."
+        )
+    return name
 
 
 def _check_type(which: str, value: Any, kind: Any, what: str) -> Any:

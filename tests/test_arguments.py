@@ -1,0 +1,300 @@
+"""Static and donated arguments by position and by name, and the trees and names that arguments and axes may have."""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from replicax import _dispatch, pmap
+from replicax.testing import check
+from test_inputs import everywhere
+
+
+def table(n):
+    return np.arange(n * 4, dtype=np.float32).reshape(n, 4)
+
+
+class Powers:
+    """A function that counts how often it is traced, with which static arguments."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, x, n, *, scale=1):
+        self.seen.append((n, scale))
+        assert isinstance(n, int)
+        assert isinstance(scale, int)
+        return scale * x**n
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"static_broadcasted_argnums": 1, "static_broadcasted_argnames": "scale"},
+        {"static_broadcasted_argnames": ("scale", "n")},
+        {"static_broadcasted_argnames": ["n", "scale"], "in_axes": (0, None)},
+    ],
+    ids=["by position and name", "by name", "with in_axes"],
+)
+@pytest.mark.parametrize("n", [8, 13])
+def test_static_arguments_are_passed_either_way(n, options):
+    fun = Powers()
+    mapped = pmap(fun, **options)
+    x = table(n)
+    for power, scale in ((2, 1), (3, 1), (3, 5)):
+        np.testing.assert_array_equal(mapped(x, power, scale=scale), scale * x**power)
+        np.testing.assert_array_equal(mapped(x, n=power, scale=scale), scale * x**power)
+        if "in_axes" not in options:  # which are for what is passed by position
+            np.testing.assert_array_equal(mapped(scale=scale, n=power, x=x), scale * x**power)
+    assert set(fun.seen) == {(2, 1), (3, 1), (3, 5)}
+    np.testing.assert_array_equal(mapped(x, n=2), x**2)  # scale has a default value
+    traced = len(fun.seen)
+    mapped(x + 1, 3, scale=5)
+    mapped(x + 1, scale=5, n=3)
+    assert len(fun.seen) == traced
+
+
+def test_static_arguments_of_functions_with_any_signature():
+    x = table(8)
+
+    def variadic(x, *rest, **options):
+        return sum(rest, x) * options.get("times", 1)
+
+    assert_is = np.testing.assert_array_equal
+    assert_is(pmap(variadic, static_broadcasted_argnames="times")(x, x, times=3), 6 * x)
+    assert_is(pmap(variadic, static_broadcasted_argnums=(1, 2))(x, 1, 2), x + 3)
+    assert_is(pmap(lambda x, n, /: x * n, static_broadcasted_argnames="n")(x, 2), 2 * x)
+    assert_is(pmap(functools.partial(lambda x, n, m: x * n * m, m=2), static_broadcasted_argnames="n")(x, 3), 6 * x)
+    assert_is(pmap(jnp.sum, static_broadcasted_argnames=("axis", "keepdims"))(x, axis=0, keepdims=True)[:, 0], x.sum(1))
+
+
+def test_named_arguments_of_methods():
+    class Model:
+        scale = 3
+
+        @pmap(static_broadcasted_argnums=0, static_broadcasted_argnames="n", donate_argnames="x")
+        def power(self, x, n):
+            return self.scale * x**n
+
+    x = jnp.asarray(table(8))
+    np.testing.assert_array_equal(Model().power(x, n=2), 3 * table(8) ** 2)
+    assert x.is_deleted()
+
+
+@pytest.mark.parametrize("n", [8, 13])
+@pytest.mark.parametrize("options", [{"donate_argnums": 1}, {"donate_argnames": "s"}, {"donate_argnames": ("s", "t")}])
+def test_donated_arguments_are_passed_either_way(n, options):
+    fun = pmap(lambda x, s, *, t: (s["a"] + x, t + 1), **options)
+    keep = pmap(lambda x: x + 0)
+    for by_name in (False, True):
+        x, s, t = (keep(table(n)) for _ in range(3))
+        out = fun(x, s={"a": s}, t=t) if by_name else fun(x, {"a": s}, t=t)
+        np.testing.assert_array_equal(out[0], 2 * table(n))
+        np.testing.assert_array_equal(out[1], table(n) + 1)
+        assert (x.is_deleted(), s.is_deleted()) == (False, True)
+        assert t.is_deleted() == ("t" in options.get("donate_argnames", ()))
+
+
+@pytest.mark.parametrize("n", [1, 5, 8, 13, 16])
+def test_a_donated_argument_that_had_to_move_is_freed_before_the_program_runs(n):
+    """So that at no moment there are two of it; where its buffer still serves the moved array, right afterwards."""
+    fun = lambda x, w: (x + 1, w + 1)
+    mapped = pmap(fun, in_axes=(0, None), out_axes=(0, None), donate_argnums=(0, 1))
+    places, early = everywhere(table(n)), 0
+    for place in places:
+        x, w = everywhere(table(n))[place], everywhere(table(n))[place]
+        program, leaves = mapped._dispatcher.resolve(fun, (x, w), {})
+
+        def execute(*placed, program=program, leaves=leaves, place=place):
+            for leaf, moved in zip(leaves, placed, strict=True):
+                if isinstance(leaf, jax.Array):
+                    nonlocal early
+                    early += leaf.is_deleted()
+                    elsewhere = leaf.sharding.device_set.isdisjoint(moved.sharding.device_set)
+                    assert leaf.is_deleted() or not elsewhere, place
+            return program.compiled(*placed)
+
+        out = _dispatch.run(program, leaves, execute, list)
+        np.testing.assert_array_equal(out[0], table(n) + 1, err_msg=place)
+        np.testing.assert_array_equal(out[1], table(n) + 1, err_msg=place)
+        assert all(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array)), place
+    assert early > 3
+
+
+def test_a_donated_argument_may_still_be_being_computed():
+    slow = jax.jit(lambda x: lax.fori_loop(0, 100, lambda _, y: jnp.sin(y) + 1, x))
+    start = jax.device_put(np.ones((8, 50_000), np.float32), jax.devices()[3])
+    expected = np.asarray(slow(start)) + 1
+    step = pmap(lambda x: x + 1, donate_argnums=0)
+    for device in (3, 0):
+        pending = jax.device_put(slow(start), jax.devices()[device])
+        np.testing.assert_array_equal(step(pending), expected)
+        assert pending.is_deleted()
+
+
+def test_nothing_is_donated_while_jax_looks_for_nans():
+    step = pmap(lambda x: jnp.log(x), donate_argnums=0)
+    x = pmap(lambda x: x)(table(8) + 1)
+    with jax.debug_nans(True):
+        np.testing.assert_allclose(step(x), np.log(table(8) + 1), rtol=1e-6)
+        assert not x.is_deleted()
+        with pytest.raises(FloatingPointError, match="nan"):
+            step(x - 100)
+
+
+def test_keyword_arguments_in_any_order_are_one_program():
+    traced = []
+    fun = pmap(lambda **kwargs: traced.append(1) or sum(kwargs.values()))
+    x = table(8)
+    for names in ("abc", "cba", "bca"):
+        np.testing.assert_array_equal(fun(**dict.fromkeys(names, x)), 3 * x)
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize("n", [1, 8, 13])
+@pytest.mark.parametrize("d", [3, 8])
+def test_axis_size_without_arguments_or_without_a_mapped_one(n, d):
+    devices = jax.devices()[:d]
+    index = lambda *_: {"index": lax.axis_index("i"), "size": lax.axis_size("i")}
+    for args, in_axes in (((), 0), ((), None), ((np.float32(3),), None), (({"w": table(3), "none": None},), (None,))):
+        check(index, *args, axis_name="i", axis_size=n, in_axes=in_axes, devices=devices)
+    out = pmap(lambda: 7, axis_size=n, devices=devices)()
+    np.testing.assert_array_equal(out, np.full(n, 7))
+    compiled = pmap(lambda: lax.axis_index("i"), "i", axis_size=n, devices=devices).lower().compile()
+    np.testing.assert_array_equal(compiled(), np.arange(n))
+
+
+class Axis:
+    """A name of the user's own."""
+
+
+@pytest.mark.parametrize("name", [("rows", "cols"), 3.5, frozenset({1}), Axis, Axis(), ("nested", ("x", 1)), ""])
+@pytest.mark.parametrize("n", [8, 13])
+def test_any_hashable_names_an_axis(n, name):
+    def fun(x):
+        axes = (name,)  # a tuple by itself stands for the axes in it, so a tuple that is a name goes into one
+        index = 0 if isinstance(name, tuple) else lax.axis_index(name)  # which takes no tuple in a tuple
+        return x - lax.pmean(x, axes), index, lax.psum(1, axes)
+
+    x = table(n)
+    ours = pmap(fun, axis_name=name)(x)
+    for a, b in zip(ours, jax.vmap(fun, axis_name=name)(x), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-4)
+    assert repr(name) in repr(pmap(fun, axis_name=name))
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Point:
+    x: Any
+    y: Any = None
+    unit: str = field(default="m", metadata={"static": True})
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=["activation", "name"])
+@dataclass(frozen=True)
+class Layer:
+    """A module as Equinox has them: arrays, no bias at times, and things that are none."""
+
+    weight: Any
+    bias: Any
+    activation: Any
+    name: str
+
+    def __call__(self, x):
+        y = self.weight @ x
+        return self.activation(y if self.bias is None else y + self.bias)
+
+
+@pytest.mark.parametrize("n", [5, 8, 13])
+def test_modules_whose_functions_are_static_fields(n):
+    rng = np.random.default_rng(0)
+    for bias in (None, rng.normal(size=(n, 2)).astype(np.float32)):
+        layer = Layer(rng.normal(size=(n, 2, 4)).astype(np.float32), bias, jnp.tanh, "first")
+        shared = Layer(layer.weight[0], bias, jnp.tanh, "first")
+        fun = lambda layer, x: (layer(x), jax.tree.map(lambda a: a + 1, layer))
+        check(fun, layer, table(n))
+        prefix = Layer(None, 0, jnp.tanh, "first")
+        check(fun, shared, table(n), in_axes=(prefix, 0), out_axes=(0, Layer(0, 0, jnp.tanh, "first")))
+        out = pmap(fun)(layer, table(n))[1]
+        assert (out.activation, out.name, out.bias is None) == (jnp.tanh, "first", bias is None)
+
+
+class Module:
+    """A module with functions and numbers among its leaves, split into arrays and the rest by :func:`partition`."""
+
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+
+def _with_keys(module):
+    names = sorted(vars(module))
+    return [(jax.tree_util.GetAttrKey(name), vars(module)[name]) for name in names], tuple(names)
+
+
+jax.tree_util.register_pytree_with_keys(
+    Module, _with_keys, lambda names, values: Module(**dict(zip(names, values, strict=True)))
+)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What of a module is no array, hashable."""
+
+    leaves: tuple[Any, ...]
+    tree: Any
+
+
+def partition(module):
+    leaves, tree = jax.tree.flatten(module)
+    arrays = [x if isinstance(x, np.ndarray | jax.Array) else None for x in leaves]
+    return tree.unflatten(arrays), Frozen(tuple(None if a is not None else x for a, x in zip(arrays, leaves)), tree)  # noqa: B905
+
+
+def combine(arrays, rest):
+    filled = jax.tree.leaves(arrays, is_leaf=lambda x: x is None)
+    return rest.tree.unflatten([b if a is None else a for a, b in zip(filled, rest.leaves, strict=True)])
+
+
+@pytest.mark.parametrize("n", [5, 8])
+def test_modules_with_functions_among_their_leaves_are_partitioned(n):
+    module = Module(weight=table(n), act=jnp.tanh, power=2, layers=[Module(w=table(n) + 1, act=jnp.sin)])
+    arrays, rest = partition(module)
+
+    def apply(arrays, rest, x):
+        m = combine(arrays, rest)
+        return m.act(m.weight * x) ** m.power + m.layers[0].act(m.layers[0].w)
+
+    x = table(n)
+    prefix = Module(act=None, layers=0, power=None, weight=0)
+    expected = jax.vmap(lambda a, x: apply(a, rest, x))(arrays, x)
+    for mapped in (
+        pmap(apply, static_broadcasted_argnums=1),
+        pmap(apply, static_broadcasted_argnames="rest"),
+        pmap(apply, static_broadcasted_argnames="rest", in_axes=(prefix, None, 0)),
+    ):
+        np.testing.assert_allclose(mapped(arrays, rest, x), expected, rtol=1e-6)
+    np.testing.assert_allclose(pmap(lambda a, x: apply(a, rest, x))(arrays, x), expected, rtol=1e-6)
+    traced = pmap(apply, static_broadcasted_argnames="rest")
+    traced(arrays, rest, x)
+    again = partition(Module(weight=x, act=jnp.tanh, power=2, layers=[Module(w=x, act=jnp.sin)]))
+    assert "compiled already" in traced.explain_cache_miss(*again, x)
+    other = partition(Module(weight=x, act=jnp.tanh, power=3, layers=[Module(w=x, act=jnp.sin)]))
+    assert "rest is Frozen(" in traced.explain_cache_miss(*other, x)
+
+
+@pytest.mark.parametrize("n", [5, 8])
+def test_none_among_the_leaves(n):
+    x = table(n)
+    fun = lambda tree, extra=None: {"sum": sum(jax.tree.leaves((tree, extra))), "none": None, "tree": tree}
+    check(fun, {"a": x, "b": None, "c": [None, x]})
+    check(fun, {"a": x, "b": None}, None)
+    check(fun, {"a": x, "b": None}, None, in_axes=(0, None))
+    check(fun, {"a": x, "b": None}, in_axes=({"a": 0, "b": None},))
+    check(fun, (x, None), kwargs={"extra": None})
+    check(fun, Point(x), kwargs={"extra": Point(x, {"deep": x})})
