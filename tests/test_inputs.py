@@ -81,6 +81,14 @@ def test_typed_keys(n):
 
 
 @pytest.mark.parametrize("n", N.values(), ids=N)
+def test_derivatives_of_ints(n):
+    zeros = np.zeros((n, 2), jax.dtypes.float0)
+    same, twice = pmap(lambda z, x: (z, 2 * x))(zeros, np.arange(n))
+    assert (same.shape, same.dtype) == (zeros.shape, jax.dtypes.float0)
+    np.testing.assert_array_equal(twice, 2 * np.arange(n))
+
+
+@pytest.mark.parametrize("n", N.values(), ids=N)
 def test_arrays_without_elements(n):
     check(lambda a: (a, a.sum(), jax.lax.psum(a, "i"), jax.lax.all_gather(a, "i")), np.ones((n, 0, 2)), axis_name="i")
 

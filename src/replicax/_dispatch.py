@@ -541,9 +541,7 @@ _pad_where_it_lies = jax.jit(pad_rows, static_argnums=(1, 2))
 
 def _own(x: Any, dtype: Any) -> Any:
     """``x``; of a NumPy array, a copy that nobody changes, aligned so that it can serve as a CPU device's memory."""
-    if dtype == jax.dtypes.float0:  # no bytes, which no device holds
-        return x
-    if not isinstance(x, np.ndarray):
+    if not isinstance(x, np.ndarray) or not x.nbytes:
         return x.astype(dtype) if isinstance(x, jax.Array) and x.dtype != dtype else x
     raw = np.empty(x.nbytes + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
@@ -555,9 +553,11 @@ def _own(x: Any, dtype: Any) -> Any:
 _ALIGNMENT = 64
 
 
-def _pad_on_host(x: Any, axis: int, where: Layout) -> jax.Array:
+def _pad_on_host(x: Any, axis: int, where: Layout) -> jax.Array | np.ndarray[Any, Any]:
     """A mapped NumPy array, of which each device gets its own rows, with the last replica's for each padding lane."""
     host = np.asarray(x, _jax.typeof(x).dtype)
+    if not host.dtype.itemsize:  # float0, the type of the derivatives of ints, which holds nothing
+        return np.zeros((*host.shape[:axis], where.padded_size, *host.shape[axis + 1 :]), host.dtype)
 
     def block(index: tuple[slice, ...]) -> np.ndarray[Any, Any]:
         start, stop, _ = index[axis].indices(where.padded_size)
