@@ -14,6 +14,7 @@ import pytest
 from jax import lax
 
 from replicax import pmap
+from replicax._lowering import Recorded
 
 
 class Traced:
@@ -135,7 +136,8 @@ def programs_of(mapped):
     """Weak references to what a map's programs are made of, down to what JAX holds of them."""
     held = [mapped._dispatcher]
     for program in mapped._dispatcher._programs.values():
-        held += [program, program.function, *([] if program.layout.mesh is None else [program.compiled])]
+        recorded = isinstance(program, Recorded)
+        held += [program, program.staged, *([] if recorded else [program.function, program.compiled])]
     assert len(held) > 1
     return [weakref.ref(x) for x in held]
 
