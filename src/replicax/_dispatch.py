@@ -328,7 +328,7 @@ class Dispatcher:
 
 #: How many seconds a thread waits while another traces the same program. After that it traces for itself, which is a
 #: waste and no harm; it might be what the other one waits for.
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 logger = logging.getLogger("replicax")
 
@@ -389,7 +389,7 @@ def _refuse_unhashable(fun: Callable[..., Any], call: Call) -> None:
             faults.append(f"{name} is of type {type(value).__name__}")
     raise StaticArgumentError(
         report(
-            "Static arguments must be hashable, since each new value is compiled for anew, and these are not:",
+            "Non-hashable static arguments are not supported, since each new value is compiled for anew:",
             faults,
             "Pass a hashable value, such as a tuple for a list, or do not name the argument as static.",
         )
