@@ -169,6 +169,24 @@ def test_axis_size_without_arguments_or_without_a_mapped_one(n, d):
     np.testing.assert_array_equal(compiled(), np.arange(n))
 
 
+def test_calls_that_jax_pmap_refuses():
+    """By the numbers of the issues that ask JAX for them."""
+    ones, index = np.ones((8, 1), np.float32), np.arange(4)
+    for transform in (pmap, lambda f: jax.jit(pmap(f))):
+        out = transform(lambda i, j: jnp.arange(36).reshape(6, 6)[i, j])(i=index, j=index)
+        np.testing.assert_array_equal(out, 7 * index)  # 1170
+    np.testing.assert_array_equal(
+        pmap(lambda a, b: a + b, static_broadcasted_argnums=(1,))(ones, b=1), ones + 1
+    )  # 3007
+    np.testing.assert_array_equal(pmap(lambda empty: 1, axis_size=4)({}), np.ones(4))  # 3790
+    np.testing.assert_array_equal(pmap(lambda: 1, axis_size=4)(), np.ones(4))  # 9252
+    np.testing.assert_array_equal(pmap(lambda x: x, axis_size=4, in_axes=None)(2), np.full(4, 2))  # 9252
+    how = pmap(lambda x, how: getattr(jnp, how)(x), static_broadcasted_argnames="how")
+    np.testing.assert_allclose(how(ones, how="exp"), np.exp(ones), rtol=1e-6)  # 9904
+    both = pmap(lambda a, b, c, d: a + b * c + d, static_broadcasted_argnums=2, in_axes=(0, None, None, 0))
+    np.testing.assert_array_equal(both(ones, np.float32(2), 3, ones), ones * 8)  # 6302
+
+
 class Axis:
     """A name of the user's own."""
 

@@ -335,7 +335,7 @@ class Dispatcher:
 
 #: How many seconds a thread waits while another traces the same program. After that it traces for itself, which is a
 #: waste and no harm; it might be what the other one waits for.
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 logger = logging.getLogger("replicax")
 
