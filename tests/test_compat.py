@@ -91,6 +91,11 @@ def double(x):
     return 2 * x
 
 
+class Model:
+    def __call__(self, x):
+        return x
+
+
 def test_the_ways_programs_use_it():
     @functools.partial(compat.pmap, axis_name="i", in_axes=[0, None], donate_argnums=[])
     def total(x, y):
@@ -113,6 +118,8 @@ def test_the_ways_programs_use_it():
     np.testing.assert_array_equal(compat.pmap(fun=double, axis_name="i")(x8), 2 * x8)
     mapped = compat.pmap(double)
     assert (mapped.__name__, mapped.__doc__, mapped.__wrapped__) == ("double", "Doubles.", double)
+    assert compat.pmap(functools.partial(functools.partial(double))).__name__ == "double"
+    assert compat.pmap(Model()).__qualname__ == "Model"
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(compat.pmap(double, out_axes=None)))(x8), 0)
 
 

@@ -342,6 +342,8 @@ logger = logging.getLogger("replicax")
 
 def function_name(fun: Callable[..., Any]) -> str:
     """What the user calls a function, and what its programs are called."""
+    while isinstance(fun, functools.partial):
+        fun = fun.func
     return getattr(fun, "__name__", type(fun).__name__)
 
 

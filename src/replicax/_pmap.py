@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar, overload
 import jax
 
 from replicax._axes import check_spec, choose
-from replicax._dispatch import Dispatcher, Options, check_devices, dispatcher
+from replicax._dispatch import Dispatcher, Options, check_devices, dispatcher, function_name
 from replicax._errors import NotAFunctionError, OptionTypeError, StaticArgumentError, as_int
 from replicax._lowering import ANONYMOUS
 from replicax._stages import Lowered, Traced, trace
@@ -26,6 +26,8 @@ class MappedFunction(Generic[R]):
 
     def __init__(self, fun: Callable[..., R], options: Options) -> None:
         functools.update_wrapper(self, fun)
+        if not hasattr(fun, "__name__"):  # a functools.partial, say; what jax.pmap returns always has a name
+            self.__name__ = self.__qualname__ = function_name(fun)
         self._fun = fun
         self.options = options
         self._dispatcher: Dispatcher = dispatcher(fun, options)
