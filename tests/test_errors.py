@@ -136,7 +136,10 @@ FAULTS = {
         call(add, x8, 1, static_broadcasted_argnums=1, donate_argnums=(0, 1)),
         replicax.StaticArgumentError, ValueError, ["both name [1]"],
     ),
-    "no devices": (call(add, x8, x8, devices=[]), replicax.DevicesError, ValueError, ["'devices' argument to pmap must be non-empty", "jax.devices()"]),
+    "no devices": (
+        call(add, x8, x8, devices=[]),
+        replicax.DevicesError, ValueError, ["'devices' argument to pmap must be non-empty, or None", "jax.devices()"],
+    ),
     "a device twice": (
         lambda: pmap(add, devices=[jax.devices()[0]] * 2)(x8, x8),
         replicax.DevicesError, ValueError, ["stands in it 2 times"],
