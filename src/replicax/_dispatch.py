@@ -581,11 +581,15 @@ def _settle(program: Program, x: Any, axis: int | None) -> Any:
 
     Where the call is recorded it is a constant of the program, which XLA puts where it has to be.
     """
-    value = _jax.outermost_value(x)
-    known = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
-    if known and not _jax.staging():
-        return jax.device_put(x, program.layout.result_sharding(axis))
-    return x
+    value, batched = _jax.outermost_value(x)
+    if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array):
+        return x
+    if _jax.staging():
+        return x
+    here = value.sharding if value.committed else None
+    if batched and isinstance(here, jax.sharding.NamedSharding):
+        here = jax.sharding.NamedSharding(here.mesh, jax.sharding.PartitionSpec())
+    return _primitives.move(x, here, program.layout.result_sharding(axis))
 
 
 # ---------------------------------------------------------------------------------------------------------------

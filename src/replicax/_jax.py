@@ -19,7 +19,7 @@ import numpy as np
 from jax._src import ad_util, config, core, source_info_util, tree_util
 from jax._src import linear_util as lu
 from jax._src.ad_checkpoint import remat_p
-from jax._src.interpreters import ad
+from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
 from jax.extend import core as extend_core
@@ -111,11 +111,13 @@ def axes_in_scope() -> tuple[AxisName, ...]:
     return tuple(core.get_axis_env().axis_sizes)
 
 
-def outermost_value(x: Any) -> Any:
-    """The primal value under any number of ``grad``/``jvp`` tracers (``x`` itself when it is under none)."""
-    while isinstance(x, ad.JVPTracer | ad.LinearizeTracer):
-        x = x.primal
-    return x
+def outermost_value(x: Any) -> tuple[Any, bool]:
+    """The primal value under any number of ``grad``, ``jvp`` and ``vmap`` tracers, and whether it is a ``vmap``'s."""
+    batched = False
+    while isinstance(x, ad.JVPTracer | ad.LinearizeTracer | batching.BatchTracer):
+        batched |= isinstance(x, batching.BatchTracer)
+        x = x.val if isinstance(x, batching.BatchTracer) else x.primal
+    return x, batched
 
 
 def unbound_axis_name(error: NameError) -> str | None:

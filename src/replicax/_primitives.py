@@ -92,6 +92,63 @@ batching.fancy_primitive_batchers[_each_lane_p] = _each_lane_batched
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Moving between devices
+
+
+def move(x: Any, here: jax.sharding.Sharding | None, there: jax.sharding.Sharding | None) -> Any:
+    """``jax.device_put`` to a sharding, which under a ``vmap`` splits the dimensions that it is about.
+
+    The cotangent goes back to ``here``. None stays where it is.
+    """
+    return _move_p.bind(x, here=here, there=there)
+
+
+_move_p = core.Primitive("move")
+
+
+def _move_batched(
+    args: Sequence[Any],
+    dims: Sequence[int],
+    *,
+    here: jax.sharding.Sharding | None,
+    there: jax.sharding.Sharding | None,
+) -> tuple[Any, int]:
+    (x,), (dim,) = args, dims
+    return move(x, _with_dimension(here, dim), _with_dimension(there, dim)), dim
+
+
+def _with_dimension(where: jax.sharding.Sharding | None, dim: int) -> jax.sharding.Sharding | None:
+    """The sharding of an array with one dimension more, which is not split."""
+    if not isinstance(where, jax.sharding.NamedSharding):
+        return where
+    spec = [*where.spec, *[None] * (dim - len(where.spec))]
+    return jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec(*spec[:dim], None, *spec[dim:]))
+
+
+def _move_now(x: Any, *, here: Any, there: jax.sharding.Sharding | None) -> Any:
+    del here
+    return x if there is None else jax.device_put(x, there)
+
+
+def _move_back(ct: Any, x: Any, *, here: Any, there: Any) -> list[Any]:
+    del x
+    return [move(ct, there, here)]
+
+
+def _not_moved(ctx: Any, x: Any, **_: Any) -> list[Any]:
+    """What is compiled has one set of devices."""
+    del ctx
+    return [x]
+
+
+_move_p.def_impl(_move_now)
+_move_p.def_abstract_eval(lambda x, **_: x)
+ad.deflinear2(_move_p, _move_back)
+batching.primitive_batchers[_move_p] = _move_batched
+mlir.register_lowering(_move_p, _not_moved)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # All to all over groups
 
 

@@ -1,0 +1,52 @@
+"""What JAX does to a map from outside: the result is that of jax.vmap under the same transformation.
+
+By default every pair of N and D meets one transformation of one program, in rotation; ``make sweep`` runs every
+transformation of every pair.
+"""
+
+import functools
+import os
+import random
+
+import jax
+import pytest
+
+from replicax import pmap
+from replicax.testing._check import compare
+from transforms import AXIS, PROGRAMS, TRANSFORMS, rows
+
+PAIRS = [(n, d) for n in (*range(1, 21), 64, 1000) for d in (1, 2, 3, 5, 8)]
+random.Random(1891).shuffle(PAIRS)  # every transformation meets pairs that divide, that do not, and that pad
+FULL = os.environ.get("REPLICAX_SWEEP") == "full"
+
+
+def cells():
+    """(N, D, transformation, program): one transformation for each pair, or all of them, and the programs in turn."""
+    for k, (n, d) in enumerate(PAIRS):
+        for j in range(len(TRANSFORMS)) if FULL else [k % len(TRANSFORMS)]:
+            yield n, d, list(TRANSFORMS)[j], list(PROGRAMS)[(k // len(TRANSFORMS) + j) % len(PROGRAMS)]
+
+
+@functools.cache
+def of_vmap(n, name, program):
+    right = jax.vmap(PROGRAMS[program], axis_name=AXIS)
+    return jax.jit(lambda x: TRANSFORMS[name](right, x))(rows(n))
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "name", "program"),
+    [pytest.param(*c, marks=pytest.mark.xdist_group(f"n{c[0]}"), id=f"{c[2]}-{c[3]}-{c[0]}on{c[1]}") for c in cells()],
+)
+def test_transformed_map_equals_transformed_vmap(n, d, name, program):
+    ours = TRANSFORMS[name](pmap(PROGRAMS[program], AXIS, devices=jax.devices()[:d]), rows(n))
+    compare(str, ours, of_vmap(n, name, program), rtol=1e-4)
+
+
+def test_every_transformation_meets_all_kinds_of_pairs():
+    met = {name: [(n, d) for n, d, at, _ in cells() if at == name] for name in TRANSFORMS}
+    assert {pair for pairs in met.values() for pair in pairs} == set(PAIRS)
+    for name, pairs in met.items():
+        assert len(pairs) >= 4, name
+        assert any(n % d == 0 for n, d in pairs), name
+        assert any(n > d > 1 for n, d in pairs), name
+        assert any(-n % -(-n // d) for n, d in pairs), name  # padding
