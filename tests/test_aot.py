@@ -74,6 +74,7 @@ def test_the_stages_say_what_those_of_jax_say():
         assert jax.tree.map(lambda a: a.shape, stage.out_info) == {"state": (12, 4), "total": (4,)}
         assert stage.out_tree == jax.tree.structure({"state": 0, "total": 0})
     assert traced.fun_name == "step"
+    assert "module @jit_step " in traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "psum" in str(traced.jaxpr)
     assert type(lowered.cost_analysis()) is type(by_jax.cost_analysis())
     assert type(compiled.cost_analysis()) is type(by_jax.compile().cost_analysis())
