@@ -186,6 +186,10 @@ FAULTS = {
         call(add, x8, jax.ShapeDtypeStruct((8,), "float32")),
         replicax.NotAnArrayError, TypeError, ["right is of type ShapeDtypeStruct"],
     ),
+    "devices for an inner map": (
+        call(lambda x: pmap(jnp.sin, devices=jax.devices())(x), np.ones((2, 4))),
+        replicax.NestedMapError, ValueError, ["Nested pmap with explicit devices argument", "outermost"],
+    ),
     "shard_map inside": (
         call(jax.pmap(lambda x: x), np.ones((4, 4))), replicax.NestedMapError, ValueError, ["jax.pmap", "jax.vmap"],
     ),

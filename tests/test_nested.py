@@ -126,8 +126,19 @@ def derivatives_inside(mapped):
 
 
 def on_devices(d):
+    """pmap on so many devices, which the outermost map is told."""
+    outermost = [True]
+
     def mapped(fun, **options):
-        return pmap(fun, devices=jax.devices()[:d], **options)
+        def call(*args):
+            where = {"devices": jax.devices()[:d]} if outermost[0] else {}
+            before, outermost[0] = outermost[0], False
+            try:
+                return pmap(fun, **where, **options)(*args)
+            finally:
+                outermost[0] = before
+
+        return call
 
     return mapped
 
@@ -251,7 +262,7 @@ def test_every_pair_of_replicas_and_devices(n, d):
 
 def test_devices_are_factored_over_the_levels():
     def shape(n, m, d):
-        out = pmap(lambda x: pmap(lambda y: y + 1, "j", devices=jax.devices()[:d])(x), "i", devices=jax.devices()[:d])
+        out = pmap(lambda x: pmap(lambda y: y + 1, "j")(x), "i", devices=jax.devices()[:d])
         return dict(out(rows(n, m)).sharding.mesh.shape)
 
     assert shape(2, 4, 8) == {"i": 2, "j": 4}
@@ -287,6 +298,13 @@ def test_values_known_while_tracing():
         return x + table
 
     np.testing.assert_allclose(pmap(outer, "i")(rows(2, 3)), rows(2, 3) + np.arange(3, 6))
+
+
+@pytest.mark.parametrize("program", [closures, derivatives_inside])
+def test_jax_finds_no_fault_with_what_is_traced(program):
+    with jax.enable_checks(True):
+        text = str(jax.make_jaxpr(program(on_devices(8)))(*given(program, (2, 4))))
+    assert "shard_map" in text
 
 
 def test_effects_happen_once_for_each_replica():

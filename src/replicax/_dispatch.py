@@ -28,6 +28,7 @@ from replicax._axes import (
 from replicax._errors import (
     DeletedArrayError,
     DevicesError,
+    NestedMapError,
     NotAnArrayError,
     OptionTypeError,
     StaticArgumentError,
@@ -295,6 +296,8 @@ class Dispatcher:
 
     def _lower(self, fun: Callable[..., Any], call: Call, signature: Signature) -> tuple[Program | Recorded, bool]:
         options, size = self.options, signature.size
+        if _jax.tracing_replica():
+            _refuse_inner_devices(options, function_name(fun))
         devices = options.resolve_devices()
         avals = [leaf.aval for leaf in signature.leaves]
         one = [one_replica_type(aval, axis) for aval, axis in zip(avals, signature.in_axes, strict=True)]
@@ -403,6 +406,15 @@ def _refuse_unhashable(fun: Callable[..., Any], call: Call) -> None:
             "Pass a hashable value, such as a tuple for a list, or do not name the argument as static.",
         )
     )
+
+
+def _refuse_inner_devices(options: Options, name: str) -> None:
+    chosen = [which for which in ("devices", "backend") if getattr(options, which) is not None]
+    if chosen:
+        raise NestedMapError(
+            f"Nested pmap with explicit {' and '.join(chosen)} argument. {name} is mapped inside another mapped "
+            f"function, whose devices its replicas share out. Leave it out here, and give it to the outermost pmap."
+        )
 
 
 def check_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:

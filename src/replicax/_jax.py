@@ -272,7 +272,7 @@ def trace_flat(
     """A jaxpr of a function of flat arguments that closes over nothing, and the arrays that it takes before them."""
     with axis_env(sizes):
         jaxpr, consts = _trace_flat(fun, avals, lu.DebugInfo("nested map", "one replica", None, None))
-    return _close(pe.convert_constvars_jaxpr(jaxpr), ()), consts
+        return _close(pe.convert_constvars_jaxpr(jaxpr), ()), consts
 
 
 def _close(jaxpr: Jaxpr, consts: Sequence[Any]) -> Jaxpr:

@@ -32,15 +32,9 @@ def over_lanes(
     return only_lane
 
 
-def pad_rows(x: Any, axis: int, rows: int) -> Any:
-    """``x`` with its last row along ``axis`` repeated ``rows`` more times.
-
-    The copies have no part in derivatives: not even a NaN, from a slope of infinity times a cotangent of zero.
-    """
-    if not rows:
-        return x
-    last = lax.stop_gradient(lax.slice_in_dim(x, x.shape[axis] - 1, None, axis=axis))
-    return jnp.concatenate([x, jnp.repeat(last, rows, axis)], axis)
+def pad_rows(x: Any, dim: int, rows: int) -> Any:
+    """``x`` with its last row along ``dim`` repeated ``rows`` more times; the copies have no part in derivatives."""
+    return _on_data(lambda x: _primitives.pad_rows(x, dim, rows), x) if rows else x
 
 
 # ---------------------------------------------------------------------------------------------------------------

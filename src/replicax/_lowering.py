@@ -388,7 +388,8 @@ def record(
         _check_broadcast_results(replica, flat_out_axes, where, axis)
     first = [a is None and axis in varies for a, varies in zip(flat_out_axes, where, strict=True)]
     all_out_axes = [0 if f else a for a, f in zip(flat_out_axes, first, strict=True)]
-    jaxpr = _jax.without_constants(replica.jaxpr)
+    with _jax.axis_env({axis.name: axis.size}):
+        jaxpr = _jax.without_constants(replica.jaxpr)
 
     def staged(*args: Any) -> list[Any]:
         leaves, consts = args[: len(in_axes)], args[len(in_axes) :]

@@ -203,7 +203,7 @@ def pmap(
         static_broadcasted_argnames: The names of such arguments, which may also be left out of a call where they
             have a default value.
         devices: The devices to use; all of the backend's when None. N replicas take up to all of them, and maps
-            inside ``fun`` share out the rest: inside another mapped function that one's devices are meant.
+            inside ``fun`` share out the rest, so that only the outermost map may name any.
         backend: The platform to use: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
         axis_size: The number of replicas. Needed only if no argument is mapped.
         donate_argnums: The positions of arguments whose buffers the program may reuse, however they are passed; the
