@@ -1,5 +1,9 @@
 """brax: training on several devices."""
 
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 from brax import envs
 from brax.training.agents.apg import train as apg
@@ -7,6 +11,7 @@ from brax.training.agents.ars import train as ars
 from brax.training.agents.es import train as es
 from brax.training.agents.ppo import train as ppo
 from brax.training.agents.sac import train as sac
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 PACKAGES = ["brax"]
 
@@ -35,6 +40,17 @@ def with_ppo():
     )  # fmt: skip
     assert rewards[-1] > rewards[0] + 4, rewards
     return rewards
+
+
+def with_ppo_and_the_guide():
+    """PPO with the device_put_replicated of JAX's migration guide"""
+
+    def replicated(tree, devices):
+        where = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec("x"))
+        return jax.tree.map(lambda x: jax.device_put(jnp.stack([x] * len(devices)), where), tree)
+
+    with mock.patch("jax.device_put_replicated", replicated, create=True):
+        return with_ppo()
 
 
 def with_ars():
@@ -71,4 +87,4 @@ def with_apg():
     )  # fmt: skip
 
 
-CASES = [with_ppo, with_ars, with_es, with_sac, with_apg]
+CASES = [with_ppo, with_ppo_and_the_guide, with_ars, with_es, with_sac, with_apg]

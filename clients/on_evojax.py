@@ -1,5 +1,6 @@
 """evojax: a population of policies on several devices."""
 
+import tempfile
 from contextlib import contextmanager
 
 import jax
@@ -65,7 +66,7 @@ def training():
     train, test, policy, solver = parts()
     trainer = Trainer(
         policy=policy, solver=solver, train_task=train, test_task=test, max_iter=3, log_interval=1, test_interval=3,
-        n_repeats=2, n_evaluations=8, seed=0, log_dir="clients/logs/evojax",
+        n_repeats=2, n_evaluations=8, seed=0, log_dir=tempfile.mkdtemp(),
     )  # fmt: skip
     score = float(trainer.run(demo_mode=False))
     assert np.isfinite(score)
