@@ -12,8 +12,9 @@ PUBLIC = {
     "AxisSpecError", "AxisSpecTypeError", "CollectiveArgumentError", "DeletedArrayError", "DevicesError",
     "DivergentOutputError", "MappedFunction", "MappedSizeError", "NestedMapError", "OptionTypeError",
     "MismatchError", "NotAFunctionError", "NotAnArrayError", "ReplicaxError", "SimulationError",
-    "StaticArgumentError", "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError", "local_replicas",
-    "pmap", "replicate", "shard", "show_replicas", "simulate_devices", "unreplicate",
+    "StaticArgumentError", "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError",
+    "UnsupportedDtypeError", "UnsupportedTransformationError", "local_replicas", "pmap", "replicate", "shard",
+    "show_replicas", "simulate_devices", "unreplicate",
 }  # fmt: skip
 
 #: From the top down: a module imports only from layers below its own, or nothing of its own layer but in order.

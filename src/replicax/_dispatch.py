@@ -21,6 +21,7 @@ from replicax._errors import (
     OptionTypeError,
     StaticArgumentError,
     UnknownBackendError,
+    UnsupportedTransformationError,
     report,
 )
 from replicax._layout import Layout, lanes_only, layout
@@ -90,19 +91,32 @@ class Dispatcher:
 
     def __call__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs ``fun`` once for each replica."""
-        with _jax.own_mesh():
+        with _jax.own_mesh((args, kwargs)):
             return self._call(fun, args, kwargs)
 
     def _call(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         program, leaves = self.resolve(fun, args, kwargs)
         if not _jax.eager():
-            settled = map(functools.partial(_settle, program), [*leaves, *program.closed], program.in_axes)
-            results = program.staged(*settled)
+            results = self._stage(program, leaves)
         else:
             if program.donated:
                 self._check_donated(program, fun, args, kwargs, leaves)
             results = self._run(program, leaves)
         return jax.tree.unflatten(program.out_tree, results)
+
+    def _stage(self, program: Program, leaves: list[Any]) -> tuple[Any, ...]:
+        settled = map(functools.partial(_settle, program), [*leaves, *program.closed], program.in_axes)
+        try:
+            if program.layout.mesh is not None:
+                _jax.refuse_split_batches()
+            return tuple(program.staged(*settled))
+        except _jax.SplitBatchError as error:
+            raise UnsupportedTransformationError(
+                f"A vmap of a map is to split its batch over {error.args[0]!r}, an axis of a mesh, by spmd_axis_name "
+                f"or by the type of an argument. The replicas of the map take all of its devices, each with the whole "
+                f"batch. Leave spmd_axis_name out, and pass arguments that are not split along the vmapped axis "
+                f"(jax.sharding.reshard); or map over the batch with replicax.pmap, too."
+            ) from None
 
     def _run(self, program: Program, leaves: list[Any]) -> tuple[Any, ...]:
         placed = place(program, [*leaves, *program.closed_in_place])
@@ -156,13 +170,13 @@ class Dispatcher:
         values = tuple((i, type(value), value) for i, value in static.items())
         key = (tree, types, values, _jax.trace_context(), _jax.eager(), tracing_replica())
         try:
-            program = self._programs.get(key)
+            program = None if jax.config.jax_disable_jit else self._programs.get(key)
         except TypeError:
             _refuse_unhashable(fun, static)
             raise
         if program is None:
             program, reusable = self._lower(fun, args, dynamic, kwargs, leaves)
-            if reusable:
+            if reusable and not jax.config.jax_disable_jit:  # under it every call runs the user's Python
                 self._programs[key] = program
         return program, leaves
 
@@ -392,7 +406,7 @@ def _pad_on_host(x: Any, axis: int, where: Layout) -> jax.Array:
 
 def _lies(x: jax.Array, wanted: jax.sharding.NamedSharding) -> bool:
     """Whether the array lies as wanted, whatever its mesh and its axes are called."""
-    return x.sharding == wanted or x.sharding.is_equivalent_to(wanted, x.ndim)
+    return x.sharding == wanted or (x.sharding.is_equivalent_to(wanted, x.ndim) and not _jax.split_over(x))
 
 
 def _settle(program: Program, x: Any, axis: int | None) -> Any:

@@ -49,14 +49,33 @@ def staging() -> bool:
     return isinstance(trace, pe.DynamicJaxprTrace)
 
 
-def own_mesh() -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _at_once(known: Any) -> Iterator[None]:
+    """Under ``jax.ensure_compile_time_eval`` runs what is ``known``, and records the rest as if it were not.
+
+    Under it JAX looks for the index of a mapped axis at once, while a map is traced and there is none.
+    """
+    eager_if_known: Any = _NOTHING
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(known)):
+        eager_if_known = core.eval_context()
+    with eager_if_known, config.eager_constant_folding(False), own_mesh(known):
+        yield
+
+
+def own_mesh(known: Any = None) -> contextlib.AbstractContextManager[Any]:
     """Puts aside a mesh that the user has set for all of JAX, since a map brings its own."""
-    if not eager() or jax.sharding.get_abstract_mesh().empty:
+    if config.eager_constant_folding.value:
+        return _at_once(known)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or jax.sharding.AxisType.Manual in mesh.axis_types:
         return _NOTHING
+    if not eager():
+        return jax.sharding.use_abstract_mesh(_NO_MESH)
     return jax.set_mesh(jax.sharding.Mesh(np.empty((), dtype=object), ()))
 
 
 _NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+_NO_MESH = jax.sharding.AbstractMesh((), ())
 
 
 def trace_context() -> Hashable:
@@ -476,7 +495,7 @@ def _move_batched(
     return move(x, _with_dimension(here, dim), _with_dimension(there, dim)), dim
 
 
-def _with_dimension(where: jax.sharding.Sharding | None, dim: int) -> jax.sharding.Sharding | None:
+def _with_dimension(where: Any, dim: int) -> Any:
     """The sharding of an array with one dimension more, which is not split."""
     if not isinstance(where, jax.sharding.NamedSharding):
         return where
@@ -505,6 +524,83 @@ _move_p.def_abstract_eval(lambda x, **_: x)
 ad.deflinear2(_move_p, _move_back)
 batching.primitive_batchers[_move_p] = _move_batched
 mlir.register_lowering(_move_p, _not_moved)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Arrays whose types say how they are split
+
+
+def split_over(x: Any) -> jax.sharding.NamedSharding | None:
+    """How the type of ``x`` says that it is split, where its mesh has ``Explicit`` axes."""
+    where = getattr(core.typeof(x), "sharding", None)
+    explicit = where is not None and jax.sharding.AxisType.Explicit in where.mesh.axis_types
+    return where if explicit else None
+
+
+class SplitBatchError(Exception):
+    """The axis that an enclosing ``vmap`` adds is to be split over an axis of a mesh."""
+
+
+def refuse_split_batches() -> None:
+    """Raises a :class:`SplitBatchError` under a ``vmap`` with ``spmd_axis_name``, or of what is typed as split."""
+    trace: Any = core.trace_ctx.trace
+    while trace is not None:
+        if isinstance(trace, batching.BatchTrace):
+            axis = trace.axis_data.spmd_name or trace.axis_data.explicit_mesh_axis
+            if axis:
+                raise SplitBatchError(axis[0] if isinstance(axis, tuple) and len(axis) == 1 else axis)
+        trace = getattr(trace, "parent_trace", None)
+
+
+def retype(x: Any, where: jax.sharding.NamedSharding | None) -> Any:
+    """``x`` with a type that says it is split like that; with None, one that says nothing.
+
+    The types of a mesh of the user's and those of a map's own do not go together.
+    """
+    plain = getattr(core.typeof(x), "sharding", None)
+    if plain is None or (where is None and plain.mesh.empty):
+        return x
+    return _retype_p.bind(x, where=where or jax.sharding.NamedSharding(_NO_MESH, jax.sharding.PartitionSpec()))
+
+
+_retype_p = core.Primitive("retype")
+
+
+def _retype_type(x: Any, *, where: jax.sharding.NamedSharding) -> Any:
+    spec = jax.sharding.PartitionSpec(*where.spec, *[None] * (x.ndim - len(where.spec)))
+    return x.update(sharding=jax.sharding.NamedSharding(where.mesh, spec))
+
+
+def _retype_now(x: Any, *, where: jax.sharding.NamedSharding) -> Any:
+    del where
+    return x
+
+
+def _retype_back(ct: Any, x: Any, *, where: Any) -> list[Any]:
+    del where
+    return [_retype_p.bind(ct, where=x.aval.sharding)]
+
+
+def _retype_batched(
+    axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], *, where: jax.sharding.NamedSharding
+) -> tuple[Any, int | None]:
+    (x,), (dim,) = args, dims
+    if dim is not None and axis_data.explicit_mesh_axis:
+        raise SplitBatchError(axis_data.explicit_mesh_axis)
+    if dim is not None and not where.mesh.empty:
+        where = _with_dimension(where, dim)
+    return _retype_p.bind(x, where=where), dim
+
+
+def _retype_lowered(ctx: Any, x: Any, *, where: Any) -> list[Any]:
+    del where
+    return [mlir.lower_with_sharding_in_types(ctx, x, ctx.avals_out[0])]
+
+
+_retype_p.def_impl(_retype_now)
+_retype_p.def_abstract_eval(_retype_type)
+ad.deflinear2(_retype_p, _retype_back)
+batching.fancy_primitive_batchers[_retype_p] = _retype_batched
+mlir.register_lowering(_retype_p, _retype_lowered)
 
 # ---------------------------------------------------------------------------------------------------------------
 # All to all over groups
