@@ -525,6 +525,35 @@ ad.deflinear2(_move_p, _move_back)
 batching.primitive_batchers[_move_p] = _move_batched
 mlir.register_lowering(_move_p, _not_moved)
 
+
+def pin(x: Any, where: jax.sharding.NamedSharding) -> Any:
+    """``lax.with_sharding_constraint`` that holds under a ``vmap``, too, where JAX leaves the new dimension to XLA."""
+    return _pin_p.bind(x, where=where)
+
+
+_pin_p = core.Primitive("pin")
+
+
+def _pin_back(ct: Any, x: Any, *, where: jax.sharding.NamedSharding) -> list[Any]:
+    del x
+    return [pin(ct, where)]
+
+
+def _pin_batched(args: Sequence[Any], dims: Sequence[int], *, where: jax.sharding.NamedSharding) -> tuple[Any, int]:
+    (x,), (dim,) = args, dims
+    return pin(x, _with_dimension(where, dim)), dim
+
+
+def _pinned(x: Any, *, where: jax.sharding.NamedSharding) -> Any:
+    return jax.lax.with_sharding_constraint(x, where)
+
+
+_pin_p.def_impl(_pinned)
+_pin_p.def_abstract_eval(lambda x, **_: x)
+ad.deflinear2(_pin_p, _pin_back)
+batching.primitive_batchers[_pin_p] = _pin_batched
+mlir.register_lowering(_pin_p, mlir.lower_fun(_pinned, multiple_results=False))
+
 # ---------------------------------------------------------------------------------------------------------------
 # Arrays whose types say how they are split
 

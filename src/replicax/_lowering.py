@@ -281,12 +281,12 @@ class Program:
             if axis is None or not rows or where.mesh is None:
                 return x
             # XLA may choose a sharding of N rows that JAX cannot express, and JAX then refuses the array.
-            return lax.with_sharding_constraint(x, where.sharding(None))
+            return _jax.pin(x, where.sharding(None))
 
         def padded_first(*args: Any) -> tuple[Any, ...]:
             typed = [_jax.split_over(x) for x in args]
             args = tuple(
-                x if axis is None else pad_rows(placed(x, axis), axis, rows)
+                x if axis is None else placed(pad_rows(placed(x, axis), axis, rows), axis)
                 for x, axis in zip([_jax.retype(x, None) for x in args], self.in_axes, strict=True)
             )
             results = map(placed, self.function(*args), self.out_axes)
@@ -321,7 +321,8 @@ def pad_rows(x: Any, axis: int, rows: int) -> Any:
     if not rows:
         return x
     last = lax.stop_gradient(lax.slice_in_dim(x, x.shape[axis] - 1, None, axis=axis))
-    return jnp.concatenate([x, jnp.repeat(last, rows, axis)], axis)
+    copies = jnp.broadcast_to(last, (*x.shape[:axis], rows, *x.shape[axis + 1 :]))
+    return jnp.concatenate([x, copies], axis)
 
 
 def lower(
