@@ -32,7 +32,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 sweep: $(STAMP)
-	REPLICAX_SWEEP=full $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_sweep.py
+	REPLICAX_SWEEP=full $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_sweep.py tests/test_transforms.py
 
 table: $(STAMP)
 	$(BIN)/python tests/table.py

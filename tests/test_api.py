@@ -13,8 +13,8 @@ PUBLIC = {
     "AheadOfTimeError", "ArgumentNameError", "AxisSpecError", "AxisSpecTypeError", "CollectiveArgumentError",
     "DeletedArrayError", "DevicesError", "DivergentOutputError", "MappedFunction", "MappedSizeError", "MismatchError",
     "NestedMapError", "NotAFunctionError", "NotAnArrayError", "OptionTypeError", "ReplicaxError", "ShardsError",
-    "SimulationError",
-    "StaticArgumentError", "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError", "local_replicas",
+    "SimulationError", "StaticArgumentError", "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError",
+    "UnsupportedDtypeError", "UnsupportedTransformationError", "local_replicas",
     "pmap", "replicate", "shard", "show_replicas", "simulate_devices", "unreplicate",
 }  # fmt: skip
 

@@ -59,6 +59,10 @@ FAULTS = {
         replicax.MappedSizeError, ValueError, ["no argument is mapped", "left of shape (8,)", "axis_size=8"],
     ),
     "no arguments": (call(lambda: 1), replicax.MappedSizeError, ValueError, ["called without arrays", "axis_size"]),
+    "two bits, padded": (
+        call(lambda x: x, jnp.zeros(13, "int2")),
+        replicax.UnsupportedDtypeError, TypeError, ["13 replicas", "int2", "on 7 devices of 2 each", "int8"],
+    ),
     "an empty axis": (
         call(add, np.ones((0, 2)), np.ones((0,))),
         replicax.MappedSizeError, ValueError, ["at least one replica", "left of shape (0, 2)"],

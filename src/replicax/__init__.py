@@ -24,6 +24,8 @@ from replicax._errors import StaticArgumentError as StaticArgumentError
 from replicax._errors import UnboundAxisError as UnboundAxisError
 from replicax._errors import UnknownBackendError as UnknownBackendError
 from replicax._errors import UnsupportedCollectiveError as UnsupportedCollectiveError
+from replicax._errors import UnsupportedDtypeError as UnsupportedDtypeError
+from replicax._errors import UnsupportedTransformationError as UnsupportedTransformationError
 from replicax._pmap import MappedFunction as MappedFunction
 from replicax._pmap import pmap as pmap
 from replicax._replicas import local_replicas as local_replicas

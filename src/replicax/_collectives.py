@@ -366,7 +366,12 @@ def permutation(perm: Sequence[tuple[int, int]], size: int) -> Any:
         raise CollectiveArgumentError(
             f"ppermute: perm={_shown(perm)} must hold pairs (source, destination) of replica indices from 0 to "
             f"{size - 1}, with no source and no destination twice. "
-            + (f"Out of range: {_shown(out_of_range)}." if out_of_range else "To send to several, use all_gather.")
+            + (
+                f"Out of range: {_shown(out_of_range)}. (Over several axes of which a vmap inside the mapped function "
+                f"binds one, JAX has no ppermute: communicate over one axis after the other.)"
+                if out_of_range
+                else "To send to several, use all_gather."
+            )
         )
     sources = np.full(size, NOTHING)
     sources[receives] = sends

@@ -33,6 +33,7 @@ from replicax._errors import (
     OptionTypeError,
     StaticArgumentError,
     UnknownBackendError,
+    UnsupportedTransformationError,
     report,
 )
 from replicax._layout import Layout, layout, replicas_of
@@ -128,7 +129,7 @@ class Dispatcher:
 
     def __call__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs ``fun`` once for each replica."""
-        with _jax.own_mesh():
+        with _jax.own_mesh((args, kwargs)):
             return self._call(fun, args, kwargs)
 
     def _call(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -136,8 +137,7 @@ class Dispatcher:
         if isinstance(program, Recorded):
             results = program.staged(*leaves, *program.closed)
         elif not _jax.eager():
-            settled = map(functools.partial(_settle, program), [*leaves, *program.closed], program.in_axes)
-            results = program.staged(*settled)
+            results = _stage(program, leaves)
         else:
             names = functools.partial(self._leaf_names, fun, args, kwargs)
             results = run(program, leaves, program.compiled, names)
@@ -157,7 +157,7 @@ class Dispatcher:
         call = self.split(fun, args, kwargs)
         leaves, key = self._key(fun, call, abstract=abstract)
         try:
-            program = self._programs.get(key)
+            program = None if jax.config.jax_disable_jit else self._programs.get(key)
         except TypeError:
             _refuse_unhashable(fun, call)
             raise
@@ -182,14 +182,14 @@ class Dispatcher:
         turn = self._tracing.setdefault(key, threading.RLock())
         in_turn = turn.acquire(timeout=PATIENCE)
         try:
-            program = self._programs.get(key)
+            program = None if jax.config.jax_disable_jit else self._programs.get(key)
             if program is None:
                 signature = self._signature(fun, call, leaves)
                 earlier = list(self._signatures.values())
                 program, reusable = self._lower(fun, call, signature)
                 if jax.config.jax_explain_cache_misses:
                     logger.warning(signature.explain(program.name, earlier))
-                if reusable:
+                if reusable and not jax.config.jax_disable_jit:  # under it every call runs the user's Python
                     self._signatures[key], self._programs[key] = signature, program
             return program
         finally:
@@ -585,7 +585,22 @@ def _pad_on_host(x: Any, axis: int, where: Layout) -> jax.Array | np.ndarray[Any
 
 def _lies(x: jax.Array, wanted: jax.sharding.NamedSharding) -> bool:
     """Whether the array lies as wanted, whatever its mesh and its axes are called."""
-    return x.sharding == wanted or x.sharding.is_equivalent_to(wanted, x.ndim)
+    return x.sharding == wanted or (x.sharding.is_equivalent_to(wanted, x.ndim) and not _primitives.split_over(x))
+
+
+def _stage(program: Program, leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """The results of a call inside a transformation."""
+    settled = map(functools.partial(_settle, program), [*leaves, *program.closed], program.in_axes)
+    try:
+        _primitives.refuse_split_batches()
+        return tuple(program.staged(*settled))
+    except _primitives.SplitBatchError as error:
+        raise UnsupportedTransformationError(
+            f"A vmap of a map is to split its batch over {error.args[0]!r}, an axis of a mesh, by spmd_axis_name "
+            f"or by the type of an argument. The replicas of the map take all of its devices, each with the whole "
+            f"batch. Leave spmd_axis_name out, and pass arguments that are not split along the vmapped axis "
+            f"(jax.sharding.reshard); or map over the batch with replicax.pmap, too."
+        ) from None
 
 
 def _settle(program: Program, x: Any, axis: int | None) -> Any:

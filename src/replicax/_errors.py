@@ -8,6 +8,7 @@ has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written
     ├── AxisSpecError                ValueError           in_axes or out_axes does not fit
     ├── AxisSpecTypeError            TypeError            in_axes or out_axes holds something that is no axis
     ├── NotAnArrayError              TypeError            an argument or a result is no array
+    ├── UnsupportedDtypeError        TypeError            an argument or a result of a dtype that XLA cannot pad
     ├── NotAFunctionError            TypeError            what was to be mapped is no function
     ├── NestedMapError               ValueError           jax.pmap or jax.shard_map inside a mapped function
     ├── OptionTypeError              TypeError            an option of pmap is of the wrong type
@@ -19,6 +20,7 @@ has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written
     ├── UnknownBackendError          RuntimeError         no such backend here
     ├── UnboundAxisError             NameError            a collective over a name that no map binds
     ├── UnsupportedCollectiveError   NotImplementedError  a collective that replicax has no rule for
+    ├── UnsupportedTransformationError  NotImplementedError  a vmap that splits its batch over a mesh, of a map
     ├── CollectiveArgumentError      ValueError           a permutation, group or index that no collective can follow
     ├── DivergentOutputError         ValueError           out_axes=None for a result that differs between replicas
     ├── ShardsError                  ValueError           the shards of device_put_sharded do not fit together
@@ -50,6 +52,10 @@ class AxisSpecTypeError(ReplicaxError, TypeError):
 
 class NotAnArrayError(ReplicaxError, TypeError):
     """An argument, or a result of the mapped function, is not an array."""
+
+
+class UnsupportedDtypeError(ReplicaxError, TypeError):
+    """An argument, or a result of the mapped function, is of a dtype that XLA cannot pad."""
 
 
 class NotAFunctionError(ReplicaxError, TypeError):
@@ -94,6 +100,10 @@ class UnboundAxisError(ReplicaxError, NameError):
 
 class UnsupportedCollectiveError(ReplicaxError, NotImplementedError):
     """A collective over a mapped axis that replicax has no rule for."""
+
+
+class UnsupportedTransformationError(ReplicaxError, NotImplementedError):
+    """A ``vmap`` of a map that is to split its batch over an axis of a mesh."""
 
 
 class CollectiveArgumentError(ReplicaxError, ValueError):

@@ -49,14 +49,33 @@ def staging() -> bool:
     return isinstance(trace, pe.DynamicJaxprTrace)
 
 
-def own_mesh() -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _at_once(known: Any) -> Iterator[None]:
+    """Under ``jax.ensure_compile_time_eval`` runs what is ``known``, and records the rest as if it were not.
+
+    Under it JAX looks for the index of a mapped axis at once, while a map is traced and there is none.
+    """
+    eager_if_known: Any = _NOTHING
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(known)):
+        eager_if_known = core.eval_context()
+    with eager_if_known, config.eager_constant_folding(False), own_mesh(known):
+        yield
+
+
+def own_mesh(known: Any = None) -> contextlib.AbstractContextManager[Any]:
     """Puts aside a mesh that the user has set for all of JAX, since a map brings its own."""
-    if not eager() or jax.sharding.get_abstract_mesh().empty:
+    if config.eager_constant_folding.value:
+        return _at_once(known)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or jax.sharding.AxisType.Manual in mesh.axis_types:
         return _NOTHING
+    if not eager():
+        return jax.sharding.use_abstract_mesh(NO_MESH)
     return jax.set_mesh(jax.sharding.Mesh(np.empty((), dtype=object), ()))
 
 
 _NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+NO_MESH = jax.sharding.AbstractMesh((), ())
 
 
 def trace_context() -> Hashable:

@@ -23,6 +23,7 @@ from replicax._errors import (
     NotAnArrayError,
     UnboundAxisError,
     UnsupportedCollectiveError,
+    UnsupportedDtypeError,
     report,
 )
 from replicax._layout import Layout, LogicalAxis, Scope, Splits
@@ -104,6 +105,7 @@ def trace_replica(
         raise _unbound(unbound, name).with_traceback(error.__traceback__) from None
     except AssertionError as error:
         if not _jax.is_about_shard_map_types(error):
+            _explain(error)
             raise
         raise UnsupportedCollectiveError(
             "pcast, or all_gather with to=, in a mapped function: JAX knows whether a value varies over an axis only "
@@ -116,8 +118,15 @@ def trace_replica(
     return Replica(jaxpr, consts, out)
 
 
+_OVER_A_VMAP_TOO = (
+    "If this is a collective over several axes, of which a vmap inside the mapped function binds one: JAX has a rule "
+    "for psum, pmean, pmax, pmin and axis_index there, and none for others, which jax.vmap refuses, too. Communicate "
+    "over one axis after the other, or map the inner function with replicax.pmap."
+)
+
 #: What JAX itself refuses while it traces or differentiates a collective: its words, and ours.
 REFUSALS = {
+    "axis size doesn't match": _OVER_A_VMAP_TOO,
     "Please open a feature request": (
         "JAX has no rule for this collective under a vmap (or jacfwd, hessian, or a map in batches) inside the mapped "
         "function, such as all_to_all with axis_index_groups. Take it out of the vmap: it takes arrays of any shape."
@@ -281,17 +290,36 @@ class Program:
             if axis is None or not rows:
                 return x
             # XLA may choose a sharding of N rows that JAX cannot express, and JAX then refuses the array.
-            return lax.with_sharding_constraint(x, where.sharding(None))
+            return _primitives.pin(x, where.sharding(None))
 
         def padded_first(*args: Any) -> tuple[Any, ...]:
+            typed = [_primitives.split_over(x) for x in args]
             args = tuple(
-                x if axis is None else pad_rows(placed(x, axis), axis, rows)
-                for x, axis in zip(args, self.in_axes, strict=True)
+                x if axis is None else placed(pad_rows(placed(x, axis), axis, rows), axis)
+                for x, axis in zip([_primitives.retype(x, None) for x in args], self.in_axes, strict=True)
             )
-            return tuple(map(placed, self.function(*args), self.out_axes))
+            results = map(placed, self.function(*args), self.out_axes)
+            return tuple(
+                _primitives.retype(y, _like_the_arguments(axis, typed, self.in_axes))
+                for y, axis in zip(results, self.out_axes, strict=True)
+            )
 
         padded_first.__name__ = padded_first.__qualname__ = self.name
         return jax.jit(padded_first)
+
+
+def _like_the_arguments(
+    axis: int | None, typed: Sequence[jax.sharding.NamedSharding | None], in_axes: Sequence[int | None]
+) -> jax.sharding.NamedSharding | None:
+    """What the type of a result says: split along the mapped axis as all mapped arguments whose types say so."""
+    said = [(where, a) for where, a in zip(typed, in_axes, strict=True) if where is not None]
+    if not said:
+        return None
+    mesh = said[0][0].mesh
+    rows = {where.spec[a] if a < len(where.spec) else None for where, a in said if a is not None}
+    if axis is None or len(rows) != 1:
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[None] * axis, rows.pop()))
 
 
 def lower(
@@ -314,8 +342,10 @@ def lower(
         DivergentOutputError: ``out_axes`` is None where the result differs between replicas.
         UnsupportedCollectiveError: the program communicates in a way that replicax has no rule for.
         NestedMapError: the program has a ``jax.pmap`` or ``jax.shard_map`` in it.
+        UnsupportedDtypeError: the program takes or returns numbers of two bits, and has to be padded.
     """
     _refuse_device_maps(replica.jaxpr, name)
+    _refuse_two_bits([*dtypes, *(x.dtype for x in jax.tree.leaves(replica.out))], layout)
     flat_out_axes = match_out_axes(out_axes, replica.out)
     passed = [k for k, const in enumerate(replica.consts) if _has_to_be_passed(const)]
     closed = tuple(replica.consts[k] for k in passed)
@@ -450,6 +480,17 @@ def _refuse_device_maps(jaxpr: _jax.Jaxpr, name: str) -> None:
             f"{name} spreads its own work over devices, with jax.pmap or jax.shard_map, and is mapped over devices "
             f"itself. Map the inner function with replicax.pmap, whose replicas run beside the outer's, or with "
             f"jax.vmap."
+        )
+
+
+def _refuse_two_bits(dtypes: Sequence[Any], layout: Layout) -> None:
+    """XLA overruns its buffers where it concatenates or cuts split arrays of two bits (``jit`` alone shows it)."""
+    found = sorted({dtype.name for dtype in dtypes if dtype.name in ("int2", "uint2")})
+    if found and layout.axis.padding:
+        raise UnsupportedDtypeError(
+            f"{layout.size} replicas of a function that takes or returns {' and '.join(found)}, on "
+            f"{layout.axis.devices} devices of {layout.axis.lanes} each: XLA cannot pad arrays of two bits. Convert "
+            f"them to int4 or int8, as in x.astype('int8'), or map over a number of replicas that the devices divide."
         )
 
 
