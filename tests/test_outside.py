@@ -101,8 +101,8 @@ def steered(x):
     return lax.scan(lambda c, _: (c + lax.pmean(c, AXIS), None), y, None, 2)[0]
 
 
-@pytest.mark.parametrize("n", [8, 13])
-def test_disable_jit(n):
+def test_disable_jit():
+    n = 13
     with jax.disable_jit():
         out, derivative = pmap(steered, AXIS)(rows(n)), jax.grad(lambda x: pmap(centered, AXIS)(x).sum())(rows(n))
     close(out, vmapped(steered)(rows(n)))
@@ -131,9 +131,8 @@ def test_debug_nans(n):
                 run(bad)
 
 
-@pytest.mark.parametrize("n", [8, 13])
-def test_checking_leaks(n):
-    kept = []
+def test_checking_leaks():
+    n, kept = 13, []
 
     def fun(x):
         return jnp.cos(x) * lax.axis_index(AXIS) + 1.25
