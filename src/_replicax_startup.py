@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import runpy
 import sys
 import warnings
 from collections.abc import Sequence
@@ -91,21 +90,4 @@ def start(value: str) -> None:
         sys.meta_path.insert(0, AfterImport())
 
 
-def main(arguments: list[str]) -> None:
-    """Runs a script, or ``-m`` and a module, as Python does, and its child processes likewise."""
-    os.environ[VARIABLE] = "1"
-    start("1")
-    if not sys.flags.safe_path:
-        sys.path[0] = os.getcwd() if arguments[0] == "-m" else os.path.dirname(os.path.realpath(arguments[0]))
-    if arguments[0] == "-m":
-        sys.argv[:] = arguments[1:]
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv[:] = arguments
-        runpy.run_path(arguments[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
-else:
-    start(os.environ.get(VARIABLE, ""))
+start(os.environ.get(VARIABLE, ""))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from replicax import _dispatch, pmap
+from replicax import DeletedArrayError, _dispatch, pmap
 from replicax.testing import check
 from test_inputs import everywhere
 
@@ -316,3 +316,43 @@ def test_none_among_the_leaves(n):
     check(fun, {"a": x, "b": None}, in_axes=({"a": 0, "b": None},))
     check(fun, (x, None), kwargs={"extra": None})
     check(fun, Point(x), kwargs={"extra": Point(x, {"deep": x})})
+
+
+def test_one_array_donated_and_passed_again():
+    """What has to be moved is donated as a copy; what lies right cannot be."""
+    x = jnp.arange(8.0)
+    mapped = pmap(lambda x, y: (x + 1, y), donate_argnums=0)
+    for ours, expected in zip(mapped(x, x), (np.arange(1.0, 9), np.arange(8.0)), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    there = pmap(lambda x: x * 1)(np.arange(8.0))
+    with pytest.raises(DeletedArrayError, match=r"\* x is donated, and passed twice\n[^*]*$"):
+        mapped(there, there)
+    np.testing.assert_array_equal(there, np.arange(8.0))
+
+
+class Incomparable:
+    """A static argument that has a hash and no truth value of its comparison."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __eq__(self, other):
+        return self.array == other.array
+
+    def __hash__(self):
+        return 5
+
+
+def test_static_arguments_of_different_functions_are_not_compared():
+    x = np.arange(8.0)
+    plus = pmap(lambda x, c: x + c.array.sum(), static_broadcasted_argnums=1)(x, Incomparable(np.ones(3)))
+    minus = pmap(lambda x, c: x - c.array.sum(), static_broadcasted_argnums=1)(x, Incomparable(np.ones(2)))
+    np.testing.assert_array_equal(plus - minus, np.full(8, 5.0))
+
+
+def test_wrapping_a_mapped_function_takes_what_it_wraps_and_no_more():
+    @functools.wraps(pmap(lambda x: x))
+    def wrapper(x):
+        return x
+
+    assert {name for name in vars(wrapper) if not name.startswith("__")} == set()

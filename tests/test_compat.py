@@ -239,6 +239,24 @@ def test_errors(call, error, text):
         call()
 
 
+@pytest.mark.parametrize("n", [1, 4, 8, 12, 13])
+def test_derivatives_of_results_that_differ_do_not_depend_on_devices(n):
+    def gradient(pmap):
+        return jax.grad(lambda x: pmap(lambda x: x * x, axis_name="i", out_axes=None)(x))(np.arange(1.0, n + 1))
+
+    np.testing.assert_allclose(gradient(compat.pmap), 2 * np.arange(1.0, n + 1) / n, rtol=1e-6)
+    if n <= 8:
+        np.testing.assert_allclose(gradient(compat.pmap), gradient(jax.pmap), rtol=1e-6)
+
+
+def test_weak_types_stay_weak():
+    weak = compat.device_put_replicated((0.1, np.float32(1), jnp.asarray(2)), jax.devices()[:4])
+    assert [x.weak_type for x in weak] == [True, False, True]
+    rate = compat.device_put_sharded([1.0, 2.0], jax.devices()[:2])
+    assert rate.weak_type
+    assert compat.pmap(lambda r, x: r * x)(rate, jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # From outside of the program
 
@@ -301,6 +319,24 @@ def test_the_command(tmp_path, monkeypatch, how, child):
     monkeypatch.chdir(tmp_path)
     out = python("-m", "replicax.compat", *how, "-m", child)
     assert out == f"{compat.pmap.__module__} 3 float64\n['-m', '{child}'] script.py {tmp_path.name}\n"
+
+
+def test_what_a_program_leaves_behind_finds_it(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, os, pickle, jax\nclass Mine: pass\nos.chdir('/')\n"
+        "atexit.register(lambda: print(type(pickle.loads(pickle.dumps(Mine()))).__name__, os.path.exists(__file__)))\n"
+        "raise SystemExit(7)"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert python("-m", "replicax.compat", "script.py") == "Mine True\n"
+
+
+def test_the_command_of_what_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr("site.getsitepackages", list)
+    monkeypatch.setattr("site.getusersitepackages", lambda: "nowhere")
+    assert command(["script.py"]) == 2
+    assert "is not installed" in capsys.readouterr().err
 
 
 def test_the_command_without_a_program(capsys):

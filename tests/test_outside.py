@@ -232,3 +232,11 @@ def test_other_collectives_over_the_axis_of_a_vmap_inside_are_refused():
     for fun in (gather, shift):
         with pytest.raises(AssertionError):
             vmapped(fun)(rows(8))
+
+
+def test_an_untiled_scatter_under_a_vmap():
+    f = lambda v: lax.psum_scatter(jnp.stack([v, v * 2]), "j")
+    expected = jax.vmap(jax.vmap(f, axis_name="j"))(np.ones((3, 2), np.float32))
+    np.testing.assert_allclose(
+        jax.vmap(pmap(f, axis_name="j", devices=jax.devices()[:2]))(np.ones((3, 2), np.float32)), expected
+    )

@@ -72,3 +72,19 @@ def test_padding_has_no_part_in_derivatives(n, d):
 
 def test_many_replicas_one_at_a_time_far_over_the_devices():
     check(lambda x: x - lax.pmean(x, "i"), np.random.default_rng(0).normal(size=(10_003, 2)), axis_name="i")
+
+
+@pytest.mark.parametrize("d", [1, 2, 5, 8])
+def test_a_map_is_linear_where_its_function_is(d):
+    x, on = np.arange(3.0, dtype=np.float32), {"devices": jax.devices()[:d]}
+    double = pmap(lambda g: 2 * g, **on)
+    np.testing.assert_array_equal(jax.linear_transpose(double, x)(x)[0], 2 * x)
+    halves = jax.lax.custom_linear_solve(double, x, lambda _, b: b / 2, lambda _, b: b / 2)
+    np.testing.assert_array_equal(halves, x / 2)
+
+    @jax.custom_jvp
+    def square(x):
+        return x * x
+
+    square.defjvp(lambda p, t: (square(*p), pmap(lambda x, g: 2 * x * g, **on)(p[0], t[0])))
+    np.testing.assert_array_equal(jax.grad(lambda x: square(x).sum())(x), 2 * x)

@@ -468,7 +468,8 @@ def psum_scatter(
     axis = only_axis(logical, names)
     if (name := direct(axis)) is not None:
         together = split and split.groups
-        return lax.psum_scatter(x, name, scatter_dimension=scatter_dimension, tiled=tiled, axis_index_groups=together)
+        part = lax.psum_scatter(x, name, scatter_dimension=scatter_dimension, tiled=True, axis_index_groups=together)
+        return part if tiled else lax.squeeze(part, [scatter_dimension])  # untiled, JAX has no right rule for vmap
     x = chunks(x, scatter_dimension, axis_size) if tiled else jnp.moveaxis(x, scatter_dimension, 0)
     if axis is not None:
         whole = device_groups(axis, split) if split else None

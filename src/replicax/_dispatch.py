@@ -473,7 +473,7 @@ def run(
     placed = place(program, [*leaves, *program.closed_in_place])
     moved = {i: x for i in program.donated if placed[i] is not (x := leaves[i]) and isinstance(x, jax.Array)}
     for i, x in moved.items():
-        if not _shares(x, placed[i]):
+        if not _shares(x, placed[i]) and not any(x is y for y in placed):
             x.delete()
     results = executable(*placed)
     for x in moved.values():
@@ -492,10 +492,11 @@ def _shares(x: jax.Array, copy: jax.Array) -> bool:
 def _check_donated(program: Program, leaves: Sequence[Any], names: Callable[[], Sequence[str]]) -> None:
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
     times = Counter(map(id, arrays.values()))
-    given = {id(arrays[i]) for i in program.donated if i in arrays}
     faults = {i: "was donated before, and its buffer is gone" for i, x in arrays.items() if x.is_deleted()}
-    twice = {key for key, count in times.items() if count > 1} & given
-    faults |= {i: "is donated, and passed twice" for i, x in arrays.items() if id(x) in twice}
+    for i in program.taken:  # where it has to be moved, it is the copy that the program takes
+        x = arrays.get(i)
+        if x is not None and i not in faults and times[id(x)] > 1 and _lies(x, program.in_shardings[i]):
+            faults[i] = "is donated, and passed twice"
     if faults:
         called = names()
         raise DeletedArrayError(

@@ -8,6 +8,7 @@ known by name, except for the three control-flow primitives whose carries :func:
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -274,8 +275,15 @@ def trace(
         The jaxpr, its constants (which may be tracers of an enclosing trace), and the tree of
         ``jax.ShapeDtypeStruct`` that ``fun`` returned.
     """
-    traced = jax.make_jaxpr(fun, static_argnums=tuple(static), axis_env=list(sizes.items()), return_shape=True)
-    jaxpr, out = traced(*args, **kwargs)
+    fixed = {i: args[i] for i in static}
+
+    @functools.wraps(fun)
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        # JAX compares static arguments with those of other functions, which may be of a kind that has no comparison.
+        return fun(*(fixed.get(i, x) for i, x in enumerate(args)), **kwargs)
+
+    traced = jax.make_jaxpr(bound, axis_env=list(sizes.items()), return_shape=True)
+    jaxpr, out = traced(*(None if i in fixed else x for i, x in enumerate(args)), **kwargs)
     return jaxpr, list(constants(jaxpr)), out
 
 

@@ -98,6 +98,8 @@ def trace_replica(
     try:
         with _jax.replica_traced():
             jaxpr, consts, out = _jax.trace(checked, args, kwargs, static, {name: size})
+    except UnboundAxisError:
+        raise  # of a map inside
     except NameError as error:
         unbound = _jax.unbound_axis_name(error)
         if unbound is None:
@@ -358,7 +360,8 @@ def lower(
     if agreeing:
         where = rewriter.analysis.results(replica.jaxpr, varying)
         _check_broadcast_results(replica, flat_out_axes, where, layout.axis)
-    one_replica = _one_replica(replica, rewriter, varying, passed, flat_out_axes, in_places, out_places)
+    by_replica = _jax.has_primitive(replica.jaxpr, ("custom_vjp_call",)) or not agreeing
+    one_replica = _one_replica(replica, rewriter, varying, passed, flat_out_axes, in_places, out_places, by_replica)
     one_device = over_lanes(one_replica, layout.axis, all_axes, flat_out_axes)
     function = _over_devices(
         one_device,
@@ -440,10 +443,10 @@ def _one_replica(
     out_axes: Sequence[int | None],
     in_places: Sequence[_Place],
     out_places: Sequence[_Place],
+    by_replica: bool,
 ) -> OneReplica:
     """What a replica runs on its arguments, and on the closed-over arrays that have to be passed."""
     axis = rewriter.scope.axes[-1]
-    has_rules = _jax.has_primitive(replica.jaxpr, ("custom_vjp_call",))
 
     def one_replica(*args: Any) -> tuple[Any, ...]:
         consts = list(replica.consts)
@@ -454,7 +457,8 @@ def _one_replica(
         results = rewriter.run_in_parts(replica.jaxpr, consts, own, varying)
         results = [_at(y, place) for y, place in zip(results, out_places, strict=True)]
         return tuple(
-            one_value(axis, y, has_rules=has_rules) if a is None else y for y, a in zip(results, out_axes, strict=True)
+            one_value(axis, y, by_replica=by_replica) if a is None else y
+            for y, a in zip(results, out_axes, strict=True)
         )
 
     return one_replica

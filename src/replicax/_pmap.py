@@ -24,6 +24,8 @@ _ABSENT: Any = object()
 class MappedFunction(Generic[R]):
     """A function that runs once for each replica; what :func:`pmap` returns."""
 
+    __slots__ = ("__dict__", "__weakref__", "_dispatcher", "_fun", "options")  # functools.wraps copies __dict__ alone
+
     def __init__(self, fun: Callable[..., R], options: Options) -> None:
         functools.update_wrapper(self, fun)
         if not hasattr(fun, "__name__"):  # a functools.partial, say; what jax.pmap returns always has a name

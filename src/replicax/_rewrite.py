@@ -127,12 +127,12 @@ class Rewriter:
         inside, (jaxpr,) = self._rewriter_inside(eqn), _jax.sub_jaxprs(eqn)
         axis, in_axes, out_axes = inside.scope.axes[-1], eqn.params["in_axes"], eqn.params["out_axes"]
         operands = mapped(eqn, varying, frozenset({axis}))
-        has_rules = _jax.has_primitive(jaxpr, ("custom_vjp_call",))
+        by_replica = _jax.has_primitive(jaxpr, ("custom_vjp_call",))
 
         def one_replica(*own: Any) -> tuple[Any, ...]:
             results = inside.run(jaxpr, _jax.constants(jaxpr), own, operands)
             return tuple(
-                one_value(axis, y, has_rules=has_rules) if a is None else y
+                one_value(axis, y, by_replica=by_replica) if a is None else y
                 for y, a in zip(results, out_axes, strict=True)
             )
 
@@ -299,16 +299,16 @@ class Rewriter:
         return results
 
 
-def one_value(axis: LogicalAxis, y: Any, *, has_rules: bool) -> Any:
-    """The result that is equal in all replicas.
+def one_value(axis: LogicalAxis, y: Any, *, by_replica: bool) -> Any:
+    """The result that is equal in all replicas, or whose first is meant.
 
     Args:
         axis: The mapped axis.
         y: The result, as one replica has it.
-        has_rules: Whether the program has derivative rules of the user's, which have to meet each replica's part of
-            a cotangent.
+        by_replica: Whether it matters which replica gets which part of a cotangent: to derivative rules of the
+            user's, and where the replicas differ. Each gets one of N equal parts.
     """
-    if has_rules and axis.physical and jnp.issubdtype(jnp.result_type(y), jnp.inexact):
+    if by_replica and axis.physical and jnp.issubdtype(jnp.result_type(y), jnp.inexact):
         return equal_value(axis, lane_by_lane([axis], y))
     return any_lane(axis, y)
 

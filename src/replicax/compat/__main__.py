@@ -1,15 +1,16 @@
 """``python -m replicax.compat script.py …``: as ``python script.py …``, with :func:`replicax.compat.install`.
 
 Python imports JAX on the way to this module, and JAX reads its environment variables when it is imported, while the
-script may want to set some first. So the script runs in an interpreter of its own, which takes the place of this one.
+script may want to set some first. So an interpreter of its own, which takes the place of this one, runs the script,
+with ``REPLICAX_COMPAT=1``.
 """
 
 from __future__ import annotations
 
 import os
+import site
 import subprocess
 import sys
-from importlib.util import find_spec
 
 USAGE = """\
 usage: python -m replicax.compat SCRIPT [ARG ...]
@@ -21,16 +22,19 @@ jax.device_put_sharded.
 
 
 def _command(arguments: list[str]) -> list[str]:
-    """This interpreter with its own options, on the module that starts programs without importing JAX."""
+    """This interpreter with its own options, on the program."""
     options = sys.orig_argv[1 : len(sys.orig_argv) - len(arguments)]
     if options[-2:] == ["-m", "replicax.compat"]:
         options = options[:-2]
     elif options and options[-1].endswith("mreplicax.compat"):
         options = options[:-1]
-    spec = find_spec("_replicax_startup")
-    assert spec is not None
-    assert spec.origin is not None
-    return [sys.executable, *options, spec.origin, *arguments]
+    return [sys.executable, *options, *arguments]
+
+
+def _switch_is_installed() -> bool:
+    """Whether interpreters read the file that heeds the variable when they start."""
+    folders = [*site.getsitepackages(), site.getusersitepackages()]
+    return not sys.flags.no_site and any(os.path.exists(os.path.join(f, "replicax_compat.pth")) for f in folders)
 
 
 def main(arguments: list[str]) -> int:
@@ -41,7 +45,15 @@ def main(arguments: list[str]) -> int:
     if arguments[0].startswith("-") and (arguments[0] != "-m" or len(arguments) < 2):
         print(f"replicax.compat: not {' '.join(arguments)!r}\n{USAGE}", end="", file=sys.stderr)
         return 2
+    if not _switch_is_installed():
+        print(
+            "replicax.compat: replicax lies on the path, and is not installed, as this needs. Install it, as with "
+            "pip install, or call replicax.compat.install() in the program.",
+            file=sys.stderr,
+        )
+        return 2
     command = _command(arguments)
+    os.environ["REPLICAX_COMPAT"] = "1"
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name == "posix":

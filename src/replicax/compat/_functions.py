@@ -102,7 +102,7 @@ def device_put_replicated(x: Tree, devices: Sequence[jax.Device]) -> Tree:
     devices = check_devices(devices)
     check_arrays("device_put_replicated", x)
     with _jax.own_mesh():
-        return jax.tree.map(lambda leaf: _rows_on([_as_row(leaf)] * len(devices), devices), x)
+        return jax.tree.map(lambda leaf: _rows_on([leaf] * len(devices), devices), x)
 
 
 def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) -> Tree:
@@ -143,7 +143,7 @@ def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) ->
     check_arrays("device_put_sharded", list(shards))
     _check_alike(shards)
     with _jax.own_mesh():
-        return jax.tree.map(lambda *leaves: _rows_on(list(map(_as_row, leaves)), devices), *shards)
+        return jax.tree.map(lambda *leaves: _rows_on(leaves, devices), *shards)
 
 
 def _as_row(x: Any) -> Any:
@@ -151,11 +151,12 @@ def _as_row(x: Any) -> Any:
     return lax.expand_dims(x, (0,)) if isinstance(x, jax.Array) else np.array(x)[None]
 
 
-def _rows_on(rows: list[Any], devices: tuple[jax.Device, ...]) -> jax.Array:
-    """One array, of which each device has one row."""
-    pieces = jax.device_put(rows, list(devices))
+def _rows_on(rows: Sequence[Any], devices: tuple[jax.Device, ...]) -> Any:
+    """One array, of which each device has one row; weakly typed as they are."""
+    pieces = jax.device_put(list(map(_as_row, rows)), list(devices))
     where = NamedSharding(Mesh(np.asarray(devices, dtype=object), ("replicas",)), PartitionSpec("replicas"))
-    return jax.make_array_from_single_device_arrays((len(devices), *pieces[0].shape[1:]), where, pieces)
+    whole = jax.make_array_from_single_device_arrays((len(devices), *pieces[0].shape[1:]), where, pieces)
+    return _jax.as_type(whole, _jax.typeof(rows[0]))
 
 
 def _check_alike(shards: Sequence[Any]) -> None:
