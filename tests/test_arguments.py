@@ -356,3 +356,14 @@ def test_wrapping_a_mapped_function_takes_what_it_wraps_and_no_more():
         return x
 
     assert {name for name in vars(wrapper) if not name.startswith("__")} == set()
+
+
+def test_attributes_of_the_function_do_not_hide_the_methods_of_the_map():
+    def program(x):
+        return x * 7
+
+    program.lower, program.trace, program.note = 0.0, 6, "kept"
+    mapped = pmap(program)
+    assert mapped.note == "kept"
+    assert mapped.__name__ == "program"
+    assert "program" in mapped.lower(np.arange(8.0)).as_text()

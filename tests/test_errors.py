@@ -190,6 +190,10 @@ FAULTS = {
         call(add, x8, jax.ShapeDtypeStruct((8,), "float32")),
         replicax.NotAnArrayError, TypeError, ["right is of type ShapeDtypeStruct"],
     ),
+    "in_axes for keywords": (
+        lambda: pmap(lambda x: x, in_axes={"x": 1})(x=x8),
+        replicax.AxisSpecError, ValueError, ["in_axes={'x': 1}", "by keyword"],
+    ),
     "devices for an inner map": (
         call(lambda x: pmap(jnp.sin, devices=jax.devices())(x), np.ones((2, 4))),
         replicax.NestedMapError, ValueError, ["Nested pmap with explicit devices argument", "outermost"],

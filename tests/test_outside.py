@@ -240,3 +240,13 @@ def test_an_untiled_scatter_under_a_vmap():
     np.testing.assert_allclose(
         jax.vmap(pmap(f, axis_name="j", devices=jax.devices()[:2]))(np.ones((3, 2), np.float32)), expected
     )
+
+
+def test_scatters_and_gathers_of_outer_replicas_inside_inner_ones():
+    scattered = lambda v: lax.psum_scatter(jnp.stack([v] * 3), "j")
+    nested = pmap(pmap(scattered, axis_name="k"), axis_name="j", devices=jax.devices()[:3])
+    np.testing.assert_allclose(nested(np.ones((3, 2))), np.full((3, 2), 3.0))
+    gathered = lambda v: lax.all_gather(v, "j", axis=1) * v[:, None]
+    x = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
+    ours = jax.jacrev(pmap(gathered, axis_name="j", devices=jax.devices()[:3]))(x)
+    np.testing.assert_allclose(ours, jax.jacrev(jax.vmap(gathered, axis_name="j"))(x), rtol=1e-5)

@@ -217,6 +217,11 @@ def match_in_axes(spec: Spec, args: Mapping[int, Any], arity: int, leaves: Seque
             f"argument(s). Give one entry for each positional argument (each argument passed by keyword is mapped "
             f"along axis 0), or a single int for all of them."
         )
+    if not arity and not per_argument and not isinstance(in_axes, int | None):
+        raise AxisSpecError(
+            f"in_axes={in_axes!r} is about positional arguments, and the function was called with none. Arguments "
+            f"passed by keyword are mapped along axis 0: leave in_axes out, or pass them by position."
+        )
     entries = tuple(in_axes[i] if per_argument else in_axes for i in args)
     axes = broadcast_prefix("in_axes", "the tuple of arguments", entries, tuple(args.values()))
     axes += [0] * (len(leaves) - len(axes))

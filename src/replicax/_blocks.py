@@ -155,12 +155,17 @@ def gather(logical: LogicalAxes, names: Sequence[Hashable], x: Any) -> Any:
     """``(replicas, ...)``: every replica's ``x`` along these axes as one."""
     shape = x.shape
     for name in reversed(names):
-        x = _gather_along(logical[name], x) if name in logical else lax.all_gather(x, name)
+        x = _gather_along(logical[name], x) if name in logical else _gather(x, name)
     return x.reshape(size_of(logical, names), *shape)
 
 
 def _gather_along(axis: LogicalAxis, x: Any) -> Any:
     shape = x.shape
     for name, _ in axis.physical:
-        x = lax.all_gather(x, name)
+        x = _gather(x, name)
     return x.reshape(axis.devices * axis.lanes, *shape)[: axis.size]
+
+
+def _gather(x: Any, name: Hashable) -> Any:
+    """``lax.all_gather``, in the form whose transpose JAX has a right rule for under ``vmap``."""
+    return lax.all_gather(x[None], name, tiled=True)

@@ -421,11 +421,12 @@ def all_gather(
     axis = only_axis(logical, names)
     if (name := direct(axis)) is not None:
         together = split and split.groups
-        return lax.all_gather(x, name, axis=all_gather_dimension, tiled=tiled, axis_index_groups=together)
+        x = x if tiled else lax.expand_dims(x, [all_gather_dimension])  # the transpose of an untiled one fails in vmap
+        return lax.all_gather(x, name, axis=all_gather_dimension, tiled=True, axis_index_groups=together)
     if split is None:
         gathered = gather(logical, names, x)
     elif axis is not None and axis.device_axis is not None and (whole := device_groups(axis, split)) is not None:
-        gathered = lax.all_gather(block(axis, x), axis.device_axis, axis_index_groups=whole)
+        gathered = lax.all_gather(block(axis, x)[None], axis.device_axis, axis_index_groups=whole, tiled=True)
         gathered = gathered.reshape(axis_size, *x.shape)
     else:
         gathered = fetch(logical, names, x[None], split.members)

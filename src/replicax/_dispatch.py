@@ -175,7 +175,8 @@ class Dispatcher:
         except (TypeError, ValueError):
             _refuse_non_arrays(fun, call, leaves)
             raise
-        return leaves, (tree, types, call.static, _jax.trace_context(), _jax.eager(), _jax.tracing_replica())
+        surroundings = _jax.eager(), _has_to_spread(leaves), _jax.tracing_replica()
+        return leaves, (tree, types, call.static, _jax.trace_context(), surroundings)
 
     def _build(self, key: Hashable, fun: Callable[..., Any], call: Call, leaves: Sequence[Any]) -> Program | Recorded:
         """Traces and lowers a program, unless another thread has done so by the time that it is this one's turn."""
@@ -186,7 +187,7 @@ class Dispatcher:
             if program is None:
                 signature = self._signature(fun, call, leaves)
                 earlier = list(self._signatures.values())
-                program, reusable = self._lower(fun, call, signature)
+                program, reusable = self._lower(fun, call, signature, _has_to_spread(leaves))
                 if jax.config.jax_explain_cache_misses:
                     logger.warning(signature.explain(program.name, earlier))
                 if reusable and not jax.config.jax_disable_jit:  # under it every call runs the user's Python
@@ -294,7 +295,9 @@ class Dispatcher:
             else ("by itself" if _jax.eager() else "inside a transformation such as jit, grad or vmap"),
         )
 
-    def _lower(self, fun: Callable[..., Any], call: Call, signature: Signature) -> tuple[Program | Recorded, bool]:
+    def _lower(
+        self, fun: Callable[..., Any], call: Call, signature: Signature, spread: bool
+    ) -> tuple[Program | Recorded, bool]:
         options, size = self.options, signature.size
         if _jax.tracing_replica():
             _refuse_inner_devices(options, function_name(fun))
@@ -318,7 +321,7 @@ class Dispatcher:
             axis = replicas_of(options.axis_name, size)
             return record(replica, axis, signature.in_axes, options.out_axes, name, options.agreeing), reusable
         nesting = _primitives.nesting(replica.jaxpr)
-        placed = layout(options.axis_name, size, devices, spread=not _jax.eager(), nesting=nesting)
+        placed = layout(options.axis_name, size, devices, spread=spread, aside=not _jax.eager(), nesting=nesting)
         dtypes = [aval.dtype for aval in avals]
         donated, agreeing = self._donated(call), options.agreeing
         program = lower(replica, placed, signature.in_axes, options.out_axes, dtypes, donated, name, agreeing)
@@ -360,6 +363,11 @@ def _bound(fun: Callable[..., Any], static: Mapping[str, Any]) -> Callable[..., 
         return fun(*args, **kwargs, **static)
 
     return bound
+
+
+def _has_to_spread(leaves: Sequence[Any]) -> bool:
+    """Whether a program has to take all devices: it is recorded with others, or its arguments' types name a mesh."""
+    return not _jax.eager() and (_jax.staging() or any(_primitives.split_over(x) is not None for x in leaves))
 
 
 def _type(x: Any) -> jax.ShapeDtypeStruct:

@@ -277,7 +277,7 @@ def trace(
     """
     fixed = {i: args[i] for i in static}
 
-    @functools.wraps(fun)
+    @functools.wraps(fun, updated=())  # an attribute of the user's, such as "trace", would hide jit's
     def bound(*args: Any, **kwargs: Any) -> Any:
         # JAX compares static arguments with those of other functions, which may be of a kind that has no comparison.
         return fun(*(fixed.get(i, x) for i, x in enumerate(args)), **kwargs)

@@ -28,6 +28,8 @@ class MappedFunction(Generic[R]):
 
     def __init__(self, fun: Callable[..., R], options: Options) -> None:
         functools.update_wrapper(self, fun)
+        for name in vars(MappedFunction).keys() & vars(self).keys() - {"__doc__", "__module__"}:
+            del vars(self)[name]  # an attribute of the function's own, such as "lower"
         if not hasattr(fun, "__name__"):  # a functools.partial, say; what jax.pmap returns always has a name
             self.__name__ = self.__qualname__ = function_name(fun)
         self._fun = fun

@@ -94,7 +94,7 @@ def _warn_of_those_who_took(original: object) -> None:
     took = sorted(
         name
         for name, module in list(sys.modules.items())
-        if name.partition(".")[0] not in ("jax", "__main__") and getattr(module, "__dict__", {}).get("pmap") is original
+        if name.partition(".")[0] != "jax" and getattr(module, "__dict__", {}).get("pmap") is original
     )
     if took:
         warnings.warn(
