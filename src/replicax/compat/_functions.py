@@ -124,10 +124,10 @@ def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) ->
         DevicesError: ``devices`` is empty, or no list of different devices of one platform.
 
     Example:
-        >>> import jax
+        >>> import jax, numpy as np
         >>> from replicax import compat
-        >>> compat.device_put_sharded([{"x": 1.0}, {"x": 2.0}], jax.devices()[:2])
-        {'x': Array([1., 2.], dtype=float32)}
+        >>> compat.device_put_sharded([{"x": np.ones(3)}, {"x": np.zeros(3)}], jax.devices()[:2])["x"].shape
+        (2, 3)
     """
     if isinstance(shards, str) or not isinstance(shards, Sequence):
         raise OptionTypeError(
