@@ -7,7 +7,7 @@ over devices. Both cost nothing: ``vmap`` only names a dimension.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -169,3 +169,10 @@ def _gather_along(axis: LogicalAxis, x: Any) -> Any:
 def _gather(x: Any, name: Hashable) -> Any:
     """``lax.all_gather``, in the form whose transpose JAX has a right rule for under ``vmap``."""
     return lax.all_gather(x[None], name, tiled=True)
+
+
+def on_data(function: Callable[[Any], Any], x: Any) -> Any:
+    """A function that moves data along axes of ``x``, of random keys applied to their data."""
+    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return function(x)
+    return jax.random.wrap_key_data(function(jax.random.key_data(x)), impl=jax.random.key_impl(x))

@@ -32,6 +32,7 @@ from replicax._blocks import (
     fetch,
     gather,
     lane_position,
+    on_data,
     on_device,
     only_axis,
     own_lane,
@@ -113,13 +114,10 @@ def moves_data(rule: Rule) -> Rule:
     """A rule that only moves data moves the data of random keys, too."""
 
     @functools.wraps(rule)
-    def on_data(logical: LogicalAxes, x: Any, **params: Any) -> Any:
-        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return rule(logical, x, **params)
-        data = rule(logical, jax.random.key_data(x), **params)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    def moving(logical: LogicalAxes, x: Any, **params: Any) -> Any:
+        return on_data(lambda data: rule(logical, data, **params), x)
 
-    return on_data  # type: ignore[return-value]
+    return moving  # type: ignore[return-value]
 
 
 def keeps_constants(rule: Rule) -> Rule:

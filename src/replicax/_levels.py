@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from replicax import _primitives
+from replicax._blocks import on_data
 from replicax._layout import LogicalAxis
 
 OneReplica = Callable[..., Sequence[Any]]
@@ -34,7 +34,7 @@ def over_lanes(
 
 def pad_rows(x: Any, dim: int, rows: int) -> Any:
     """``x`` with its last row along ``dim`` repeated ``rows`` more times; the copies have no part in derivatives."""
-    return _on_data(lambda x: _primitives.pad_rows(x, dim, rows), x) if rows else x
+    return on_data(lambda x: _primitives.pad_rows(x, dim, rows), x) if rows else x
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ class Part:
         """The array, equal on all devices of the map."""
         assert self.axis.device_axis is not None
         name, dim = self.axis.device_axis, self.dim
-        whole = _on_data(lambda x: _primitives.join_parts(x, name, dim), self.value)
+        whole = on_data(lambda x: _primitives.join_parts(x, name, dim), self.value)
         return lax.slice_in_dim(whole, 0, self.axis.size, axis=dim)
 
 
@@ -72,8 +72,8 @@ def own_block(axis: LogicalAxis, x: Any, dim: int | None) -> Any:
     if axis.device_axis is None:
         return x
     if dim is None:
-        return _on_data(lambda x: _primitives.share(x, axis.device_axis), x)
-    return _on_data(lambda x: _primitives.own_part(x, axis.device_axis, dim), pad_rows(x, dim, axis.padding))
+        return on_data(lambda x: _primitives.share(x, axis.device_axis), x)
+    return on_data(lambda x: _primitives.own_part(x, axis.device_axis, dim), pad_rows(x, dim, axis.padding))
 
 
 def whole(axis: LogicalAxis, y: Any, dim: int | None) -> Any:
@@ -81,7 +81,7 @@ def whole(axis: LogicalAxis, y: Any, dim: int | None) -> Any:
     if axis.device_axis is None:
         return y
     if dim is None:
-        return _on_data(lambda y: _primitives.equal_parts(y, axis.device_axis), y)
+        return on_data(lambda y: _primitives.equal_parts(y, axis.device_axis), y)
     return Part(y, axis, dim)
 
 
@@ -93,19 +93,12 @@ def comes_in_parts(axis: LogicalAxis) -> bool:
 def equal_on(x: Any, names: Sequence[Hashable]) -> Any:
     """``x``, an array which all devices along these mesh axes have been given alike."""
     for name in names:
-        x = _on_data(functools.partial(_primitives.equal_parts, axis=name), x)
+        x = on_data(functools.partial(_primitives.equal_parts, axis=name), x)
     return x
 
 
 def own_on(y: Any, names: Sequence[Hashable]) -> Any:
     """``y``, which all devices along these mesh axes have found alike, and any of which may give the result."""
     for name in names:
-        y = _on_data(functools.partial(_primitives.share, axis=name), y)
+        y = on_data(functools.partial(_primitives.share, axis=name), y)
     return y
-
-
-def _on_data(function: Callable[[Any], Any], x: Any) -> Any:
-    """A function that moves data along axes of ``x``, of random keys applied to their data."""
-    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return function(x)
-    return jax.random.wrap_key_data(function(jax.random.key_data(x)), impl=jax.random.key_impl(x))

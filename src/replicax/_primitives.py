@@ -531,7 +531,7 @@ def _nested_map_jvp(
         found.jaxpr, args, name=name, size=size, in_axes=arg_axes, out_axes=(*out_axes, *found.out_axes)
     )
     outs, residuals = results[: len(out_axes)], found.values(results[len(out_axes) :])
-    varies = [k for k, x in enumerate(outs) if tangent_type(x).dtype != jax.dtypes.float0]
+    varies = [k for k, x in enumerate(outs) if _tangent_type(x).dtype != jax.dtypes.float0]
 
     def tangent(*args: Any) -> list[Any]:
         linear = jax.tree.unflatten(pushforward[0], args[: len(residuals)])
@@ -550,10 +550,10 @@ def _nested_map_jvp(
         out_axes=[out_axes[k] for k in varies],
     )
     dots = dict(zip(varies, out_dots, strict=True))
-    return outs, [dots[k] if k in dots else ad_util.Zero(tangent_type(x)) for k, x in enumerate(outs)]
+    return outs, [dots[k] if k in dots else ad_util.Zero(_tangent_type(x)) for k, x in enumerate(outs)]
 
 
-def tangent_type(x: Any) -> Any:
+def _tangent_type(x: Any) -> Any:
     return core.typeof(x).to_tangent_aval()
 
 
