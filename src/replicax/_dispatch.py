@@ -36,10 +36,11 @@ from replicax._errors import (
     UnsupportedTransformationError,
     report,
 )
-from replicax._layout import Layout, layout, replicas_of
+from replicax._layout import layout, replicas_of
 from replicax._levels import pad_rows
 from replicax._lowering import Program, Recorded, describe_type, lower, record, trace_replica
 from replicax._signature import Signature
+from replicax._transfer import put
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class Options:
     backend: str | None
     axis_size: int | None
     agreeing: bool = True
+
+    @functools.cached_property
+    def donates(self) -> bool:
+        """Whether an argument is donated."""
+        return bool(self.donated.positions or self.donated.names)
 
     def resolve_devices(self) -> tuple[jax.Device, ...]:
         """The devices that replicas may lie on; the first moment that JAX's backends are touched."""
@@ -125,23 +131,82 @@ class Dispatcher:
         self.options = options
         self._programs: dict[Hashable, Program | Recorded] = {}
         self._signatures: dict[Hashable, Signature] = {}
-        self._tracing: dict[Hashable, threading.RLock] = {}
+        self.tracing: dict[Hashable, threading.RLock] = {}
+        self._remembered = functools.partial(_without_jit)  # its own object: what C++ remembers is freed with it
+        self._own_arguments = False
+        self.cautious = options.donates or _jax.DELETED_ARRAYS_CRASH
+
+    def entry(self, fun: Callable[..., Any]) -> Callable[..., Any]:
+        """What runs a call of ``fun``: in C++ if there was such a call before and its arguments lie right."""
+        return _jax.entry(
+            self._remembered,
+            functools.partial(self._call, fun),
+            function_name(fun),
+            (self.options.static.positions, self.options.static.names),
+            put,
+        )
+
+    def careful(
+        self, entry: Callable[..., Any], fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """Runs a call of ``fun``, whose :meth:`entry` is given, where :attr:`cautious` or :attr:`tracing` is set."""
+        if self.tracing:  # by a thread that may wait for this one, which must not wait in C++ for that one
+            return self(fun, tuple(args), kwargs)
+        if self._own_arguments:
+            args = [x.copy() if type(x) is np.ndarray and x.nbytes <= _SMALL else x for x in args]
+            if kwargs:
+                kwargs = {name: _copy_small(x) for name, x in kwargs.items()}
+        if (self.options.donates and _twice(args, kwargs)) or (  # which XLA notices too late
+            _jax.DELETED_ARRAYS_CRASH and _jax.any_deleted((*args, *kwargs.values()))
+        ):
+            return self(fun, tuple(args), kwargs)
+        return entry(*args, **kwargs)
 
     def __call__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs ``fun`` once for each replica."""
-        with _jax.own_mesh((args, kwargs)):
-            return self._call(fun, args, kwargs)
+        """Runs ``fun`` once for each replica, in Python alone."""
+        return self._call(fun, args, kwargs)[0]
 
-    def _call(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        program, leaves = self.resolve(fun, args, kwargs)
-        if isinstance(program, Recorded):
-            results = program.staged(*leaves, *program.closed)
-        elif not _jax.eager():
-            results = _stage(program, leaves)
-        else:
-            names = functools.partial(self._leaf_names, fun, args, kwargs)
-            results = run(program, leaves, program.compiled, names)
-        return jax.tree.unflatten(program.out_tree, results)
+    def _call(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Runs ``fun`` once for each replica; the result, and what C++ has to know to run such a call, if it can."""
+        with _jax.own_mesh((args, kwargs)):
+            program, leaves = self.resolve(fun, args, kwargs)
+            known = None
+            if isinstance(program, Recorded):
+                results = program.staged(*leaves, *program.closed)
+            elif not _jax.eager():
+                results = _stage(program, leaves)
+            else:
+                names = functools.partial(self._leaf_names, fun, args, kwargs)
+                results, placed = run(program, leaves, program.run, names)
+                known = (
+                    program.known if self._goes_by_itself(program, leaves, placed, [*args, *kwargs.values()]) else None
+                )
+            out = jax.tree.unflatten(program.out_tree, results)
+        return out, known and _jax.remember(known, out)
+
+    def _goes_by_itself(
+        self, program: Program, leaves: Sequence[Any], placed: Sequence[Any], roots: Sequence[Any]
+    ) -> bool:
+        """Whether C++ may run such a call: each argument lies right, or gets to its place in the same way by itself.
+
+        Where there is one device JAX takes a NumPy array's own memory; so small arrays that are whole arguments are
+        copied first from now on, and others do not go this way.
+        """
+        if program.closed or jax.config.jax_debug_nans:
+            return False
+        several, whole = program.layout.mesh.size > 1, {id(x) for x in roots}
+        for x, y, axis in zip(leaves, placed, program.in_axes, strict=False):
+            if isinstance(x, jax.Array):
+                moves = several and len(x.sharding.device_set) == 1 and not program.donated
+                if x is not y and not (moves and x.dtype == y.dtype and x.shape == y.shape):
+                    return False
+            elif (program.layout.axis.padding and axis is not None) or jax.dtypes.float0 == getattr(x, "dtype", None):
+                return False
+            elif isinstance(x, np.ndarray) and not several:
+                if id(x) not in whole or _copy_small(x) is x:
+                    return False
+                self._own_arguments = self.cautious = True
+        return True
 
     def _leaf_names(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         call = self.split(fun, args, kwargs)
@@ -180,7 +245,7 @@ class Dispatcher:
 
     def _build(self, key: Hashable, fun: Callable[..., Any], call: Call, leaves: Sequence[Any]) -> Program | Recorded:
         """Traces and lowers a program, unless another thread has done so by the time that it is this one's turn."""
-        turn = self._tracing.setdefault(key, threading.RLock())
+        turn = self.tracing.setdefault(key, threading.RLock())
         in_turn = turn.acquire(timeout=PATIENCE)
         try:
             program = None if jax.config.jax_disable_jit else self._programs.get(key)
@@ -196,7 +261,7 @@ class Dispatcher:
         finally:
             if in_turn:
                 turn.release()
-            self._tracing.pop(key, None)
+            self.tracing.pop(key, None)
 
     def describe(
         self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -229,6 +294,7 @@ class Dispatcher:
     def clear(self) -> None:
         """Forgets all programs."""
         programs = [program for program in self._programs.values() if isinstance(program, Program)]
+        _jax.forget(self.entry(_without_jit))
         self._programs.clear()
         self._signatures.clear()
         for program in programs:
@@ -365,6 +431,17 @@ def _bound(fun: Callable[..., Any], static: Mapping[str, Any]) -> Callable[..., 
     return bound
 
 
+def _without_jit(*_: Any, **__: Any) -> Any:
+    """What C++ calls where jit is disabled."""
+    return NotImplemented
+
+
+def _twice(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether one array is passed twice."""
+    leaves = jax.tree.leaves((args, kwargs))
+    return len(set(map(id, leaves))) < len(leaves)
+
+
 def _has_to_spread(leaves: Sequence[Any]) -> bool:
     """Whether a program has to take all devices: it is recorded with others, or its arguments' types name a mesh."""
     return not _jax.eager() and (_jax.staging() or any(_primitives.split_over(x) is not None for x in leaves))
@@ -466,7 +543,7 @@ def check_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
 
 def run(
     program: Program, leaves: Sequence[Any], executable: Callable[..., Any], names: Callable[[], Sequence[str]]
-) -> Sequence[Any]:
+) -> tuple[Sequence[Any], Sequence[Any]]:
     """Runs a program on arguments that may lie anywhere, and takes those that are donated.
 
     Args:
@@ -474,9 +551,13 @@ def run(
         leaves: Its arguments.
         executable: It, compiled.
         names: What the user calls the arguments.
+
+    Returns:
+        The results, and the arguments as they were moved.
     """
     if not program.donated or jax.config.jax_debug_nans:  # after a NaN, JAX runs the program again to find it
-        return executable(*place(program, [*leaves, *program.closed_in_place]))
+        placed = place(program, [*leaves, *program.closed_in_place])
+        return executable(*placed), placed
     _check_donated(program, leaves, names)
     placed = place(program, [*leaves, *program.closed_in_place])
     moved = {i: x for i in program.donated if placed[i] is not (x := leaves[i]) and isinstance(x, jax.Array)}
@@ -486,7 +567,7 @@ def run(
     results = executable(*placed)
     for x in moved.values():
         x.delete()
-    return results
+    return results, placed
 
 
 def _shares(x: jax.Array, copy: jax.Array) -> bool:
@@ -522,16 +603,26 @@ def _check_donated(program: Program, leaves: Sequence[Any], names: Callable[[], 
 
 
 def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
-    """The argument leaves, padded, and moved to where the program wants them; what lies right is not touched.
-
-    A NumPy array is copied first. JAX aliases the memory of one that is aligned to 64 bytes, in ``jit`` as in
-    ``device_put``, and reads it later, while its owner is free to change it as soon as the call returns.
-    """
-    placed = list(map(_own, leaves, program.dtypes))
-    wanted = program.in_shardings
-    if program.layout.axis.padding:
-        _pad_all(program, placed)
-    astray = [i for i, x in enumerate(placed) if isinstance(x, jax.Array) and not _lies(x, wanted[i])]
+    """The argument leaves, padded, and moved to where the program wants them; what lies right is not touched."""
+    wanted, padding = program.in_shardings, program.layout.axis.padding
+    placed, astray, to_pad = list(leaves), [], []
+    for i, x in enumerate(placed):
+        axis = program.in_axes[i] if padding else None
+        if not isinstance(x, jax.Array):
+            placed[i] = _put(program, x, wanted[i], axis)
+            continue
+        if x.dtype != program.dtypes[i]:  # made while 64-bit types were enabled
+            placed[i] = x = x.astype(program.dtypes[i])
+        if axis is not None and x.sharding.device_set == program.device_set:
+            to_pad.append(i)
+            continue
+        if axis is not None:
+            placed[i] = x = _pad_where_it_lies(x, axis, padding)
+        if not _lies(x, wanted[i]):
+            astray.append(i)
+    if to_pad:
+        for i, x in zip(to_pad, program.pad(tuple(to_pad), [placed[i] for i in to_pad]), strict=True):
+            placed[i] = x
     if astray:
         moved = jax.device_put([placed[i] for i in astray], [wanted[i] for i in astray])
         for i, x in zip(astray, moved, strict=True):
@@ -539,57 +630,22 @@ def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
     return placed
 
 
-def _pad_all(program: Program, placed: list[Any]) -> None:
-    """Pads the mapped arguments: those on the program's devices together, others where they lie."""
-    devices, here = program.layout.sharding(None).device_set, []
-    for i, axis in enumerate(program.in_axes):
-        x = placed[i]
-        if axis is None:
-            continue
-        if program.dtypes[i] == jax.dtypes.float0:
-            placed[i] = np.zeros(program.padded_type(x, axis).shape, jax.dtypes.float0)
-        elif not isinstance(x, jax.Array):
-            placed[i] = _pad_on_host(x, axis, program.layout)
-        elif x.sharding.device_set == devices:
-            here.append(i)
-        else:
-            placed[i] = _pad_where_it_lies(x, axis, program.layout.axis.padding)
-    if here:
-        for i, x in zip(here, program.pad(tuple(here), [placed[i] for i in here]), strict=True):
-            placed[i] = x
+def _put(program: Program, x: Any, wanted: jax.sharding.NamedSharding, axis: int | None) -> Any:
+    """An argument from the host, padded, on its devices. What is small JAX puts on a single device by itself."""
+    if axis is None and program.layout.mesh.size == 1 and (not isinstance(x, np.ndarray) or _copy_small(x) is not x):
+        return _copy_small(x)
+    return put(x, wanted, axis, program.layout.padded_size)
 
+
+def _copy_small(x: Any) -> Any:
+    """A copy of a NumPy array that is small; anything else as it is."""
+    return x.copy() if type(x) is np.ndarray and 0 < x.nbytes <= _SMALL else x
+
+
+#: Up to so many bytes, copying an array twice takes no longer than finding out how not to.
+_SMALL = 1 << 16
 
 _pad_where_it_lies = jax.jit(pad_rows, static_argnums=(1, 2))
-
-
-def _own(x: Any, dtype: Any) -> Any:
-    """``x``; of a NumPy array, a copy that nobody changes, aligned so that it can serve as a CPU device's memory."""
-    if not isinstance(x, np.ndarray) or not x.nbytes:
-        return x.astype(dtype) if isinstance(x, jax.Array) and x.dtype != dtype else x
-    raw = np.empty(x.nbytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    copy = raw[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
-    copy[...] = x
-    return copy
-
-
-_ALIGNMENT = 64
-
-
-def _pad_on_host(x: Any, axis: int, where: Layout) -> jax.Array | np.ndarray[Any, Any]:
-    """A mapped NumPy array, of which each device gets its own rows, with the last replica's for each padding lane."""
-    host = np.asarray(x, _jax.typeof(x).dtype)
-    if not host.dtype.itemsize:  # float0, the type of the derivatives of ints, which holds nothing
-        return np.zeros((*host.shape[:axis], where.padded_size, *host.shape[axis + 1 :]), host.dtype)
-
-    def block(index: tuple[slice, ...]) -> np.ndarray[Any, Any]:
-        start, stop, _ = index[axis].indices(where.padded_size)
-        return (
-            host[index] if stop <= where.size else host.take(np.minimum(np.arange(start, stop), where.size - 1), axis)
-        )
-
-    shape = (*host.shape[:axis], where.padded_size, *host.shape[axis + 1 :])
-    return jax.make_array_from_callback(shape, where.sharding(axis), block)
 
 
 def _lies(x: jax.Array, wanted: jax.sharding.NamedSharding) -> bool:

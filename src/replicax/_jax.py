@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,9 +20,10 @@ import numpy as np
 from jax._src import ad_util, config, core, source_info_util, tree_util
 from jax._src import linear_util as lu
 from jax._src.ad_checkpoint import remat_p
-from jax._src.interpreters import ad, batching
+from jax._src.interpreters import ad, batching, pxla
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
+from jax._src.lib import _jax as jaxlib
 from jax.extend import core as extend_core
 
 Jaxpr = Any
@@ -192,6 +193,120 @@ def stage_parts(lowered: jax.stages.Lowered) -> Any:
 def executable_parts(compiled: jax.stages.Compiled) -> tuple[Any, Any]:
     """What a ``jax.stages.Compiled`` is made of: the executable, and the constants that it takes first."""
     return compiled._executable, compiled._params.const_args
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Dispatch
+
+
+def entry(
+    owner: Callable[..., Any],
+    slow: Callable[..., tuple[Any, Any]],
+    name: str,
+    static: tuple[Sequence[int], Sequence[str]],
+    put: Callable[[Any, jax.sharding.Sharding], jax.Array],
+) -> Callable[..., Any]:
+    """A callable that runs in C++ what it has run before, as what ``jax.jit`` returns does, and else calls ``slow``.
+
+    JAX's table goes by all that a call consists of: the structure of the arguments, their types, where they lie, the
+    static ones, the settings of JAX's, and what is being traced. Where JAX has it no more, ``slow`` runs every time.
+
+    Args:
+        owner: What the entries belong to, and are freed with. It is called in place of all if jit is disabled.
+        slow: Takes a call, and returns the result, and what to remember of it: see :func:`remember`.
+        name: What a profile calls it.
+        static: The positions and the names of the static arguments.
+        put: Moves an argument that is no array of JAX's, or lies on one device of several, to where it has to lie.
+    """
+    try:
+        return jaxlib.pjit(
+            name,
+            owner,
+            lambda *args, **kwargs: (*slow(args, kwargs), False),
+            *static,
+            pxla.JitGlobalCppCacheKeys(),
+            tree_util.dispatch_registry,
+            lambda x, sharding, _: put(x, sharding),
+            _entries,
+        )
+    except (AttributeError, TypeError):
+        return lambda *args, **kwargs: slow(args, kwargs)[0]
+
+
+def first_run(jitted: Any, args: Sequence[Any]) -> tuple[Sequence[Any], Any]:
+    """Runs a jitted function of flat arguments; its results, and what an :func:`entry` has to know to run it."""
+    try:
+        results, known, forget = jitted._cache_miss(*args)
+    except AttributeError:
+        return jitted(*args), None
+    return results, None if forget else known
+
+
+def remember(known: Any, out: Any) -> Any:
+    """What an :func:`entry` remembers: the program that ``first_run`` knows, its results in a tree as ``out``."""
+    return known._replace(out_pytree_def=tree_util.dispatch_registry.flatten(out, None)[1])
+
+
+def forget(entry: Any) -> None:
+    """Makes an :func:`entry`, and all of the same owner, forget what they have run."""
+    if hasattr(entry, "_clear_cache"):
+        entry._clear_cache()
+
+
+#: Before 0.11.2 JAX ends the process where an :func:`entry`, or what ``jax.jit`` returns, is handed a deleted array.
+DELETED_ARRAYS_CRASH = jax.__version_info__ < (0, 11, 2)
+
+
+def any_deleted(arguments: Iterable[Any]) -> bool:
+    """Whether an array in these trees is deleted. Flat lists, tuples and dicts of arrays alone are looked at in C."""
+    for tree in arguments:
+        kind = type(tree)
+        if kind is np.ndarray:
+            continue
+        if kind is jaxlib.ArrayImpl:
+            if tree.is_deleted():
+                return True
+            continue
+        try:
+            if any(map(_is_deleted, tree.values() if kind is dict else tree if kind in (list, tuple) else (tree,))):
+                return True
+        except TypeError:
+            if any(type(x) is jaxlib.ArrayImpl and x.is_deleted() for x in jax.tree.leaves(tree)):
+                return True
+    return False
+
+
+_is_deleted = jaxlib.ArrayImpl.is_deleted
+
+
+def is_about_static_arguments(error: ValueError) -> bool:
+    """Whether JAX could not look a call up because a static argument has no hash, or cannot be compared."""
+    return str(error).startswith(("Non-hashable static arguments", "static arguments should be comparable"))
+
+
+def array_type(shape: tuple[int, ...], dtype: np.dtype[Any], x64: bool) -> Any:
+    """The type that JAX gives an array made of a NumPy array, with and without 64-bit types."""
+    return core.ShapedArray(shape, dtype if x64 else _WIDE.get(dtype.name, dtype))
+
+
+def put_blocks(
+    aval: Any, sharding: jax.sharding.Sharding, blocks: Sequence[Any], devices: Sequence[jax.Device], *, in_place: bool
+) -> jax.Array:
+    """An array of the blocks of its devices, in NumPy.
+
+    Args:
+        aval: Its type.
+        sharding: Where it lies.
+        blocks: The block of each device.
+        devices: The devices of this process.
+        in_place: Whether a CPU device may read the blocks where they are; otherwise they are copied now.
+    """
+    kinds = jaxlib.HostBufferSemantics
+    how = kinds.ZERO_COPY if in_place else kinds.IMMUTABLE_ONLY_DURING_CALL
+    return jaxlib.batched_device_put(aval, sharding, blocks, devices, True, host_buffer_semantics=how)
+
+
+_entries = jaxlib.PjitFunctionCache(capacity=8192) if hasattr(jaxlib, "PjitFunctionCache") else None
 
 
 # Source lines that JAX remembers are the user's, not those of this package.

@@ -258,12 +258,35 @@ class Program:
             donate_argnums=self.taken,
         )
 
+    def run(self, *leaves: Any) -> Sequence[Any]:
+        """Runs :attr:`compiled`; the first time it takes note of what C++ has to know to run it."""
+        if self._known:
+            return self.compiled(*leaves)
+        results, known = _jax.first_run(self.compiled, leaves)
+        self._known.append(known)
+        return results
+
+    @property
+    def known(self) -> Any:
+        """What C++ has to know to run it, or None where it has not run, or only Python can run it."""
+        return self._known[0] if self._known else None
+
+    @cached_property
+    def _known(self) -> list[Any]:
+        return []
+
+    @cached_property
+    def device_set(self) -> set[jax.Device]:
+        """The devices that it runs on."""
+        return self.layout.sharding(None).device_set
+
     def trace(self, leaves: Sequence[Any]) -> jax.stages.Traced:
         """The function of :attr:`compiled`, traced for arguments of these types before they are padded."""
         return self.compiled.trace(*map(self.padded_type, [*leaves, *self.closed], self.in_axes))
 
     def clear(self) -> None:
         """Frees what was compiled."""
+        self._known.clear()
         for held in ("compiled", "staged"):
             if (jitted := vars(self).pop(held, None)) is not None:
                 jitted.clear_cache()

@@ -12,6 +12,7 @@ import jax
 from replicax._axes import check_spec, choose
 from replicax._dispatch import Dispatcher, Options, check_devices, dispatcher, function_name
 from replicax._errors import NotAFunctionError, OptionTypeError, StaticArgumentError, as_int
+from replicax._jax import is_about_static_arguments
 from replicax._lowering import ANONYMOUS
 from replicax._stages import Lowered, Traced, trace
 
@@ -24,7 +25,14 @@ _ABSENT: Any = object()
 class MappedFunction(Generic[R]):
     """A function that runs once for each replica; what :func:`pmap` returns."""
 
-    __slots__ = ("__dict__", "__weakref__", "_dispatcher", "_fun", "options")  # functools.wraps copies __dict__ alone
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_dispatcher",
+        "_entry",
+        "_fun",
+        "options",
+    )  # functools.wraps copies __dict__ alone
 
     def __init__(self, fun: Callable[..., R], options: Options) -> None:
         functools.update_wrapper(self, fun)
@@ -35,9 +43,20 @@ class MappedFunction(Generic[R]):
         self._fun = fun
         self.options = options
         self._dispatcher: Dispatcher = dispatcher(fun, options)
+        self._entry = self._dispatcher.entry(fun)
 
     def __call__(self, *args: Any, **kwargs: Any) -> R:
-        return self._dispatcher(self._fun, args, kwargs)
+        shared = self._dispatcher
+        try:
+            if shared.cautious or shared.tracing:
+                result = shared.careful(self._entry, self._fun, args, kwargs)
+            else:
+                result = self._entry(*args, **kwargs)
+        except ValueError as error:
+            if not is_about_static_arguments(error):
+                raise
+            result = NotImplemented
+        return shared(self._fun, args, kwargs) if result is NotImplemented else result
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)

@@ -270,7 +270,8 @@ class Compiled(jax.stages.Compiled):  # type: ignore[misc]
     def _run(self, leaves: Sequence[Any]) -> Any:
         plan = self._plan
         with _jax.own_mesh():
-            results = run(plan.program, leaves, self._compiled, lambda: [leaf.name for leaf in plan.signature.leaves])
+            names = [leaf.name for leaf in plan.signature.leaves]
+            results, _ = run(plan.program, leaves, self._compiled, lambda: names)
         return jax.tree.unflatten(plan.program.out_tree, results)
 
     @property

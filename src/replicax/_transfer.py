@@ -1,0 +1,104 @@
+"""From host memory to devices: each byte copied once, and never read again after the call."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from replicax import _jax
+
+#: Arrays of up to so many bytes are copied at once, larger ones by several threads.
+SMALL = 1 << 20
+
+
+def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: int = 0) -> Any:
+    """An array or a scalar on its devices, as it is now: its owner may change it as soon as this returns.
+
+    JAX reads a NumPy array in its owner's memory where it can, on CPUs, and does so while a program runs. Here every
+    byte is copied once, also where several devices are one CPU and get the same.
+
+    Args:
+        x: The array.
+        sharding: Where it has to lie.
+        axis: The axis that has to be padded, with copies of the last row.
+        rows: How long it is then.
+    """
+    if isinstance(x, jax.Array):
+        return jax.device_put(x, sharding)
+    host = x if isinstance(x, np.ndarray) else np.asarray(x, _jax.typeof(x).dtype)
+    shape = host.shape if axis is None else (*host.shape[:axis], rows, *host.shape[axis + 1 :])
+    if host.dtype == jax.dtypes.float0:  # the type of the derivatives of integers, which holds nothing
+        return np.zeros(shape, host.dtype)
+    where = _spread(sharding, shape, host.dtype, jax.config.jax_enable_x64)
+    blocks = [host[index] if axis is None else _block(host, index[axis], axis, rows) for index in where.indices]
+    in_place = where.on_host and host.nbytes > SMALL
+    if in_place:
+        blocks = _copies(blocks, where.type.dtype)
+    blocks = [blocks[k] for k in where.block_of]
+    if not in_place and 1 < len(where.indices) < len(blocks):  # XLA fails where only some devices share one
+        blocks = [block.copy() for block in blocks]
+    return _jax.put_blocks(where.type, sharding, blocks, where.devices, in_place=in_place)
+
+
+class _Spread(NamedTuple):
+    """How an array lies over devices: its type, the devices, the different blocks, which each has, and on what."""
+
+    type: Any
+    devices: Sequence[jax.Device]
+    indices: Sequence[tuple[slice, ...]]
+    block_of: Sequence[int]
+    on_host: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def _spread(sharding: jax.sharding.Sharding, shape: tuple[int, ...], dtype: np.dtype[Any], x64: bool) -> _Spread:
+    each = sharding.addressable_devices_indices_map(shape)
+    ends = [tuple((along.start, along.stop) for along in index) for index in each.values()]
+    different = list(dict.fromkeys(ends))
+    indices = [tuple(itertools.starmap(slice, index)) for index in different]
+    on_host = all(device.platform == "cpu" for device in each)
+    return _Spread(_jax.array_type(shape, dtype, x64), list(each), indices, [*map(different.index, ends)], on_host)
+
+
+def _block(host: np.ndarray[Any, Any], along: slice, axis: int, rows: int) -> np.ndarray[Any, Any]:
+    """The rows of one device, with the last one for each that ``host`` does not have."""
+    start, stop, _ = along.indices(rows)
+    if stop > host.shape[axis]:
+        return host.take(np.minimum(np.arange(start, stop), host.shape[axis] - 1), axis)
+    return host[(*[slice(None)] * axis, slice(start, stop))]
+
+
+def _copies(blocks: Sequence[np.ndarray[Any, Any]], dtype: Any) -> list[np.ndarray[Any, Any]]:
+    """The blocks in memory of ours, so aligned that it can serve as that of a CPU device."""
+    copies = []
+    for block in blocks:
+        raw = np.empty(block.size * dtype.itemsize + _ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT
+        copies.append(raw[start : start + block.size * dtype.itemsize].view(dtype).reshape(block.shape))
+    each = -(-(os.cpu_count() or 1) // len(blocks))
+    parts = [part for pair in zip(copies, blocks, strict=True) for part in _cut(*pair, each)]
+    list(_threads().map(lambda part: np.copyto(part[0], part[1], "unsafe"), parts))  # done when all are
+    return copies
+
+
+def _cut(copy: np.ndarray[Any, Any], block: np.ndarray[Any, Any], times: int) -> list[tuple[Any, Any]]:
+    """The two in so many parts, along the axis that is the longest."""
+    axis = int(np.argmax(block.shape))
+    return list(zip(np.array_split(copy, times, axis), np.array_split(block, times, axis), strict=True))
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "replicax-copy")
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked process has none of these threads
+
+_ALIGNMENT = 64
