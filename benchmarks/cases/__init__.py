@@ -1,0 +1,6 @@
+"""The cases, a module for each group, in the order of the table."""
+
+from cases import dispatch
+
+#: Each has ``cases(quick: bool) -> list[Case]``.
+GROUPS = {"dispatch": dispatch}
