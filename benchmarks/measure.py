@@ -30,8 +30,7 @@ CLOCKS = {"wall": time.perf_counter, "caller": time.thread_time}
 OURS = "replicax"
 HAND = "by hand"  # jit(shard_map(vmap(f)))
 
-WARM_UP = 2
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 2000
+MOST_ROUNDS = 2000
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,15 @@ class Absent:
 
 
 @dataclass(frozen=True)
-class Timed:
-    """What a way returns that has measured its time itself, in another process for example.
+class Measured:
+    """What a way returns that has measured itself: its time in another process, say, or the memory it took.
 
     Attributes:
-        seconds: The time that counts.
+        amount: What counts, in seconds or bytes.
         value: The result.
     """
 
-    seconds: float
+    amount: float
     value: Any
 
 
@@ -110,6 +109,7 @@ class Case:
         calls: How many calls of a way are timed together, with one wait for the last result.
         seconds: How long to measure, and in the quick form.
         before: Runs before each way, untimed.
+        warm_up: How many rounds are not counted; no more than one where they take a second or longer.
         tolerance: How far the results of the ways may differ, relatively and absolutely; None: nothing to compare.
     """
 
@@ -121,6 +121,7 @@ class Case:
     calls: int = 1
     seconds: tuple[float, float] = (5.0, 1.0)
     before: Callable[[], object] | None = None
+    warm_up: int = 2
     tolerance: float | None = 1e-5
 
 
@@ -162,30 +163,35 @@ def interleaved(
     seconds: float = 5.0,
     calls: int = 1,
     before: Callable[[], object] | None = None,
+    warm_up: int = 2,
+    fewest: int = 5,
 ) -> dict[str, dict[str, list[float]]]:
     """The seconds that a call of each way takes, in each of so many rounds, by each clock.
 
     In each round every way runs once, in an order of chance, so that what else the machine does, and what a way
-    leaves behind for the next, falls on all alike. Everything runs twice before, uncounted; Python's cyclic garbage
-    is collected between rounds, not in them.
+    leaves behind for the next, falls on all alike. Python's cyclic garbage is collected between rounds, not in them.
 
     Args:
         ways: What to time.
-        rounds: How many; as many as fit into ``seconds``, from 5 to 2,000, when None.
+        rounds: How many; as many as fit into ``seconds``, from ``fewest`` to 2,000, when None.
         seconds: The time to spend.
         calls: How many calls are timed together, with one wait for the last result.
         before: Runs before each way, untimed.
+        warm_up: How many rounds are not counted; no more than one where they take a second or longer.
+        fewest: The least number of rounds.
     """
     names, chance = list(ways), random.Random(0)
     taken: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in names} for clock in CLOCKS}
-    started, one_round, k = time.perf_counter(), 0.0, -WARM_UP
+    started, one_round, k = time.perf_counter(), 0.0, -warm_up
     gc.collect()
     gc.disable()
     try:
         while rounds is None or k < rounds:
-            if k == 0 and rounds is None:
+            if one_round > 1:
+                k = max(k, 0)
+            if k >= 0 and rounds is None:
                 left = seconds - (time.perf_counter() - started)
-                rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(left / one_round)))
+                rounds = max(fewest, min(MOST_ROUNDS, int(left / one_round) if one_round else fewest))
             at = time.perf_counter()
             for name in chance.sample(names, len(names)):
                 if before is not None:
@@ -206,8 +212,8 @@ def _time(way: Way, calls: int) -> dict[str, float]:
     start = {clock: now() for clock, now in CLOCKS.items()}
     for _ in range(calls):
         result = way()
-    if isinstance(result, Timed):
-        return dict.fromkeys(CLOCKS, result.seconds)
+    if isinstance(result, Measured):
+        return dict.fromkeys(CLOCKS, result.amount)
     jax.block_until_ready(result)
     return {clock: (now() - start[clock]) / calls for clock, now in CLOCKS.items()}
 
@@ -235,7 +241,8 @@ def verdict(measured: Ratio, most: float | None) -> str:
 def agree(ways: Mapping[str, Way], tolerance: float, before: Callable[[], object] | None = None) -> None:
     """Holds the ways' results against the first one's.
 
-    A result that is a function is called for its value, which so need not be fetched while the clock runs.
+    A result that is a function is called for its value, which so need not be fetched while the clock runs. Arrays may
+    have other shapes, as where the replicas are split into devices and lanes.
 
     Raises:
         AssertionError: They differ.
@@ -245,13 +252,13 @@ def agree(ways: Mapping[str, Way], tolerance: float, before: Callable[[], object
         if before is not None:
             before()
         value = way()
-        value = value.value if isinstance(value, Timed) else value
+        value = value.value if isinstance(value, Measured) else value
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(value() if callable(value) else value)]
         if expected is None:
             expected = leaves
         assert len(leaves) == len(expected), f"{name} returns {len(leaves)} arrays, the first way {len(expected)}"
         for ours, theirs in zip(leaves, expected, strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance, err_msg=name)
+            np.testing.assert_allclose(ours.ravel(), theirs.ravel(), rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 def run(case: Case, *, quick: bool) -> list[dict[str, Any]]:
@@ -270,8 +277,14 @@ def run(case: Case, *, quick: bool) -> list[dict[str, Any]]:
         absent = {name: way.why for name, way in prepared.items() if isinstance(way, Absent)}
         if case.tolerance is not None:
             agree(ways, case.tolerance, case.before)
-        budget = case.seconds[quick]
-        seconds = interleaved(ways, seconds=budget, calls=case.calls, before=case.before)
+        seconds = interleaved(
+            ways,
+            seconds=case.seconds[quick],
+            calls=case.calls,
+            before=case.before,
+            warm_up=case.warm_up,
+            fewest=3 if quick else 5,
+        )
     return [_row(case, limit, seconds, absent) for limit in case.limits]
 
 

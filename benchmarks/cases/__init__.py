@@ -1,6 +1,6 @@
 """The cases, a module for each group, in the order of the table."""
 
-from cases import dispatch
+from cases import dispatch, inputs, results
 
 #: Each has ``cases(quick: bool) -> list[Case]``.
-GROUPS = {"dispatch": dispatch}
+GROUPS = {"dispatch": dispatch, "inputs": inputs, "results": results}
