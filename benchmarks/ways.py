@@ -31,6 +31,7 @@ def by_hand(
     out_specs: Any = ROWS,
     *,
     in_axes: Any = 0,
+    out_axes: Any = 0,
     lanes: str | None = None,
     count: int | None = None,
     **options: Any,
@@ -42,10 +43,11 @@ def by_hand(
         in_specs: How the arguments lie.
         out_specs: How the results lie.
         in_axes: What ``vmap`` maps.
+        out_axes: Likewise, of the results.
         lanes: The name of the axis that ``vmap`` maps.
         count: How many devices; all when None.
         options: Those of ``jax.jit``.
     """
-    mapped = jax.vmap(f, in_axes=in_axes, axis_name=lanes)
+    mapped = jax.vmap(f, in_axes=in_axes, out_axes=out_axes, axis_name=lanes)
     sharded = jax.shard_map(mapped, mesh=mesh(count), in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return jax.jit(sharded, **options)
