@@ -15,6 +15,7 @@ from jax import lax
 Layers = list[tuple[Any, Any]]
 
 AXIS = "i"
+LANES = "lanes"  # of programs by hand, beside "i" for the devices
 RATE = 0.05
 
 
@@ -86,12 +87,17 @@ def plane(points: int) -> np.ndarray:
     return np.stack([x.ravel(), y.ravel()], 1).astype(np.float32)
 
 
-def large(x: jax.Array, *, equations: int) -> jax.Array:
-    """A program of about so many equations, in loops inside branches inside loops, several levels deep."""
+def small(x: jax.Array, axis: Any = AXIS) -> jax.Array:
+    """A program of a few equations and one sum over the replicas."""
+    return jax.nn.softmax(jnp.sin(x) * 2 + 1) / lax.psum(x * x, axis)
+
+
+def large(x: jax.Array, axis: Any = AXIS, *, equations: int) -> jax.Array:
+    """A program of about so many equations, in loops inside branches inside loops, and a sum over the replicas."""
     block = equations // 8
 
     def chain(x: jax.Array, count: int) -> jax.Array:
-        for k in range(count // 5):
+        for k in range(count // 6):  # a comparison, a sine, a product, a sum, and where, which is two
             x = jnp.where(x > k, lax.sin(x) * 0.5, x + 0.01 * k)
         return x
 
@@ -108,4 +114,4 @@ def large(x: jax.Array, *, equations: int) -> jax.Array:
         [lambda x: chain(x, block), lambda x: lax.fori_loop(0, 2, lambda _, x: chain(x, block), x)],
         x,
     )
-    return chain(x, 2 * block) + sums.sum()
+    return chain(x, 2 * block) + lax.pmean(sums.sum(), axis)

@@ -28,6 +28,11 @@ from cases import GROUPS
 from measure import Case, blank, run
 
 HERE = Path(__file__).parent
+
+#: NumPy's linear algebra, and the LAPACK that JAX calls, use one thread for each process or device that calls them, so
+#: that two of them on two cores do not get in each other's way.
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
 PEERS = ("jax", "jaxlib", "numpy", "torch", "joblib", "parajax")
 
 
@@ -90,7 +95,7 @@ def run_in_processes(cases: list[Case], options: argparse.Namespace) -> list[dic
             lines = Path(folder) / "rows"
             command = [sys.executable, __file__, "--devices", str(devices), "--json", str(lines)]
             command += ["--quick"] * options.quick + [f"--only={text}" for text in options.only]
-            subprocess.run(command, check=False)  # one that died leaves its cases without rows
+            subprocess.run(command, env=os.environ | ONE_THREAD, check=False)  # one that dies leaves cases without rows
             for line in lines.read_text().splitlines() if lines.exists() else ():
                 row = json.loads(line)
                 found[row["case"], row["devices"], row["words"]] = row

@@ -14,7 +14,7 @@ from jax import lax
 
 import replicax
 from measure import HAND, OURS, Absent, Case, Way, over
-from programs import AXIS, Layers, data, escape_time, mean_loss, mlp, plane, train
+from programs import AXIS, LANES, Layers, data, escape_time, mean_loss, mlp, plane, train
 from programs import losses as losses_of
 from ways import ROWS, WHOLE, by_hand, mesh, place
 
@@ -26,7 +26,6 @@ SHARDED = "jit(vmap), sharded input"
 SEQUENTIAL = "jit(lax.map), one device"
 DEVICES = 2
 LONG = (10.0, 1.5)  # seconds
-LANES = "lanes"
 BOTH = (AXIS, LANES)
 SIZES = (784, 512, 512, 10)
 ROWS_OF_BATCH = 512
@@ -179,9 +178,11 @@ def _gradients(n: int, _stack: ExitStack) -> Mapping[str, Way | Absent]:
     sharded = jax.shard_map(batch, mesh=mesh(), in_specs=specs, out_specs=WHOLE, check_vma=False)
     state, rows = place(layers, WHOLE), place(padded)
     ours = replicax.pmap(example, axis_name=AXIS, in_axes=(None, 0, 0), out_axes=None)
+    vmapped = jax.vmap(example, in_axes=(None, 0, 0), out_axes=None, axis_name=AXIS)
     lying = replicax.pmap(lambda *row: row)(images, labels)
     return {
         OURS: partial(ours, state, *lying),
         BATCHED: partial(jax.jit(sharded), state, *rows),
-        f"{SHARDED}, batched": partial(jax.jit(jax.grad(weighted)), state, *rows),
+        "jit, batched, sharded input": partial(jax.jit(jax.grad(weighted)), state, *rows),
+        SHARDED: Absent("takes no rows that do not divide") if padding else partial(jax.jit(vmapped), state, *rows[:2]),
     }
