@@ -40,6 +40,16 @@ def cells(row: Row) -> tuple[str, ...]:
     return number(measured["median"]), quartiles, limit, row["verdict"], *what, ", ".join(others)
 
 
+def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Rows as text; what a case's other ways take stands in the first of its rows alone."""
+    found: list[tuple[str, ...]] = []
+    for before, row in zip([None, *rows], rows, strict=False):
+        text = cells(row)
+        same = before is not None and all(before.get(key) == row.get(key) for key in ("case", "devices", "ways"))
+        found.append((*text[:-1], '"') if same and "ratio" in row else text)
+    return found
+
+
 def by_line(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of each line, in the order in which the lines come up."""
     lines: dict[str, list[Row]] = {}
@@ -70,8 +80,8 @@ def show(results: Mapping[str, Any], console: Console) -> None:
     """Prints the table in a terminal."""
     for line, rows in by_line(results["rows"]).items():
         table = Table(*COLUMNS, title=f"\n{line}", title_justify="left", title_style="bold", box=SIMPLE)
-        for row in rows:
-            table.add_row(*cells(row), style=STYLES.get(row["verdict"]))
+        for row, text in zip(rows, table_rows(rows), strict=True):
+            table.add_row(*text, style=STYLES.get(row["verdict"]))
         console.print(table)
     console.print(machine_line(results["machine"]), soft_wrap=True)
     console.print(summary(results["rows"]))
@@ -83,7 +93,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines += ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
     for line, rows in by_line(results["rows"]).items():
         lines.append(f"| **{line}** |" + " |" * (len(COLUMNS) - 1))
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in text) + " |" for text in table_rows(rows)]
     return "\n".join(lines)
 
 

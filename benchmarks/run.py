@@ -7,6 +7,7 @@ devices, one after the other. In each, every way to do the work of a case runs i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -28,6 +29,8 @@ from cases import GROUPS
 from measure import Case, blank, run
 
 HERE = Path(__file__).parent
+
+PATIENCE = 1800  # seconds for one process
 
 #: NumPy's linear algebra, and the LAPACK that JAX calls, use one thread for each process or device that calls them, so
 #: that two of them on two cores do not get in each other's way.
@@ -95,7 +98,8 @@ def run_in_processes(cases: list[Case], options: argparse.Namespace) -> list[dic
             lines = Path(folder) / "rows"
             command = [sys.executable, __file__, "--devices", str(devices), "--json", str(lines)]
             command += ["--quick"] * options.quick + [f"--only={text}" for text in options.only]
-            subprocess.run(command, env=os.environ | ONE_THREAD, check=False)  # one that dies leaves cases without rows
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that dies or hangs leaves cases without rows
+                subprocess.run(command, env=os.environ | ONE_THREAD, check=False, timeout=PATIENCE)
             for line in lines.read_text().splitlines() if lines.exists() else ():
                 row = json.loads(line)
                 found[row["case"], row["devices"], row["words"]] = row

@@ -18,7 +18,7 @@ from jax import lax
 import ddp
 import replicax
 from measure import HAND, OURS, Absent, Case, Way, over
-from numpy_twins import call_price, spectra, spectrum
+from numpy_twins import SWINGS, call_price, pendulum
 from programs import AXIS, LANES, RATE, Layers, data, mlp, train
 from ways import ROWS, WHOLE, by_hand, place
 
@@ -38,7 +38,7 @@ SIZES = (784, 512, 512, 10)
 
 def cases(_quick: bool) -> list[Case]:
     """Training against torch; maps of NumPy functions against joblib, multiprocessing and parajax."""
-    others = tuple(over(OURS, name, most=None) for name in (JOBLIB, POOL, PARAJAX, SEQUENTIAL))
+    others = tuple(over(OURS, name, most=None) for name in (JOBLIB, POOL, PARAJAX))
     found = [
         Case(
             f"{STEPS} training steps of an MLP, 512 images",
@@ -51,7 +51,7 @@ def cases(_quick: bool) -> list[Case]:
         )
     ]
     maps: tuple[tuple[str, Any], ...] = (
-        ("eigenvalues of 64 symmetric matrices of 128 × 128", _spectra),
+        (f"{SWINGS:,} steps of 20,000 pendulums", _swings),
         ("prices of 4,000,000 options", _prices),
     )
     found += [Case(title, MAPS, CORES, prepare, others, seconds=(10.0, 2.0), tolerance=2e-3) for title, prepare in maps]
@@ -94,16 +94,21 @@ def _steps(step: Callable[..., Any], state: Layers, rows: Any) -> Layers:
     return state
 
 
-def _spectra(stack: ExitStack) -> Mapping[str, Way | Absent]:
-    rng = np.random.default_rng(0)
-    matrices = rng.normal(size=(64, 128, 128)).astype(np.float32)
-    matrices = matrices + matrices.transpose(0, 2, 1)
-    return _maps(stack, jnp.linalg.eigvalsh, spectra, matrices, [spectrum, *matrices])
+def _swings(stack: ExitStack) -> Mapping[str, Way | Absent]:
+    return _maps(stack, _pendulum, pendulum, np.linspace(-3, 3, 20_000, dtype=np.float32))
+
+
+def _pendulum(angle: jax.Array) -> jax.Array:
+    def step(_: Any, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        angle, speed = state
+        speed = speed * 0.999 - 0.01 * jnp.sin(angle)
+        return angle + 0.01 * speed, speed
+
+    return lax.fori_loop(0, SWINGS, step, (angle, jnp.zeros_like(angle)))[0]
 
 
 def _prices(stack: ExitStack) -> Mapping[str, Way | Absent]:
-    spots = np.linspace(50, 150, 4_000_000, dtype=np.float32)
-    return _maps(stack, _call_price, call_price, spots, [call_price, *np.split(spots, CORES)])
+    return _maps(stack, _call_price, call_price, np.linspace(50, 150, 4_000_000, dtype=np.float32))
 
 
 def _call_price(spot: jax.Array) -> jax.Array:
@@ -117,48 +122,41 @@ def _call_price(spot: jax.Array) -> jax.Array:
 
 
 def _maps(
-    stack: ExitStack, twin: Callable[..., Any], whole: Callable[..., Any], array: np.ndarray, tasks: list[Any]
+    stack: ExitStack, twin: Callable[..., Any], function: Callable[..., Any], array: np.ndarray
 ) -> Mapping[str, Way | Absent]:
-    """Every way takes the NumPy array and returns one.
+    """Every way takes the NumPy array and returns one; each process gets one half, as each device does.
 
     Args:
         stack: Ends the pools.
         twin: The function of one row, in JAX.
-        whole: That of all rows, in NumPy.
+        function: That of many rows, in NumPy.
         array: The rows.
-        tasks: The function that the processes run, and its arguments, one for each task.
     """
-    function, *parts = tasks
     pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(CORES))
-    size = max(1, len(parts) // (4 * CORES))  # what Pool.map itself would choose
-
-    def joined(results: Any) -> np.ndarray:
-        return np.concatenate([np.atleast_1d(row) for row in results]).reshape(array.shape[0], -1)
-
-    def through_pool() -> np.ndarray:
-        return joined(pool.map(function, parts, size))
-
     mapped = jax.jit(partial(lax.map, twin))
-    ways: dict[str, Way | Absent] = {OURS: _to_numpy(replicax.pmap(twin), array)}
-    ways |= {POOL: through_pool, JOBLIB: _joblib(stack, function, parts, joined), PARAJAX: _parajax(twin, array)}
-    ways[SEQUENTIAL] = _to_numpy(mapped, array) if len(array) < 1000 else Absent("takes seconds, row by row")
-    ways[HAND] = _to_numpy(by_hand(twin), array)
-    return ways | {NUMPY: partial(whole, array)}
+    return {
+        OURS: _to_numpy(replicax.pmap(twin), array),
+        POOL: lambda: np.concatenate(pool.map(function, np.split(array, CORES), chunksize=1)),
+        JOBLIB: _joblib(stack, function, array),
+        PARAJAX: _parajax(twin, array),
+        SEQUENTIAL: _to_numpy(mapped, array) if len(array) < 100_000 else Absent("takes seconds"),
+        HAND: _to_numpy(by_hand(twin), array),
+        NUMPY: partial(function, array),
+    }
 
 
 def _to_numpy(program: Callable[..., Any], array: np.ndarray) -> Way:
     return lambda: np.asarray(program(array))
 
 
-def _joblib(
-    stack: ExitStack, function: Callable[..., Any], parts: list[Any], joined: Callable[[Any], np.ndarray]
-) -> Way | Absent:
+def _joblib(stack: ExitStack, function: Callable[..., Any], array: np.ndarray) -> Way | Absent:
     if importlib.util.find_spec("joblib") is None:
         return Absent("is not installed")
     joblib: Any = importlib.import_module("joblib")
     # It keeps its processes between calls, and hands them large arrays through shared memory.
     parallel = stack.enter_context(joblib.Parallel(n_jobs=CORES))
-    return lambda: joined(parallel(joblib.delayed(function)(part) for part in parts))
+    task = joblib.delayed(function)
+    return lambda: np.concatenate(parallel(task(part) for part in np.split(array, CORES)))
 
 
 def _parajax(twin: Callable[..., Any], array: np.ndarray) -> Way | Absent:
