@@ -20,8 +20,8 @@ import numpy as np
 
 import replicax
 from measure import HAND, OURS
-from programs import AXIS, LANES, large
 from ways import by_hand
+from workloads import AXIS, LANES, large
 
 Program = Callable[..., Any]
 

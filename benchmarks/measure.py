@@ -58,7 +58,7 @@ class Absent:
     """In the place of a way: a peer that cannot run here.
 
     Attributes:
-        why: As it stands in the table, such as "torch is not installed".
+        why: As it stands in the table, such as "not installed".
     """
 
     why: str

@@ -90,11 +90,15 @@ def show(results: Mapping[str, Any], console: Console) -> None:
 def markdown(results: Mapping[str, Any]) -> str:
     """The table as Markdown."""
     lines = [f"{machine_line(results['machine'])}. In all: {summary(results['rows'])}.", ""]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
+    lines += [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
     for line, rows in by_line(results["rows"]).items():
-        lines.append(f"| **{line}** |" + " |" * (len(COLUMNS) - 1))
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in text) + " |" for text in table_rows(rows)]
+        lines.append(_line([f"**{line}**"] + [""] * (len(COLUMNS) - 1)))
+        lines += map(_line, table_rows(rows))
     return "\n".join(lines)
+
+
+def _line(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
 
 def write_between_markers(path: Path, text: str) -> None:

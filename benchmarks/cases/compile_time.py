@@ -18,8 +18,8 @@ import numpy as np
 
 from first_result import WAYS, Program
 from measure import HAND, OURS, Absent, Case, Measured, Way, growth, over
-from programs import AXIS, LANES, large, small
 from ways import place
+from workloads import AXIS, LANES, large, small
 
 FIRST = "time to first result: at most 1.15 × that by hand"
 FLAT = "time to first result: flat in N"
@@ -48,7 +48,7 @@ def cases(quick: bool) -> list[Case]:
             partial(_first, partial(large, equations=EQUATIONS)),
             limit,
             before=jax.clear_caches,
-            seconds=(60.0, 15.0),
+            seconds=(40.0, 10.0),
             warm_up=1,
             tolerance=1e-3,
         )

@@ -10,7 +10,7 @@ import jax
 
 import replicax
 from measure import OURS, Absent, Case, Way, over
-from programs import AXIS, data, mean_loss, mlp
+from workloads import AXIS, data, mean_loss, mlp
 
 LINE = "lanes against vmap on one GPU"
 VMAP = "jit(vmap)"

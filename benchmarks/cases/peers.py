@@ -19,8 +19,8 @@ import ddp
 import replicax
 from measure import HAND, OURS, Absent, Case, Way, over
 from numpy_twins import SWINGS, call_price, pendulum
-from programs import AXIS, LANES, RATE, Layers, data, mlp, train
 from ways import ROWS, WHOLE, by_hand, place
+from workloads import AXIS, LANES, RATE, Layers, data, mlp, train
 
 TRAINING = "torch's DistributedDataParallel, on the same MLP and data"
 MAPS = "plain maps of a NumPy function that has a JAX twin, NumPy in and out"
@@ -78,7 +78,7 @@ def _training(stack: ExitStack) -> Mapping[str, Way | Absent]:
 
 def _ddp(stack: ExitStack, layers: Layers, images: np.ndarray, labels: np.ndarray) -> Way | Absent:
     if not ddp.installed():
-        return Absent("is not installed")
+        return Absent("not installed")
     workers = ddp.Workers(stack, layers, images, labels, RATE)
 
     def way() -> Any:
@@ -151,7 +151,7 @@ def _to_numpy(program: Callable[..., Any], array: np.ndarray) -> Way:
 
 def _joblib(stack: ExitStack, function: Callable[..., Any], array: np.ndarray) -> Way | Absent:
     if importlib.util.find_spec("joblib") is None:
-        return Absent("is not installed")
+        return Absent("not installed")
     joblib: Any = importlib.import_module("joblib")
     # It keeps its processes between calls, and hands them large arrays through shared memory.
     parallel = stack.enter_context(joblib.Parallel(n_jobs=CORES))
@@ -161,6 +161,6 @@ def _joblib(stack: ExitStack, function: Callable[..., Any], array: np.ndarray) -
 
 def _parajax(twin: Callable[..., Any], array: np.ndarray) -> Way | Absent:
     if importlib.util.find_spec("parajax") is None:
-        return Absent("is not installed")
+        return Absent("not installed")
     parajax: Any = importlib.import_module("parajax")
     return _to_numpy(parajax.parallelize(jax.vmap(twin)), array)

@@ -84,11 +84,12 @@ def _each(fresh: Fresh, _stack: ExitStack) -> Mapping[str, Way | Absent]:
 
 
 def _whole(fresh: Fresh, _stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """By hand, each device's own rows, once each, into one new array."""
+    """By hand, each device's own rows, once each, into one new array; or the one part, where each device has all."""
 
     def by_hand() -> np.ndarray:
         (x,) = fresh.tree
         parts = {part.index[0].start or 0: part.data for part in x.addressable_shards}
-        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+        rows = [np.asarray(parts[start]) for start in sorted(parts)]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     return {OURS: lambda: np.asarray(fresh.tree[0]), HAND: by_hand}

@@ -14,9 +14,9 @@ from jax import lax
 
 import replicax
 from measure import HAND, OURS, Absent, Case, Way, over
-from programs import AXIS, LANES, Layers, data, escape_time, mean_loss, mlp, plane, train
-from programs import losses as losses_of
 from ways import ROWS, WHOLE, by_hand, mesh, place
+from workloads import AXIS, LANES, Layers, data, escape_time, mean_loss, mlp, plane, train
+from workloads import losses as losses_of
 
 LINE = "throughput: within 2 % of the program by hand"
 GRADIENTS = "per-example gradients with pmean: within 5 % of the hand-batched gradient"
