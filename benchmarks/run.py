@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def run_here(cases: list[Case], devices: int, options: argparse.Namespace, conso
 
 def run_in_processes(cases: list[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs each number of devices in a process of its own, one after the other; the rows in the order of the cases."""
-    found: dict[tuple[str, int, str], dict[str, Any]] = {}
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
     for devices in sorted({case.devices for case in cases}):
         with tempfile.TemporaryDirectory() as folder:
             lines = Path(folder) / "rows"
@@ -102,13 +103,14 @@ def run_in_processes(cases: list[Case], options: argparse.Namespace) -> list[dic
                 subprocess.run(command, env=os.environ | ONE_THREAD, check=False, timeout=PATIENCE)
             for line in lines.read_text().splitlines() if lines.exists() else ():
                 row = json.loads(line)
-                found[row["case"], row["devices"], row["words"]] = row
+                found[_name(row)] = row
     lost = {"verdict": "FAILED", "why": "the process ended before this case did"}
-    return [
-        found.get((case.title, case.devices, limit.words), blank(case, limit) | lost)
-        for case in cases
-        for limit in case.limits
-    ]
+    rows = [blank(case, limit) for case in cases for limit in case.limits]
+    return [found.get(_name(row), row | lost) for row in rows]
+
+
+def _name(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[key]) for key in ("line", "case", "devices", "words"))
 
 
 def machine() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -28,6 +29,7 @@ DONATED = "donated and already right buffers are not touched"
 PUT = "device_put + by hand"
 PMAP = "jax.pmap"
 SPLIT, WHOLLY = "split", "broadcast"
+LOOSE, REVERSED = "of jax.numpy, on the first device", "on the devices in reverse order"
 MEGABYTE = 2**20
 
 
@@ -49,9 +51,15 @@ def cases(_quick: bool) -> list[Case]:
         for size, how, count in ((64, SPLIT, 2), (64, SPLIT, 8), (512, SPLIT, 2), (64, WHOLLY, 2), (64, WHOLLY, 8))
     ]
     found += [
-        Case(f"{what} {where}", MOVED, 2, partial(_moved, make, where), (over(OURS, PUT, most=1.0),))
+        Case(
+            f"{what} {where}",
+            MOVED,
+            2,
+            partial(_moved, make, where),
+            (over(OURS, PUT, HAND, PMAP, most=1.0, words=best),),
+        )
         for what, make in (("an array of 64 MB", _rows), ("100 small arrays", _small_tree))
-        for where in ("on the first device", "on the devices in reverse order")
+        for where in (LOOSE, "committed to the first device", REVERSED)
     ]
     found.append(Case("64 MB in place, donated", DONATED, 2, _donated, (over(OURS, HAND, most=1.02),)))
     words = f"peak memory: {OURS} / the least of the others"
@@ -118,17 +126,23 @@ def _large(size: int, how: str, _stack: ExitStack) -> Mapping[str, Way | Absent]
 
 
 def _moved(make: Callable[[], Any], where: str, _stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """Arrays committed to other devices than the program's, which jit refuses to take as they are."""
+    """Arrays on other devices than the program's, which jit takes only where nobody has committed them to one."""
     rows = NamedSharding(mesh(), ROWS)
     backwards = NamedSharding(Mesh(np.array(jax.devices()[::-1]), ("i",)), ROWS)
-    tree = jax.device_put(make(), jax.devices()[0] if "first" in where else backwards)
-    hand = by_hand(_double)
-    return {
-        OURS: partial(replicax.pmap(_double), tree),
-        PUT: lambda: hand(jax.device_put(tree, rows)),
-        # Found on two simulated devices in JAX 0.10.2: the first call may work, and a later one ends in a crash.
-        PMAP: Absent("refuses it, or crashes"),
-    }
+    hand, count = by_hand(_double), jax.device_count()
+    if where == LOOSE:
+        tree = jax.tree.map(jnp.asarray, make())
+        split = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), tree)
+        taken: dict[str, Way | Absent] = {
+            HAND: partial(hand, tree),
+            PMAP: partial(jax.pmap(jax.vmap(_double)), split),
+        }
+    else:
+        tree = jax.device_put(make(), backwards if where == REVERSED else jax.devices()[0])
+        # Found on two simulated devices in JAX 0.10.2: jax.pmap's first call may work, and a later one end in a crash.
+        taken = {HAND: Absent("refuses it"), PMAP: Absent("refuses it, or crashes")}
+    ours = replicax.pmap(_double)
+    return {OURS: partial(ours, tree), PUT: lambda: hand(jax.device_put(tree, rows)), **taken}
 
 
 def _donated(_stack: ExitStack) -> Mapping[str, Way | Absent]:
