@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import multiprocessing
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -68,7 +69,8 @@ class Workers:
 def _work(pipe: Any, rank: int, meeting: str, layers: Layers, images: Any, labels: Any, rate: float) -> None:
     torch: Any = importlib.import_module("torch")
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":  # the machine's name need not resolve to an address of its own
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=PROCESSES)
     net = torch.nn.Sequential(*_modules(torch, layers))
     model = torch.nn.parallel.DistributedDataParallel(net)
