@@ -155,7 +155,7 @@ def test_no_two_numbers_are_called_the_same():
         "1 small array in place, a static and a keyword argument",
         "unreplicate, 1 small array",
         "local_replicas, 1 small array",
-        "a small program on eight",
+        "a small program",
         "100 × psum, ppermute, all_gather, 8 replicas",
         "N = 1,024, an MLP of 101,770 parameters",
         "a training step of an MLP, 64 replicas",  # of the GPU's cases, which run wherever JAX does

@@ -37,8 +37,8 @@ def cases(quick: bool) -> list[Case]:
     """A small and a large program; more replicas, more devices, and a second process."""
     limit = (over(OURS, HAND, most=1.15),)
     found = [
-        Case(f"a small program on {where}", FIRST, count, partial(_first, small), limit, before=jax.clear_caches)
-        for count, where in ((1, "one device"), (2, "two"), (8, "eight"))
+        Case("a small program", FIRST, count, partial(_first, small), limit, before=jax.clear_caches)
+        for count in (1, 2, 8)
     ]
     found.append(
         Case(
@@ -56,7 +56,16 @@ def cases(quick: bool) -> list[Case]:
     most, least = f"N = {REPLICAS[-1]:,}", f"N = {REPLICAS[0]}"
     flat = (over(f"{OURS}, {most}", f"{OURS}, {least}", most=1.15),)
     found.append(
-        Case("a small program", FLAT, 8, _replicas, flat, before=jax.clear_caches, seconds=(10.0, 2.0), tolerance=None)
+        Case(
+            "a small program, more replicas",
+            FLAT,
+            8,
+            _replicas,
+            flat,
+            before=jax.clear_caches,
+            seconds=(10.0, 2.0),
+            tolerance=None,
+        )
     )
     wide, narrow = f"D = {DEVICES[-1]}", f"D = {DEVICES[0]}"
     ways = (f"{OURS}, {wide}", f"{OURS}, {narrow}"), (f"{HAND}, {wide}", f"{HAND}, {narrow}")
@@ -64,7 +73,7 @@ def cases(quick: bool) -> list[Case]:
     grows = (growth(*ways, most=1.0, words=words),)
     found.append(
         Case(
-            "a small program",
+            "a small program, more devices",
             GROWTH,
             max(DEVICES),
             _devices,

@@ -63,7 +63,8 @@ def cases(_quick: bool) -> list[Case]:
     ]
     found.append(Case("64 MB in place, donated", DONATED, 2, _donated, (over(OURS, HAND, most=1.02),)))
     words = f"peak memory: {OURS} / the least of the others"
-    memory = (over(OURS, PUT, HAND, PMAP, most=1.02, words=words),)
+    # A second copy would be 2; the system counts what it freed a little late.
+    memory = (over(OURS, PUT, HAND, PMAP, most=1.25, words=words),)
     found.append(Case("a NumPy array of 512 MB, split", COPIES, 2, _memory, memory, before=_settle))
     return found
 
