@@ -5,7 +5,7 @@
 #   make check    linter, formatter and strict types
 #   make sweep    the whole table of replicas x devices x collectives x types x control flow (long)
 #   make table    the table collective x context, run and printed
-#   make bench    the benchmarks, as ratios to their limits
+#   make bench    the benchmarks, as ratios to their limits (ten minutes; QUICK=1: two; README=1: and into the README)
 #   make fuzz     random programs against the oracles, for MINUTES=10, from SEED=(a random one)
 #   make clients  packages from PyPI that use jax.pmap, on JAX's own and on replicax (an environment of their own)
 #
@@ -17,6 +17,9 @@ VENV ?= .venv
 JAX ?= jax
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 CLIENTS ?=
+QUICK ?=
+README ?=
+BENCH_ARGS ?=
 MINUTES ?= 10
 SEED ?=
 
@@ -37,8 +40,10 @@ sweep: $(STAMP)
 table: $(STAMP)
 	$(BIN)/python tests/table.py
 
-bench: $(STAMP)
-	$(BIN)/python benchmarks/escape_time.py
+bench: $(VENV)-bench/installed
+	$(VENV)-bench/bin/python benchmarks/run.py $(BENCH_ARGS) \
+	    $(if $(QUICK),--quick --json benchmarks/results-quick.json) $(if $(README),--readme README.md)
+	$(if $(QUICK),,$(VENV)-bench/bin/python benchmarks/plot.py benchmarks/results.json docs/benchmarks.png)
 
 fuzz: $(STAMP)
 	$(BIN)/python tests/fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
@@ -62,5 +67,10 @@ $(VENV)-clients/installed: pyproject.toml Makefile clients/requirements.txt
 	$(VENV)-clients/bin/python -m pip install --quiet --upgrade '$(JAX)' -r clients/requirements.txt -e .
 	touch $@
 
+$(VENV)-bench/installed: pyproject.toml Makefile benchmarks/requirements.txt
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet --upgrade '$(JAX)' -r benchmarks/requirements.txt -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-clients .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-bench .mypy_cache .pytest_cache .ruff_cache

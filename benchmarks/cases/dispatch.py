@@ -1,0 +1,95 @@
+"""Dispatch: the time that a warm call adds to a bare call of the compiled program, on the same arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+import replicax
+from measure import HAND, OURS, Absent, Case, Limit, Way, added
+from ways import by_hand, place
+
+LINE = "a warm call adds at most 2 µs + 20 ns a leaf"
+
+
+def cases(_quick: bool) -> list[Case]:
+    """Calls with one array and with a hundred, in place and in NumPy, with static and keyword arguments."""
+    devices = (1, 2, 8)
+    plain = [
+        Case(
+            title=f"{leaves} small {'array' if leaves == 1 else 'arrays'} {where}",
+            line=LINE,
+            devices=count,
+            prepare=partial(_plain, leaves=leaves, numpy=where != "in place"),
+            limits=_limits(leaves, numpy=where != "in place"),
+            calls=_calls(leaves),
+            seconds=(6.0, 0.8),
+        )
+        for count in devices
+        for leaves in (1, 100)
+        for where in ("in place", "of NumPy")
+    ]
+    named = [
+        Case(
+            title="1 small array in place, a static and a keyword argument",
+            line=LINE,
+            devices=count,
+            prepare=_named,
+            limits=_limits(2),
+            calls=_calls(2),
+            seconds=(6.0, 0.8),
+        )
+        for count in devices
+    ]
+    return plain + named
+
+
+def _limits(leaves: int, *, numpy: bool = False) -> tuple[Limit, ...]:
+    allowance = 2e-6 + 20e-9 * leaves
+    words = f"({OURS} − {HAND}) / {1e6 * allowance:.2f} µs"
+    # What moves NumPy arrays may use threads of its own.
+    return (added(OURS, HAND, allowance, words=words, clock="wall" if numpy else "caller"),)
+
+
+def _calls(leaves: int) -> int:
+    """Few, so that there are many rounds: what else the machine does comes and goes within milliseconds."""
+    return 20 if leaves < 100 else 2
+
+
+def _double(tree: Any) -> Any:
+    return jax.tree.map(lambda x: 2 * x, tree)
+
+
+def _plain(_stack: ExitStack, leaves: int, numpy: bool) -> Mapping[str, Way | Absent]:
+    count = jax.device_count()
+    tree = [np.arange(3 * count, dtype=np.float32).reshape(count, 3) + k for k in range(leaves)]
+    argument = tree if numpy else place(tree)
+    ways = {OURS: replicax.pmap(_double, axis_name="i"), HAND: by_hand(_double), "jax.pmap": jax.pmap(_double)}
+    return {name: partial(way, argument) for name, way in ways.items()}
+
+
+def _power(x: jax.Array, power: int, *, scale: jax.Array) -> jax.Array:
+    return scale * x**power
+
+
+def _named(_stack: ExitStack) -> Mapping[str, Way | Absent]:
+    """A keyword argument is mapped, as everywhere; by hand it is a second position, since shard_map takes no names."""
+    count = jax.device_count()
+    x = place(np.arange(3 * count, dtype=np.float32).reshape(count, 3))
+    scale = place(np.ones(count, np.float32))
+    ours = replicax.pmap(_power, axis_name="i", static_broadcasted_argnums=1)
+    theirs = jax.pmap(_power, static_broadcasted_argnums=1)
+
+    def cubed(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return _power(x, 3, scale=scale)
+
+    return {
+        OURS: partial(ours, x, 3, scale=scale),
+        HAND: partial(by_hand(cubed), x, scale),
+        "jax.pmap": partial(theirs, x, 3, scale=scale),
+    }

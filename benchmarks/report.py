@@ -1,0 +1,114 @@
+"""The results as a table: in a terminal, and in Markdown between two markers of a file."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+BEGIN = "<!-- benchmarks: written by make bench README=1 -->"
+END = "<!-- benchmarks end -->"
+
+COLUMNS = ("ratio", "quartiles", "limit", "", "on", "case", "ratio of", "other ways / replicax")
+
+STYLES = {"met": "green", "faster": "green", "NOT MET": "bold red", "slower": "red", "FAILED": "bold red"}
+
+Row = Mapping[str, Any]
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row of the table as text, without its line."""
+    limit = "–" if row["limit"] is None else f"≤ {row['limit']:.2f}"
+    what = str(row["devices"] or "GPU"), row["case"], row["words"]
+    if "ratio" not in row:
+        return "–", "", limit, row["verdict"], *what, row["why"]
+    measured = row["ratio"]
+    others = [f"{name} {number(way['over_first']['median'])}" for name, way in list(row["ways"].items())[1:]]
+    others += [f"{name}: {why}" for name, why in row["absent"].items()]
+    quartiles = f"{number(measured['low'])} to {number(measured['high'])}"
+    return number(measured["median"]), quartiles, limit, row["verdict"], *what, ", ".join(others)
+
+
+def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Rows as text; what a case's other ways take stands in the first of its rows alone."""
+    found: list[tuple[str, ...]] = []
+    for before, row in zip([None, *rows], rows, strict=False):
+        text = cells(row)
+        same = before is not None and all(before.get(key) == row.get(key) for key in ("case", "devices", "ways"))
+        found.append((*text[:-1], '"') if same and "ratio" in row else text)
+    return found
+
+
+def by_line(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each line, in the order in which the lines come up."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(row["line"], []).append(row)
+    return lines
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """How many numbers are within their limits, in one sentence."""
+    count = Counter(row["verdict"] for row in rows)
+    known = ("met", "within noise", "NOT MET", "faster", "even", "slower", "skipped", "FAILED")
+    return ", ".join(f"{count[verdict]} {verdict}" for verdict in known if count[verdict])
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """The machine, the versions and the date, in one sentence."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"{machine['date']}, {machine['cores']} cores of {machine['processor']}, {machine['system']}; {versions}"
+
+
+def console() -> Console:
+    """Where the table is printed: in a file as wide as it needs."""
+    return Console(width=None if sys.stdout.isatty() else 220)
+
+
+def show(results: Mapping[str, Any], console: Console) -> None:
+    """Prints the table in a terminal."""
+    for line, rows in by_line(results["rows"]).items():
+        table = Table(*COLUMNS, title=f"\n{line}", title_justify="left", title_style="bold", box=SIMPLE)
+        for row, text in zip(rows, table_rows(rows), strict=True):
+            table.add_row(*text, style=STYLES.get(row["verdict"]))
+        console.print(table)
+    console.print(machine_line(results["machine"]), soft_wrap=True)
+    console.print(summary(results["rows"]))
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table as Markdown."""
+    lines = [f"{machine_line(results['machine'])}. In all: {summary(results['rows'])}.", ""]
+    lines += [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    for line, rows in by_line(results["rows"]).items():
+        lines.append(_line([f"**{line}**"] + [""] * (len(COLUMNS) - 1)))
+        lines += map(_line, table_rows(rows))
+    return "\n".join(lines)
+
+
+def _line(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    """Puts the text between the two markers of a file, in the place of what was there.
+
+    Raises:
+        ValueError: The file has not both markers once, in this order.
+    """
+    whole = path.read_text()
+    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
+        raise ValueError(f"{path} needs the two lines {BEGIN!r} and {END!r}, once each, in this order.")
+    before, rest = whole.split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
