@@ -194,6 +194,11 @@ def executable_parts(compiled: jax.stages.Compiled) -> tuple[Any, Any]:
     return compiled._executable, compiled._params.const_args
 
 
+def fast_call(compiled: jax.stages.Compiled) -> Callable[..., Any]:
+    """The program as ``jit`` calls it, in C++ where that is possible, without a frame of Python's around it."""
+    return compiled._executable.create_cpp_call(compiled._params) or compiled
+
+
 # Source lines that JAX remembers are the user's, not those of this package.
 source_info_util.register_exclusion(os.path.dirname(__file__) + os.sep)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -196,7 +197,7 @@ class Program:
     Attributes:
         layout: Where the replicas lie.
         in_axes: The mapped axis of each argument leaf.
-        dtypes: The dtype of each argument leaf.
+        types: The type of each argument leaf, before it is padded.
         out_axes: The mapped axis of each result leaf.
         in_splits: Which further axes of each argument leaf are split over the devices of maps inside.
         out_splits: The same of each result leaf.
@@ -210,7 +211,7 @@ class Program:
 
     layout: Layout
     in_axes: Sequence[int | None]
-    dtypes: Sequence[Any]
+    types: Sequence[Any]
     out_axes: Sequence[int | None]
     in_splits: Sequence[Splits]
     out_splits: Sequence[Splits]
@@ -219,6 +220,7 @@ class Program:
     donated: tuple[int, ...]
     closed: tuple[Any, ...]
     name: str
+    _turn: Any = field(default_factory=threading.RLock, init=False)
 
     @cached_property
     def closed_in_place(self) -> list[Any]:
@@ -249,8 +251,38 @@ class Program:
         return tuple(i for i in self.donated if self.in_axes[i] is None or not self.layout.axis.padding)
 
     @cached_property
-    def compiled(self) -> jax.stages.Wrapped:
+    def dtypes(self) -> tuple[Any, ...]:
+        """The dtype of each argument leaf."""
+        return tuple(aval.dtype for aval in self.types)
+
+    @property
+    def compiled(self) -> Callable[..., Any]:
         """The function for arrays that lie in place: what an eager call runs."""
+        if jax.config.jax_disable_jit or jax.config.jax_debug_nans or jax.config.jax_debug_infs:
+            return self._jitted  # which shows the user's Python, or where a NaN comes from
+        with self._turn:
+            return self._executable
+
+    @cached_property
+    def traced(self) -> jax.stages.Traced:
+        """The function of :attr:`compiled`, traced."""
+        return self._jitted.trace(*map(self.padded_type, self.types, self.in_axes))
+
+    @cached_property
+    def _executable(self) -> Callable[..., Any]:
+        """Compiled once, where ``jit`` compiles anew for each mixture of meshes that the arguments lie on."""
+        in_cpp = _jax.fast_call(self.traced.lower().compile())
+
+        def call(*args: Any) -> Any:
+            try:
+                return in_cpp(*args)
+            except ValueError:  # an argument has another layout in memory; of four bits JAX 0.10 only thinks so
+                return self._jitted(*args)
+
+        return call
+
+    @cached_property
+    def _jitted(self) -> jax.stages.Wrapped:
         return jax.jit(
             self.function,
             in_shardings=self.in_shardings,
@@ -258,13 +290,11 @@ class Program:
             donate_argnums=self.taken,
         )
 
-    def trace(self, leaves: Sequence[Any]) -> jax.stages.Traced:
-        """The function of :attr:`compiled`, traced for arguments of these types before they are padded."""
-        return self.compiled.trace(*map(self.padded_type, [*leaves, *self.closed], self.in_axes))
-
     def clear(self) -> None:
         """Frees what was compiled."""
-        for held in ("compiled", "staged"):
+        for held in ("_executable", "traced"):
+            vars(self).pop(held, None)
+        for held in ("_jitted", "staged"):
             if (jitted := vars(self).pop(held, None)) is not None:
                 jitted.clear_cache()
 
@@ -329,7 +359,7 @@ def lower(
     layout: Layout,
     in_axes: Sequence[int | None],
     out_axes: Spec,
-    dtypes: Sequence[Any],
+    types: Sequence[Any],
     donated: Sequence[int],
     name: str,
     agreeing: bool,
@@ -347,7 +377,7 @@ def lower(
         UnsupportedDtypeError: the program takes or returns numbers of two bits, and has to be padded.
     """
     _refuse_device_maps(replica.jaxpr, name)
-    _refuse_two_bits([*dtypes, *(x.dtype for x in jax.tree.leaves(replica.out))], layout)
+    _refuse_two_bits([x.dtype for x in (*types, *jax.tree.leaves(replica.out))], layout)
     flat_out_axes = match_out_axes(out_axes, replica.out)
     passed = [k for k, const in enumerate(replica.consts) if _has_to_be_passed(const)]
     closed = tuple(replica.consts[k] for k in passed)
@@ -374,7 +404,7 @@ def lower(
     return Program(
         layout=layout,
         in_axes=all_axes,
-        dtypes=(*dtypes, *(x.dtype for x in closed)),
+        types=(*types, *closed),
         out_axes=flat_out_axes,
         in_splits=in_splits,
         out_splits=out_splits,
