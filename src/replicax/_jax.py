@@ -228,29 +228,41 @@ def is_literal(atom: Any) -> bool:
 
 
 def sub_jaxprs(eqn: Equation) -> Iterator[Jaxpr]:
-    """The jaxprs among an equation's parameters, in a fixed order."""
-    for value in eqn.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if is_jaxpr(item):
-                yield item
+    """The jaxprs among an equation's parameters, in a fixed order; not that with which JAX has a scatter add."""
+    if eqn.primitive.multiple_results:
+        for value in eqn.params.values():
+            for item in value if isinstance(value, tuple | list) else (value,):
+                if is_jaxpr(item):
+                    yield item
 
 
-def has_primitive(jaxpr: Jaxpr, names: Sequence[str]) -> bool:
-    """Whether an equation of one of these names is anywhere in the jaxpr."""
-    return any(
-        eqn.primitive.name in names or any(has_primitive(sub, names) for sub in sub_jaxprs(eqn))
-        for eqn in body(jaxpr).eqns
-    )
+def primitives(jaxpr: Jaxpr) -> set[str]:
+    """The names of all primitives anywhere in the jaxpr."""
+    names: set[str] = set()
+    seen: set[int] = set()
+
+    def visit(jaxpr: Jaxpr) -> None:
+        if id(jaxpr) not in seen:
+            seen.add(id(jaxpr))
+            for eqn in body(jaxpr).eqns:
+                names.add(eqn.primitive.name)
+                for sub in sub_jaxprs(eqn):
+                    visit(sub)
+
+    visit(jaxpr)
+    return names
 
 
 def named_axes(eqn: Equation) -> tuple[AxisName, ...]:
     """The mapped axes that an equation without sub-jaxprs names; empty when it communicates over none."""
     names: list[AxisName] = []
     for key in ("axes", "axis_name"):
-        value = eqn.params.get(key, ())
-        names.extend(value if isinstance(value, tuple | list) else (value,))
-    names.extend(effect.name for effect in eqn.effects if isinstance(effect, core.NamedAxisEffect))
-    return tuple(dict.fromkeys(name for name in names if not isinstance(name, int)))
+        if key in eqn.params:
+            value = eqn.params[key]
+            names.extend(value if isinstance(value, tuple | list) else (value,))
+    if eqn.effects:
+        names.extend(effect.name for effect in eqn.effects if isinstance(effect, core.NamedAxisEffect))
+    return tuple(dict.fromkeys(name for name in names if not isinstance(name, int))) if names else ()
 
 
 def loop_counts(eqn: Equation) -> tuple[int, int]:
@@ -350,9 +362,9 @@ def with_results(jaxpr: Jaxpr, outvars: Sequence[Any]) -> Jaxpr:
     return _close(body(jaxpr).replace(outvars=list(outvars), debug_info=debug_info), ())
 
 
-def run(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
-    """The results of a jaxpr, bound equation by equation as they are."""
-    return list(core.eval_jaxpr(body(jaxpr), constants(jaxpr), *args))
+def run(jaxpr: Jaxpr, args: Sequence[Any], consts: Sequence[Any] | None = None) -> list[Any]:
+    """The results of a jaxpr, bound equation by equation as they are, with other values of its constants if given."""
+    return list(core.eval_jaxpr(body(jaxpr), constants(jaxpr) if consts is None else consts, *args))
 
 
 def bears_no_constants(eqn: Equation) -> bool:

@@ -60,6 +60,11 @@ class Replica:
     consts: Sequence[Any]
     out: Any
 
+    @cached_property
+    def primitives(self) -> set[str]:
+        """The names of all primitives in the program."""
+        return _jax.primitives(self.jaxpr)
+
     @property
     def closes_over_tracers(self) -> bool:
         """Whether the program belongs to the call of an enclosing transformation, and no other call may reuse it."""
@@ -376,7 +381,7 @@ def lower(
         NestedMapError: the program has a ``jax.pmap`` or ``jax.shard_map`` in it.
         UnsupportedDtypeError: the program takes or returns numbers of two bits, and has to be padded.
     """
-    _refuse_device_maps(replica.jaxpr, name)
+    _refuse_device_maps(replica, name)
     _refuse_two_bits([x.dtype for x in (*types, *jax.tree.leaves(replica.out))], layout)
     flat_out_axes = match_out_axes(out_axes, replica.out)
     passed = [k for k, const in enumerate(replica.consts) if _has_to_be_passed(const)]
@@ -387,10 +392,10 @@ def lower(
     out_splits = list(map(_split, out_places, flat_out_axes))
     rewriter = Rewriter(layout.scope)
     varying = [NOWHERE if a is None else frozenset({layout.axis}) for a in in_axes]
-    if agreeing:
+    if agreeing and None in flat_out_axes:
         where = rewriter.analysis.results(replica.jaxpr, varying)
         _check_broadcast_results(replica, flat_out_axes, where, layout.axis)
-    by_replica = _jax.has_primitive(replica.jaxpr, ("custom_vjp_call",)) or not agreeing
+    by_replica = "custom_vjp_call" in replica.primitives or not agreeing
     one_replica = _one_replica(replica, rewriter, varying, passed, flat_out_axes, in_places, out_places, by_replica)
     one_device = over_lanes(one_replica, layout.axis, all_axes, flat_out_axes)
     function = _over_devices(
@@ -443,13 +448,15 @@ def record(
         DivergentOutputError: likewise.
         NestedMapError: likewise.
     """
-    _refuse_device_maps(replica.jaxpr, name)
+    _refuse_device_maps(replica, name)
     flat_out_axes = match_out_axes(out_axes, replica.out)
-    varying = [NOWHERE if a is None else frozenset({axis}) for a in in_axes]
-    where = Analysis(Scope([axis])).results(replica.jaxpr, varying)
-    if agreeing:
-        _check_broadcast_results(replica, flat_out_axes, where, axis)
-    first = [a is None and axis in varies for a, varies in zip(flat_out_axes, where, strict=True)]
+    first = [False] * len(flat_out_axes)
+    if None in flat_out_axes:
+        varying = [NOWHERE if a is None else frozenset({axis}) for a in in_axes]
+        where = Analysis(Scope([axis])).results(replica.jaxpr, varying)
+        if agreeing:
+            _check_broadcast_results(replica, flat_out_axes, where, axis)
+        first = [a is None and axis in varies for a, varies in zip(flat_out_axes, where, strict=True)]
     all_out_axes = [0 if f else a for a, f in zip(flat_out_axes, first, strict=True)]
     with _jax.axis_env({axis.name: axis.size}):
         jaxpr = _jax.without_constants(replica.jaxpr)
@@ -508,8 +515,8 @@ def _has_to_be_passed(const: Any) -> bool:
     return isinstance(const, jax.Array) and not isinstance(const.sharding, jax.sharding.SingleDeviceSharding)
 
 
-def _refuse_device_maps(jaxpr: _jax.Jaxpr, name: str) -> None:
-    if _jax.has_primitive(jaxpr, ("shard_map", "xla_pmap")):
+def _refuse_device_maps(replica: Replica, name: str) -> None:
+    if replica.primitives & {"shard_map", "xla_pmap"}:
         raise NestedMapError(
             f"{name} spreads its own work over devices, with jax.pmap or jax.shard_map, and is mapped over devices "
             f"itself. Map the inner function with replicax.pmap, whose replicas run beside the outer's, or with "
