@@ -222,6 +222,34 @@ def psum(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = 
     return lax.psum(where_replica(ours, x), names) if names else x
 
 
+def psum_of_product(logical: LogicalAxes, a: Any, b: Any, *, axes: Names, dimension_numbers: Any, **params: Any) -> Any:
+    """Over a device's lanes, the sum of each replica's ``lax.dot_general(a, b)``: one product, of all lanes.
+
+    Padding lanes are zero in both operands, so that what they hold makes no difference, not even a NaN.
+    """
+    ours = [logical[name] for name in axes]
+    a, b = where_replica(ours, a), where_replica(ours, b)
+    lanes = [axis for axis in ours if axis.lane_axis is not None]
+    for axis in lanes:
+        a, b = block(axis, a), block(axis, b)
+    summed, first = tuple(range(len(lanes))), len(lanes)
+    contracted, batched = ([tuple(d + first for d in dims) for dims in pair] for pair in dimension_numbers)
+    dimensions = tuple((*summed, *dims) for dims in contracted), tuple(batched)
+    return lax.dot_general(a, b, dimensions, **params)
+
+
+def psum_of_lanes(logical: LogicalAxes, x: Any, *, axes: Names) -> Any:
+    """The sum over a device's own lanes."""
+    ours = [logical[name] for name in axes]
+    return lax.psum(where_replica(ours, x), tuple(axis.lane_axis for axis in ours if axis.lane_axis is not None))
+
+
+def psum_of_devices(logical: LogicalAxes, x: Any, *, axes: Names) -> Any:
+    """The sum over devices of what each has summed over its lanes."""
+    names = tuple(logical[name].device_axis for name in axes if logical[name].device_axis is not None)
+    return lax.psum(x, names) if names else x
+
+
 @collective("pmax", result=equal)
 def pmax(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
     """The maximum over the replicas; a copy of a replica does not change it."""

@@ -21,6 +21,7 @@ from replicax._errors import UnsupportedCollectiveError
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxis, Scope
 from replicax._levels import Part, over_lanes, own_block, whole
+from replicax._sums import find_sums
 from replicax._varying import NOWHERE, Analysis, Varying, mapped
 
 
@@ -63,7 +64,10 @@ class Rewriter:
             return _jax.run(inside, args, consts)
         env = dict(zip([*inside.constvars, *inside.invars], [*consts, *args], strict=True))
         last_use = {atom: eqn for eqn in inside.eqns for atom in eqn.invars if not _jax.is_literal(atom)}
+        sums = find_sums(inside, self.scope, lambda: self.analysis.values(jaxpr, varying))
+        replaced = {id(eqn) for found in sums.values() for eqn in found.made.values()}
         kept = {atom for atom in inside.outvars if not _jax.is_literal(atom)}
+        kept = kept.union(*(found.needs for found in sums.values()))
         joined: dict[Any, Any] = {}
 
         def read(atom: Any) -> Any:
@@ -81,6 +85,11 @@ class Rewriter:
             return [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in eqn.invars]
 
         for eqn, change in zip(inside.eqns, changes, strict=True):
+            if id(eqn) in replaced:
+                continue
+            if id(eqn) in sums:
+                env[eqn.outvars[0]] = sums[id(eqn)].run(self.scope, read)
+                continue
             reader = read_part if _primitives.is_nested_map(eqn) else read
             with _jax.equation_context(eqn):
                 operands = [reader(atom) for atom in eqn.invars]
