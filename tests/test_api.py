@@ -14,7 +14,7 @@ PUBLIC = {
     "DeletedArrayError", "DevicesError", "DivergentOutputError", "MappedFunction", "MappedSizeError", "MismatchError",
     "NestedMapError", "NotAFunctionError", "NotAnArrayError", "OptionTypeError", "ReplicaxError", "ShardsError",
     "SimulationError", "StaticArgumentError", "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError",
-    "UnsupportedDtypeError", "UnsupportedTransformationError", "local_replicas",
+    "UnsupportedDtypeError", "UnsupportedTransformationError", "fetch", "local_replicas",
     "pmap", "replicate", "shard", "show_replicas", "simulate_devices", "unreplicate",
 }  # fmt: skip
 
