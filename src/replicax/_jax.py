@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import ad_util, config, core, source_info_util, tree_util
+from jax._src import ad_util, config, core, dispatch, source_info_util, tree_util
 from jax._src import linear_util as lu
 from jax._src.ad_checkpoint import remat_p
 from jax._src.interpreters import ad, batching
@@ -535,6 +535,11 @@ def awaits_collective(eqn: Equation) -> bool:
 
 
 _STARTED = ("all_gather", "psum", "reduce_scatter", "all_to_all", "ppermute")
+
+
+def needs_one_mesh(primitives: set[str]) -> bool:
+    """Whether a program with these primitives has to name one mesh throughout: that of callbacks that return values."""
+    return any(primitive.name in primitives for primitive in dispatch.prim_requires_devices_during_lowering)
 
 
 def has_side_effect(eqn: Equation) -> bool:

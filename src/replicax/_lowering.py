@@ -212,6 +212,7 @@ class Program:
         closed: Arrays that the user's function closed over and that the program takes after its arguments: tracers
             of an enclosing trace, and arrays that lie on a mesh.
         name: The name of the user's function.
+        one_mesh: Whether its results have to be on the mesh of its arguments: padded ones lie whole on each device.
     """
 
     layout: Layout
@@ -225,6 +226,7 @@ class Program:
     donated: tuple[int, ...]
     closed: tuple[Any, ...]
     name: str
+    one_mesh: bool
     _turn: Any = field(default_factory=threading.RLock, init=False)
 
     @cached_property
@@ -240,6 +242,8 @@ class Program:
     @cached_property
     def out_shardings(self) -> tuple[jax.sharding.NamedSharding, ...]:
         """Where each result leaf lies."""
+        if self.one_mesh and self.layout.axis.padding:
+            return (self.layout.sharding(None),) * len(self.out_axes)
         return tuple(map(self.layout.result_sharding, self.out_axes, self.out_splits))
 
     def padded_type(self, x: Any, axis: int | None) -> jax.ShapeDtypeStruct:
@@ -418,6 +422,7 @@ def lower(
         donated=tuple(donated),
         closed=closed,
         name=name,
+        one_mesh=_jax.needs_one_mesh(replica.primitives),
     )
 
 
