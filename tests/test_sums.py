@@ -46,6 +46,21 @@ def in_a_loop(x, y):
     return lax.scan(step, jnp.eye(3), None, length=3)
 
 
+@jax.jit
+def layer(w, x):
+    return jnp.tanh(w @ x)
+
+
+@jax.jit
+def two_layers(w, x):
+    return layer(w, layer(w, x)), x  # one jit twice, in another
+
+
+def in_jits(x, y):
+    gradient = jax.grad(lambda w: jnp.sum(two_layers(w, x)[0] * y))(jnp.eye(3))
+    return lax.pmean(gradient, "i"), two_layers(gradient, x)[1]
+
+
 def over_both(x, y, inner_map=pmap):
     inner = inner_map(lambda a: lax.psum(outer_product(a * x, y), ("i", "j")), axis_name="j")
     return inner(jnp.stack([x, y, x * y]))
@@ -70,6 +85,7 @@ FUNCTIONS = [
     used_twice,
     of_one_that_is_equal,
     in_a_loop,
+    in_jits,
     over_both,
     by_batch,
     of_integers,
@@ -109,9 +125,10 @@ def test_what_padding_copies_does_not_spread(value):
 
 
 @pytest.mark.parametrize("n", [64, 61])
-def test_no_replica_has_a_gradient_of_its_own(n):
+@pytest.mark.parametrize("model", [lambda w, x: jnp.tanh(x @ w), jax.jit(lambda w, x: jnp.tanh(x @ w))])
+def test_no_replica_has_a_gradient_of_its_own(n, model):
     def step(w, x):
-        return lax.pmean(jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w) ** 2))(w), "i")
+        return lax.pmean(jax.grad(lambda w: jnp.sum(model(w, x) ** 2))(w), "i")
 
     text = pmap(step, "i", in_axes=(None, 0), out_axes=None).lower(rows(17, 19), rows(n, 17)).compile().as_text()
     assert "f32[17,19]" in text

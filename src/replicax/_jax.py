@@ -23,6 +23,7 @@ from jax._src.ad_checkpoint import remat_p
 from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
+from jax._src.sharding_impls import UNSPECIFIED
 from jax.extend import core as extend_core
 
 Jaxpr = Any
@@ -360,6 +361,43 @@ def with_results(jaxpr: Jaxpr, outvars: Sequence[Any]) -> Jaxpr:
     """The jaxpr with other results, of those that it computes anyway; it closes over nothing."""
     debug_info = body(jaxpr).debug_info._replace(arg_names=None, result_paths=None)
     return _close(body(jaxpr).replace(outvars=list(outvars), debug_info=debug_info), ())
+
+
+def inline(jaxpr: Jaxpr, wanted: Callable[[Equation], bool]) -> Jaxpr:
+    """The open jaxpr with the equations of the ``jit`` that are ``wanted`` in their places, to any depth."""
+    values: dict[Any, Any] = {}
+    eqns: list[Equation] = []
+
+    def read(atom: Any) -> Any:
+        return atom if is_literal(atom) else values.get(atom, atom)
+
+    for eqn in body(jaxpr).eqns:
+        inner = eqn.params.get("jaxpr")
+        if eqn.primitive.name != "jit" or not _leaves_places_to_xla(eqn) or constants(inner) or not wanted(eqn):
+            eqns.append(eqn.replace(invars=list(map(read, eqn.invars))))
+            continue
+        inner = inline(inner, wanted)
+        own = dict(zip(inner.invars, map(read, eqn.invars), strict=True))
+        for each in inner.eqns:
+            own.update((var, type(var)(var.aval)) for var in each.outvars)
+            stack = eqn.source_info.name_stack + each.source_info.name_stack
+            eqns.append(
+                each.replace(
+                    invars=[atom if is_literal(atom) else own[atom] for atom in each.invars],
+                    outvars=[own[var] for var in each.outvars],
+                    source_info=each.source_info.replace(name_stack=stack),
+                )
+            )
+        results = (atom if is_literal(atom) else own[atom] for atom in inner.outvars)
+        values.update(zip(eqn.outvars, results, strict=True))
+    return body(jaxpr).replace(eqns=eqns, outvars=list(map(read, body(jaxpr).outvars)))
+
+
+def _leaves_places_to_xla(eqn: Equation) -> bool:
+    """Whether a ``jit`` says nothing about where its arguments and results lie, nor how it is compiled."""
+    said = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
+    options = eqn.params["in_layouts"], eqn.params["out_layouts"], eqn.params["compiler_options_kvs"]
+    return all(x is UNSPECIFIED for x in said) and not any(map(any, options))
 
 
 def run(jaxpr: Jaxpr, args: Sequence[Any], consts: Sequence[Any] | None = None) -> list[Any]:

@@ -21,7 +21,7 @@ from replicax._errors import UnsupportedCollectiveError
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxis, Scope
 from replicax._levels import Part, over_lanes, own_block, whole
-from replicax._sums import find_sums
+from replicax._sums import find_sums, in_sight
 from replicax._varying import NOWHERE, Analysis, Varying, mapped
 
 
@@ -37,6 +37,7 @@ class Rewriter:
         self.scope = scope
         self.analysis = Analysis(scope) if analysis is None else analysis
         self._inside: dict[tuple[Hashable, int], Rewriter] = {}
+        self._seen: dict[int, tuple[Jaxpr, Jaxpr]] = {}
         self._changing: dict[int, tuple[Jaxpr, list[bool]]] = {}
         self._communicates: dict[int, tuple[Jaxpr, frozenset[LogicalAxis]]] = {}
         self._rewritten: dict[Hashable, tuple[Jaxpr, tuple[Jaxpr, list[Any]]]] = {}
@@ -59,12 +60,13 @@ class Rewriter:
         self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], varying: Sequence[Varying]
     ) -> list[Any]:
         """As :meth:`run`; but an argument, or a result, of a map inside may be a device's :class:`Part` of it."""
-        changes, inside = self._changes(jaxpr), _jax.body(jaxpr)
-        if not any(changes):
-            return _jax.run(inside, args, consts)
+        if not any(self._changes(jaxpr)):
+            return _jax.run(_jax.body(jaxpr), args, consts)
+        inside = self._in_sight(jaxpr)
+        changes = self._changes(inside)
         env = dict(zip([*inside.constvars, *inside.invars], [*consts, *args], strict=True))
         last_use = {atom: eqn for eqn in inside.eqns for atom in eqn.invars if not _jax.is_literal(atom)}
-        sums = find_sums(inside, self.scope, lambda: self.analysis.values(jaxpr, varying))
+        sums = find_sums(inside, self.scope, lambda: self.analysis.values(inside, varying))
         replaced = {id(eqn) for found in sums.values() for eqn in found.made.values()}
         kept = {atom for atom in inside.outvars if not _jax.is_literal(atom)}
         kept = kept.union(*(found.needs for found in sums.values()))
@@ -81,7 +83,7 @@ class Rewriter:
             return atom.val if _jax.is_literal(atom) else env[atom]
 
         def where() -> list[Varying]:
-            known = self.analysis.values(jaxpr, varying)
+            known = self.analysis.values(inside, varying)
             return [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in eqn.invars]
 
         for eqn, change in zip(inside.eqns, changes, strict=True):
@@ -167,6 +169,11 @@ class Rewriter:
         if id(jaxpr) not in self._changing:
             self._changing[id(jaxpr)] = (jaxpr, list(map(self._change, _jax.body(jaxpr).eqns)))
         return self._changing[id(jaxpr)][1]
+
+    def _in_sight(self, jaxpr: Jaxpr) -> Jaxpr:
+        if id(jaxpr) not in self._seen:
+            self._seen[id(jaxpr)] = (jaxpr, in_sight(jaxpr, self.scope))
+        return self._seen[id(jaxpr)][1]
 
     def _change(self, eqn: Equation) -> bool:
         if _primitives.is_nested_map(eqn) or _jax.derivative_rules(eqn):

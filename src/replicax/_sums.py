@@ -60,6 +60,18 @@ class Sum:
             return _jax.bind(eqn, args)[0]
 
 
+def in_sight(jaxpr: Jaxpr, scope: Scope) -> Jaxpr:
+    """The jaxpr, open; if it has sums over lanes, with the products in sight that a ``jit`` of the user's hides."""
+    inside = _jax.body(jaxpr)
+    if any(_sums_lanes(eqn, scope) for eqn in inside.eqns) and any(map(_hides_products, inside.eqns)):
+        return _jax.inline(inside, _hides_products)
+    return inside
+
+
+def _hides_products(eqn: Equation) -> bool:
+    return eqn.primitive.name == "jit" and "dot_general" in _jax.primitives(eqn.params["jaxpr"])
+
+
 def find_sums(jaxpr: Jaxpr, scope: Scope, where: Callable[[], dict[Any, Varying]]) -> dict[int, Sum]:
     """The sums of products in a jaxpr, by the ``id`` of their equation.
 
