@@ -14,7 +14,7 @@ PUBLIC = {
     "DeletedArrayError", "DevicesError", "DivergentOutputError", "MappedFunction", "MappedSizeError", "MismatchError",
     "NestedMapError", "NotAFunctionError", "NotAnArrayError", "OptionTypeError", "ReplicaxError", "ShardsError",
     "SimulationError", "StaticArgumentError", "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError",
-    "UnsupportedDtypeError", "UnsupportedTransformationError", "local_replicas",
+    "UnsupportedDtypeError", "UnsupportedTransformationError", "fetch", "local_replicas",
     "pmap", "replicate", "shard", "show_replicas", "simulate_devices", "unreplicate",
 }  # fmt: skip
 
@@ -24,7 +24,8 @@ MODULES = {"compat", "testing"}
 LAYERS = [
     "compat.__main__", "compat._install", "compat._functions",
     "testing._check", "testing._lockstep", "_report", "_replicas", "_devices", "_pmap", "_stages", "_dispatch",
-    "_transfer", "_lowering", "_rewrite", "_varying", "_collectives", "_levels", "_blocks", "_exchange", "_signature",
+    "_transfer", "_lowering", "_rewrite", "_sums", "_varying", "_collectives", "_levels", "_blocks", "_exchange",
+    "_signature",
     "_axes", "_layout", "_primitives", "_jax", "_errors",
 ]  # fmt: skip
 

@@ -117,7 +117,7 @@ def test_a_donated_argument_that_had_to_move_is_freed_before_the_program_runs(n)
                     early += leaf.is_deleted()
                     elsewhere = leaf.sharding.device_set.isdisjoint(moved.sharding.device_set)
                     assert leaf.is_deleted() or not elsewhere, place
-            return program.compiled(*placed)
+            return program.run(*placed)
 
         out, _ = _dispatch.run(program, leaves, execute, list)
         np.testing.assert_array_equal(out[0], table(n) + 1, err_msg=place)

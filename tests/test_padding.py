@@ -30,7 +30,7 @@ def test_prints_and_callbacks_come_once_from_each_replica(n, d, capfd):
     assert sorted(line for line in lines if line) == sorted(f"replica {i}" for i in range(n))
 
 
-@pytest.mark.parametrize(("n", "d"), PADDED)
+@pytest.mark.parametrize(("n", "d"), [*PADDED, (14, 4)])
 def test_io_callbacks_come_once_from_each_replica(n, d):
     seen = []
 
@@ -44,6 +44,17 @@ def test_io_callbacks_come_once_from_each_replica(n, d):
     out = pmap(fun, devices=jax.devices()[:d])(np.arange(n, dtype=np.float32))
     np.testing.assert_array_equal(out, np.arange(n) + 1)
     assert sorted(seen) == list(range(n))
+
+
+def test_pure_callbacks_where_parts_of_a_result_lie_on_some_devices_each():
+    def fun(x):
+        like = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(lambda v: 2 * np.asarray(v), like, x, vmap_method="sequential")
+
+    x = np.arange(14, dtype=np.float32)
+    out = pmap(fun, devices=jax.devices()[:4])(x)
+    np.testing.assert_array_equal(out, 2 * x)
+    np.testing.assert_array_equal(pmap(jnp.negative, devices=jax.devices()[:4])(out), -2 * x)
 
 
 @pytest.mark.parametrize(("n", "d"), PADDED)

@@ -72,11 +72,43 @@ def test_local_replicas_are_the_rows_in_order(n):
     assert len(replicax.local_replicas(x)) == n
 
 
+@pytest.mark.parametrize("n", [*SIZES, 14])
+def test_fetch(n):
+    x = np.arange(n * 6.0, dtype=np.float32).reshape(n, 2, 3)
+    out = replicax.pmap(lambda a: (a, a.T, jax.random.key(a[0, 0].astype(int))), out_axes=(0, 1, 0))(x)
+    rows, columns, keys = replicax.fetch(out)
+    assert type(rows) is type(columns) is np.ndarray
+    np.testing.assert_array_equal(rows, x)
+    np.testing.assert_array_equal(columns, np.asarray(out[1]))
+    assert isinstance(keys, jax.Array)
+    host = replicax.fetch({"a": 3, "b": [x, x[0, 0, 0]]})
+    assert (host["a"], host["b"][1]) == (3, 0)
+    assert host["b"][0] is x
+
+
+@pytest.mark.parametrize("spec", [P("a"), P(None, "b"), P("a", "b"), P("b", "a"), P(("b", "a")), P(("a", "b")), P()])
+def test_fetch_of_any_placement(spec):
+    x = np.arange(64.0, dtype=np.float32).reshape(8, 8)
+    mesh = Mesh(np.array(jax.devices()[::-1]).reshape(4, 2), ("a", "b"))
+    np.testing.assert_array_equal(replicax.fetch(jax.device_put(x, NamedSharding(mesh, spec))), x)
+    shuffled = Mesh(np.array(jax.devices())[[3, 1, 4, 0, 5, 7, 2, 6]].reshape(2, 4), ("a", "b"))
+    np.testing.assert_array_equal(replicax.fetch(jax.device_put(x, NamedSharding(shuffled, spec))), x)
+
+
+def test_leaves_on_different_devices_are_read_at_once():
+    x = np.arange(8.0, dtype=np.float32).reshape(4, 2)
+    tree = [jax.device_put(x + k, device) for k, device in enumerate(jax.devices()[:3])]
+    for k, first in enumerate(replicax.unreplicate(tree)):
+        np.testing.assert_array_equal(first, x[0] + k)
+        assert first.devices() == {jax.devices()[k]}
+
+
 def test_reading_moves_nothing_between_devices():
     out = replicax.pmap(lambda a: a + 1)(np.ones((16, 3), np.float32))
     with jax.transfer_guard_device_to_device("disallow_explicit"):
         replicax.local_replicas(out)
         replicax.unreplicate(out)
+        replicax.fetch(out)
 
 
 def test_unreplicate_reads_any_placement():

@@ -28,6 +28,7 @@ from replicax._errors import UnsupportedDtypeError as UnsupportedDtypeError
 from replicax._errors import UnsupportedTransformationError as UnsupportedTransformationError
 from replicax._pmap import MappedFunction as MappedFunction
 from replicax._pmap import pmap as pmap
+from replicax._replicas import fetch as fetch
 from replicax._replicas import local_replicas as local_replicas
 from replicax._replicas import replicate as replicate
 from replicax._replicas import shard as shard

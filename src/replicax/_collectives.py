@@ -17,6 +17,7 @@ import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import chain
 from typing import Any, TypeVar
 
 import jax
@@ -50,6 +51,7 @@ from replicax._exchange import (
     device_groups,
     exchange,
     groups,
+    ranks,
     replica_at,
     segments,
 )
@@ -163,7 +165,7 @@ def groups_of(primitive: str, axis_index_groups: Any, size: int, *, of_one_size:
     """
     if axis_index_groups is None:
         return None
-    if sorted(i for group in axis_index_groups for i in group) != list(range(size)):
+    if sorted(chain.from_iterable(axis_index_groups)) != list(range(size)):
         raise CollectiveArgumentError(
             f"{primitive}: axis_index_groups={_shown(axis_index_groups)} must hold each of the {size} replicas' "
             f"indices, 0 to {size - 1}, exactly once."
@@ -220,6 +222,34 @@ def psum(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = 
     x = SUM.local(x, positional) if positional else x
     names = physical(ours) + foreign
     return lax.psum(where_replica(ours, x), names) if names else x
+
+
+def psum_of_product(logical: LogicalAxes, a: Any, b: Any, *, axes: Names, dimension_numbers: Any, **params: Any) -> Any:
+    """Over a device's lanes, the sum of each replica's ``lax.dot_general(a, b)``: one product, of all lanes.
+
+    Padding lanes are zero in both operands, so that what they hold makes no difference, not even a NaN.
+    """
+    ours = [logical[name] for name in axes]
+    a, b = where_replica(ours, a), where_replica(ours, b)
+    lanes = [axis for axis in ours if axis.lane_axis is not None]
+    for axis in lanes:
+        a, b = block(axis, a), block(axis, b)
+    summed, first = tuple(range(len(lanes))), len(lanes)
+    contracted, batched = ([tuple(d + first for d in dims) for dims in pair] for pair in dimension_numbers)
+    dimensions = tuple((*summed, *dims) for dims in contracted), tuple(batched)
+    return lax.dot_general(a, b, dimensions, **params)
+
+
+def psum_of_lanes(logical: LogicalAxes, x: Any, *, axes: Names) -> Any:
+    """The sum over a device's own lanes."""
+    ours = [logical[name] for name in axes]
+    return lax.psum(where_replica(ours, x), tuple(axis.lane_axis for axis in ours if axis.lane_axis is not None))
+
+
+def psum_of_devices(logical: LogicalAxes, x: Any, *, axes: Names) -> Any:
+    """The sum over devices of what each has summed over its lanes."""
+    names = tuple(logical[name].device_axis for name in axes if logical[name].device_axis is not None)
+    return lax.psum(x, names) if names else x
 
 
 @collective("pmax", result=equal)
@@ -338,9 +368,10 @@ def ppermute(logical: LogicalAxes, x: Any, *, axis_name: Names | Hashable, perm:
     """Another replica's operand, or zeros; only what changes device travels."""
     names = as_names(axis_name)
     sources = permutation(perm, size_of(logical, names))
-    moved = [(int(source), r) for r, source in enumerate(sources) if source != NOTHING]
-    if (name := direct(only_axis(logical, names))) is not None and any(source != r for source, r in moved):
-        return lax.ppermute(x, name, moved)
+    if (name := direct(only_axis(logical, names))) is not None:
+        moved = [(int(source), r) for r, source in enumerate(sources) if source != NOTHING]
+        if any(source != r for source, r in moved):
+            return lax.ppermute(x, name, moved)
     return fetch(logical, names, x[None], sources[:, None])[0]
 
 
@@ -353,14 +384,18 @@ def permutation(perm: Sequence[tuple[int, int]], size: int) -> Any:
         CollectiveArgumentError: an index is out of range, or sends or receives twice.
     """
     try:
-        perm = [(operator.index(source), operator.index(destination)) for source, destination in perm]
-    except (TypeError, ValueError):
+        flat = np.fromiter(map(operator.index, chain.from_iterable(perm)), np.int64)
+        pairs = flat.reshape(-1, 2)
+        whole = set(map(len, perm)) <= {2}
+    except (OverflowError, TypeError, ValueError):
+        whole = False
+    if not whole:
         raise CollectiveArgumentError(
             f"ppermute: perm={perm!r:.200} must be a list of pairs (source, destination) of replica indices."
-        ) from None
-    out_of_range = [pair for pair in perm if not all(-size <= i < size for i in pair)]
-    sends, receives = ([i % size for i in side] for side in (zip(*perm, strict=True) if perm else ((), ())))
-    if out_of_range or len(set(sends)) < len(perm) or len(set(receives)) < len(perm):
+        )
+    sends, receives = (pairs % size).T
+    out_of_range = list(pairs[((pairs < -size) | (pairs >= size)).any(1)])
+    if out_of_range or len(np.unique(sends)) < len(pairs) or len(np.unique(receives)) < len(pairs):
         raise CollectiveArgumentError(
             f"ppermute: perm={_shown(perm)} must hold pairs (source, destination) of replica indices from 0 to "
             f"{size - 1}, with no source and no destination twice. "
@@ -512,12 +547,14 @@ def scatter_sum_over_segments(axis: LogicalAxis, x: Any, split: Groups) -> Any:
     sums = over_segments(axis, block(axis, x), plan.lanes, plan.count, SUM)  # (segments, group, ...)
     items = sums.reshape(plan.count * size, *sums.shape[2:])
     contributing = np.flatnonzero(np.arange(axis.devices) * axis.lanes < axis.size)
-    widest = int((plan.of[contributing] != NOTHING).sum(0).max())
-    wants = np.full((axis.devices * axis.lanes, widest), NOTHING)
-    for position, replica in enumerate(replica_at(axis)):
-        group = split.of[replica]
-        sources = contributing[plan.of[contributing, group] != NOTHING]
-        wants[position, : len(sources)] = (sources * plan.count + plan.of[sources, group]) * size + split.rank[replica]
+    group, source = np.nonzero((plan.of[contributing] != NOTHING).T)
+    counts = np.bincount(group, minlength=len(split.groups))
+    widest, sources = int(counts.max()), contributing[source]
+    sums_of = np.full((len(counts), widest), NOTHING)
+    sums_of[group, ranks(counts)] = sources * plan.count + plan.of[sources, group]
+    replica = replica_at(axis)
+    wants = sums_of[split.of[replica]]
+    wants = np.where(wants == NOTHING, NOTHING, wants * size + split.rank[replica][:, None])
     found = exchanged(axis, items, exchange(wants.reshape(axis.devices, -1), plan.count * size))
     return own_lane(axis, SUM.local(found.reshape(axis.lanes, widest, *items.shape[1:]), 1))
 

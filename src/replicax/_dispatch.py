@@ -276,7 +276,7 @@ class Dispatcher:
         with _jax.own_mesh():
             program, leaves = self.resolve(fun, args, kwargs, abstract=True)
             if isinstance(program, Program) and _jax.eager():
-                out = program.trace(leaves).out_info
+                out = program.traced.out_info
             else:
                 out = jax.eval_shape(program.staged, *map(_type, [*leaves, *program.closed]))
         types = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False)) for x in out]
@@ -388,11 +388,10 @@ class Dispatcher:
             return record(replica, axis, signature.in_axes, options.out_axes, name, options.agreeing), reusable
         nesting = _primitives.nesting(replica.jaxpr)
         placed = layout(options.axis_name, size, devices, spread=spread, aside=not _jax.eager(), nesting=nesting)
-        dtypes = [aval.dtype for aval in avals]
         donated, agreeing = self._donated(call), options.agreeing
-        program = lower(replica, placed, signature.in_axes, options.out_axes, dtypes, donated, name, agreeing)
+        program = lower(replica, placed, signature.in_axes, options.out_axes, avals, donated, name, agreeing)
         if _jax.eager():  # All that is traced is traced now, in this thread's turn and before an argument is moved.
-            program.trace(avals)
+            _ = program.traced
         return program, reusable
 
     def _donated(self, call: Call) -> list[int]:

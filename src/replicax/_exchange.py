@@ -7,8 +7,9 @@ row for each device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,9 +164,16 @@ class Groups:
 def groups(axis_index_groups: Sequence[Sequence[int]], size: int) -> Groups:
     """The groups as tables; they have to cover ``range(size)`` once."""
     of, rank = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    for number, group in enumerate(axis_index_groups):
-        of[list(group)], rank[list(group)] = number, np.arange(len(group))
+    sizes = np.array([len(group) for group in axis_index_groups], np.int64)
+    members = np.fromiter(chain.from_iterable(axis_index_groups), np.int64, size)
+    of[members] = np.repeat(np.arange(len(sizes)), sizes)
+    rank[members] = ranks(sizes)
     return Groups(tuple(tuple(map(int, group)) for group in axis_index_groups), of, rank)
+
+
+def ranks(counts: Table) -> Table:
+    """0, 1, 2, … within each of several runs of these lengths, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def device_groups(axis: LogicalAxis, split: Groups) -> DeviceGroups | None:
@@ -206,42 +214,54 @@ class Segments:
 
 def segments(axis: LogicalAxis, split: Groups) -> Segments:
     """The segments of every device."""
-    group_at = split.of[replica_at(axis)].reshape(axis.devices, axis.lanes)
-    touched = [sorted({d for d in range(axis.devices) if g in group_at[d]}) for g in range(len(split.groups))]
-    shared, runs = _shared_segments([tuple(t) if len(t) > 1 else () for t in touched], axis.devices)
-    of = np.full((axis.devices, len(split.groups)), NOTHING)
-    free = [max((stop for _, stop, _ in runs), default=0)] * axis.devices
-    for g, on in enumerate(touched):
-        for d in on:
-            of[d, g] = shared[g] if len(on) > 1 else free[d]
-            free[d] += len(on) == 1
-    count = max(free)
-    lists: list[list[list[int]]] = [[[] for _ in range(count)] for _ in range(axis.devices)]
-    for replica in range(axis.size):
-        device, lane = divmod(replica, axis.lanes)
-        lists[device][of[device, split.of[replica]]].append(lane)
-    widest = max(len(lanes) for on_device in lists for lanes in on_device)
-    filled = [[*lanes, *[axis.lanes] * (widest - len(lanes))] for on_device in lists for lanes in on_device]
-    return Segments(
-        lanes=np.array(filled, np.int64).reshape(axis.devices, count * widest),
-        count=count,
-        shared=runs,
-        own=np.take_along_axis(of, group_at, axis=1),
-        of=of,
-    )
+    devices, many = axis.devices, len(split.groups)
+    group_at = split.of[replica_at(axis)].reshape(devices, axis.lanes)
+    group, device = np.divmod(np.unique(group_at * devices + np.arange(devices)[:, None]), devices)
+    counts = np.bincount(group, minlength=many)
+    start = np.cumsum(counts) - counts
+    alone = np.flatnonzero(counts == 1)
+    touched = {g: tuple(device[start[g] : start[g] + counts[g]].tolist()) for g in np.flatnonzero(counts > 1).tolist()}
+    shared, runs = _shared_segments(touched, devices)
+    of = np.full((devices, many), NOTHING)
+    for g, on in touched.items():
+        of[list(on), g] = shared[g]
+    first = count = max((stop for _, stop, _ in runs), default=0)
+    for d in range(devices):
+        own = alone[device[start[alone]] == d]
+        of[d, own] = first + np.arange(len(own))
+        count = max(count, first + len(own))
+    own = np.take_along_axis(of, group_at, axis=1)
+    return Segments(lanes=_lanes_of(axis, own, count), count=count, shared=runs, own=own, of=of)
+
+
+def _lanes_of(axis: LogicalAxis, own: Table, count: int) -> Table:
+    """``(devices, count · widest)``: the lanes of each segment, given the segment of each lane."""
+    device, lane = np.divmod(np.arange(axis.size), axis.lanes)
+    segment = device * count + own[device, lane]
+    sizes = np.bincount(segment, minlength=axis.devices * count)
+    order = np.argsort(segment, kind="stable")
+    lanes = np.full((axis.devices * count, sizes.max()), axis.lanes, np.int64)
+    lanes[segment[order], ranks(sizes)] = lane[order]
+    return lanes.reshape(axis.devices, -1)
 
 
 def _shared_segments(
-    touched: Sequence[tuple[int, ...]], devices: int
+    touched: Mapping[int, tuple[int, ...]], devices: int
 ) -> tuple[dict[int, int], tuple[tuple[int, int, DeviceGroups], ...]]:
     """The segment of each group that lies on several devices, first fit; and the runs of like segments."""
     slots: list[dict[int, tuple[int, ...]]] = []  # each: group -> the devices that it lies on
-    for g, on in enumerate(touched):
-        if on:
-            free = [slot for slot in slots if not any(set(on) & set(other) for other in slot.values())]
-            if not free:
-                slots.append({})
-            (free[0] if free else slots[-1])[g] = on
+    taken: list[int] = []  # as bits: the devices of each slot
+    begin: dict[tuple[int, ...], int] = {}  # before it, no slot is free for a group on these devices
+    for g, on in touched.items():
+        bits, k = sum(1 << d for d in on), begin.get(on, 0)
+        while k < len(slots) and taken[k] & bits:
+            k += 1
+        if k == len(slots):
+            slots.append({})
+            taken.append(0)
+        slots[k][g] = on
+        taken[k] |= bits
+        begin[on] = k + 1
     partitions: dict[DeviceGroups, list[dict[int, tuple[int, ...]]]] = {}
     for slot in slots:
         alone = set(range(devices)).difference(*slot.values())

@@ -17,13 +17,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import ad_util, config, core, source_info_util, tree_util
+from jax._src import ad_util, config, core, dispatch, source_info_util, tree_util
 from jax._src import linear_util as lu
 from jax._src.ad_checkpoint import remat_p
 from jax._src.interpreters import ad, batching, pxla
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
 from jax._src.lib import _jax as jaxlib
+from jax._src.sharding_impls import UNSPECIFIED
 from jax.extend import core as extend_core
 
 Jaxpr = Any
@@ -234,11 +235,10 @@ def entry(
 
 
 def first_run(jitted: Any, args: Sequence[Any]) -> tuple[Sequence[Any], Any]:
-    """Runs a jitted function of flat arguments; its results, and what an :func:`entry` has to know to run it."""
-    try:
-        results, known, forget = jitted._cache_miss(*args)
-    except AttributeError:
+    """Runs a :func:`fast_call` of flat arguments; its results, and what an :func:`entry` has to know to run it."""
+    if not hasattr(jitted, "_cache_miss"):
         return jitted(*args), None
+    results, known, forget = jitted._cache_miss(*args)
     return results, None if forget else known
 
 
@@ -309,6 +309,11 @@ def put_blocks(
 _entries = jaxlib.PjitFunctionCache(capacity=8192) if hasattr(jaxlib, "PjitFunctionCache") else None
 
 
+def fast_call(compiled: jax.stages.Compiled) -> Callable[..., Any]:
+    """The program as ``jit`` calls it, in C++ where that is possible, without a frame of Python's around it."""
+    return compiled._executable.create_cpp_call(compiled._params) or compiled
+
+
 # Source lines that JAX remembers are the user's, not those of this package.
 source_info_util.register_exclusion(os.path.dirname(__file__) + os.sep)
 
@@ -338,29 +343,41 @@ def is_literal(atom: Any) -> bool:
 
 
 def sub_jaxprs(eqn: Equation) -> Iterator[Jaxpr]:
-    """The jaxprs among an equation's parameters, in a fixed order."""
-    for value in eqn.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if is_jaxpr(item):
-                yield item
+    """The jaxprs among an equation's parameters, in a fixed order; not that with which JAX has a scatter add."""
+    if eqn.primitive.multiple_results:
+        for value in eqn.params.values():
+            for item in value if isinstance(value, tuple | list) else (value,):
+                if is_jaxpr(item):
+                    yield item
 
 
-def has_primitive(jaxpr: Jaxpr, names: Sequence[str]) -> bool:
-    """Whether an equation of one of these names is anywhere in the jaxpr."""
-    return any(
-        eqn.primitive.name in names or any(has_primitive(sub, names) for sub in sub_jaxprs(eqn))
-        for eqn in body(jaxpr).eqns
-    )
+def primitives(jaxpr: Jaxpr) -> set[str]:
+    """The names of all primitives anywhere in the jaxpr."""
+    names: set[str] = set()
+    seen: set[int] = set()
+
+    def visit(jaxpr: Jaxpr) -> None:
+        if id(jaxpr) not in seen:
+            seen.add(id(jaxpr))
+            for eqn in body(jaxpr).eqns:
+                names.add(eqn.primitive.name)
+                for sub in sub_jaxprs(eqn):
+                    visit(sub)
+
+    visit(jaxpr)
+    return names
 
 
 def named_axes(eqn: Equation) -> tuple[AxisName, ...]:
     """The mapped axes that an equation without sub-jaxprs names; empty when it communicates over none."""
     names: list[AxisName] = []
     for key in ("axes", "axis_name"):
-        value = eqn.params.get(key, ())
-        names.extend(value if isinstance(value, tuple | list) else (value,))
-    names.extend(effect.name for effect in eqn.effects if isinstance(effect, core.NamedAxisEffect))
-    return tuple(dict.fromkeys(name for name in names if not isinstance(name, int)))
+        if key in eqn.params:
+            value = eqn.params[key]
+            names.extend(value if isinstance(value, tuple | list) else (value,))
+    if eqn.effects:
+        names.extend(effect.name for effect in eqn.effects if isinstance(effect, core.NamedAxisEffect))
+    return tuple(dict.fromkeys(name for name in names if not isinstance(name, int))) if names else ()
 
 
 def loop_counts(eqn: Equation) -> tuple[int, int]:
@@ -460,9 +477,46 @@ def with_results(jaxpr: Jaxpr, outvars: Sequence[Any]) -> Jaxpr:
     return _close(body(jaxpr).replace(outvars=list(outvars), debug_info=debug_info), ())
 
 
-def run(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
-    """The results of a jaxpr, bound equation by equation as they are."""
-    return list(core.eval_jaxpr(body(jaxpr), constants(jaxpr), *args))
+def inline(jaxpr: Jaxpr, wanted: Callable[[Equation], bool]) -> Jaxpr:
+    """The open jaxpr with the equations of the ``jit`` that are ``wanted`` in their places, to any depth."""
+    values: dict[Any, Any] = {}
+    eqns: list[Equation] = []
+
+    def read(atom: Any) -> Any:
+        return atom if is_literal(atom) else values.get(atom, atom)
+
+    for eqn in body(jaxpr).eqns:
+        inner = eqn.params.get("jaxpr")
+        if eqn.primitive.name != "jit" or not _leaves_places_to_xla(eqn) or constants(inner) or not wanted(eqn):
+            eqns.append(eqn.replace(invars=list(map(read, eqn.invars))))
+            continue
+        inner = inline(inner, wanted)
+        own = dict(zip(inner.invars, map(read, eqn.invars), strict=True))
+        for each in inner.eqns:
+            own.update((var, type(var)(var.aval)) for var in each.outvars)
+            stack = eqn.source_info.name_stack + each.source_info.name_stack
+            eqns.append(
+                each.replace(
+                    invars=[atom if is_literal(atom) else own[atom] for atom in each.invars],
+                    outvars=[own[var] for var in each.outvars],
+                    source_info=each.source_info.replace(name_stack=stack),
+                )
+            )
+        results = (atom if is_literal(atom) else own[atom] for atom in inner.outvars)
+        values.update(zip(eqn.outvars, results, strict=True))
+    return body(jaxpr).replace(eqns=eqns, outvars=list(map(read, body(jaxpr).outvars)))
+
+
+def _leaves_places_to_xla(eqn: Equation) -> bool:
+    """Whether a ``jit`` says nothing about where its arguments and results lie, nor how it is compiled."""
+    said = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
+    options = eqn.params["in_layouts"], eqn.params["out_layouts"], eqn.params["compiler_options_kvs"]
+    return all(x is UNSPECIFIED for x in said) and not any(map(any, options))
+
+
+def run(jaxpr: Jaxpr, args: Sequence[Any], consts: Sequence[Any] | None = None) -> list[Any]:
+    """The results of a jaxpr, bound equation by equation as they are, with other values of its constants if given."""
+    return list(core.eval_jaxpr(body(jaxpr), constants(jaxpr) if consts is None else consts, *args))
 
 
 def bears_no_constants(eqn: Equation) -> bool:
@@ -633,6 +687,11 @@ def awaits_collective(eqn: Equation) -> bool:
 
 
 _STARTED = ("all_gather", "psum", "reduce_scatter", "all_to_all", "ppermute")
+
+
+def needs_one_mesh(primitives: set[str]) -> bool:
+    """Whether a program with these primitives has to name one mesh throughout: that of callbacks that return values."""
+    return any(primitive.name in primitives for primitive in dispatch.prim_requires_devices_during_lowering)
 
 
 def has_side_effect(eqn: Equation) -> bool:

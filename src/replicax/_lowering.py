@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -58,6 +59,11 @@ class Replica:
     jaxpr: _jax.Jaxpr
     consts: Sequence[Any]
     out: Any
+
+    @cached_property
+    def primitives(self) -> set[str]:
+        """The names of all primitives in the program."""
+        return _jax.primitives(self.jaxpr)
 
     @property
     def closes_over_tracers(self) -> bool:
@@ -196,7 +202,7 @@ class Program:
     Attributes:
         layout: Where the replicas lie.
         in_axes: The mapped axis of each argument leaf.
-        dtypes: The dtype of each argument leaf.
+        types: The type of each argument leaf, before it is padded.
         out_axes: The mapped axis of each result leaf.
         in_splits: Which further axes of each argument leaf are split over the devices of maps inside.
         out_splits: The same of each result leaf.
@@ -206,11 +212,12 @@ class Program:
         closed: Arrays that the user's function closed over and that the program takes after its arguments: tracers
             of an enclosing trace, and arrays that lie on a mesh.
         name: The name of the user's function.
+        one_mesh: Whether its results have to be on the mesh of its arguments: padded ones lie whole on each device.
     """
 
     layout: Layout
     in_axes: Sequence[int | None]
-    dtypes: Sequence[Any]
+    types: Sequence[Any]
     out_axes: Sequence[int | None]
     in_splits: Sequence[Splits]
     out_splits: Sequence[Splits]
@@ -219,6 +226,8 @@ class Program:
     donated: tuple[int, ...]
     closed: tuple[Any, ...]
     name: str
+    one_mesh: bool
+    _turn: Any = field(default_factory=threading.RLock, init=False)
 
     @cached_property
     def closed_in_place(self) -> list[Any]:
@@ -233,6 +242,8 @@ class Program:
     @cached_property
     def out_shardings(self) -> tuple[jax.sharding.NamedSharding, ...]:
         """Where each result leaf lies."""
+        if self.one_mesh and self.layout.axis.padding:
+            return (self.layout.sharding(None),) * len(self.out_axes)
         return tuple(map(self.layout.result_sharding, self.out_axes, self.out_splits))
 
     def padded_type(self, x: Any, axis: int | None) -> jax.ShapeDtypeStruct:
@@ -249,8 +260,22 @@ class Program:
         return tuple(i for i in self.donated if self.in_axes[i] is None or not self.layout.axis.padding)
 
     @cached_property
-    def compiled(self) -> jax.stages.Wrapped:
-        """The function for arrays that lie in place: what an eager call runs."""
+    def dtypes(self) -> tuple[Any, ...]:
+        """The dtype of each argument leaf."""
+        return tuple(aval.dtype for aval in self.types)
+
+    @cached_property
+    def traced(self) -> jax.stages.Traced:
+        """The function for arrays that lie in place, traced."""
+        return self._jitted.trace(*map(self.padded_type, self.types, self.in_axes))
+
+    @cached_property
+    def _executable(self) -> Callable[..., Any]:
+        """Compiled once, where ``jit`` compiles anew for each mixture of meshes that the arguments lie on."""
+        return _jax.fast_call(self.traced.lower().compile())
+
+    @cached_property
+    def _jitted(self) -> jax.stages.Wrapped:
         return jax.jit(
             self.function,
             in_shardings=self.in_shardings,
@@ -259,10 +284,17 @@ class Program:
         )
 
     def run(self, *leaves: Any) -> Sequence[Any]:
-        """Runs :attr:`compiled`; the first time it takes note of what C++ has to know to run it."""
-        if self._known:
-            return self.compiled(*leaves)
-        results, known = _jax.first_run(self.compiled, leaves)
+        """Runs the program on arrays that lie in place: what an eager call does."""
+        if jax.config.jax_disable_jit or jax.config.jax_debug_nans or jax.config.jax_debug_infs:
+            return self._jitted(*leaves)  # which shows the user's Python, or where a NaN comes from
+        with self._turn:
+            in_cpp = self._executable
+        try:
+            if self._known:
+                return in_cpp(*leaves)
+            results, known = _jax.first_run(in_cpp, leaves)
+        except ValueError:  # an argument has another layout in memory; of four bits JAX 0.10 only thinks so
+            results, known = self._jitted(*leaves), None
         self._known.append(known)
         return results
 
@@ -280,14 +312,12 @@ class Program:
         """The devices that it runs on."""
         return self.layout.sharding(None).device_set
 
-    def trace(self, leaves: Sequence[Any]) -> jax.stages.Traced:
-        """The function of :attr:`compiled`, traced for arguments of these types before they are padded."""
-        return self.compiled.trace(*map(self.padded_type, [*leaves, *self.closed], self.in_axes))
-
     def clear(self) -> None:
         """Frees what was compiled."""
         self._known.clear()
-        for held in ("compiled", "staged"):
+        for held in ("_executable", "traced"):
+            vars(self).pop(held, None)
+        for held in ("_jitted", "staged"):
             if (jitted := vars(self).pop(held, None)) is not None:
                 jitted.clear_cache()
 
@@ -352,7 +382,7 @@ def lower(
     layout: Layout,
     in_axes: Sequence[int | None],
     out_axes: Spec,
-    dtypes: Sequence[Any],
+    types: Sequence[Any],
     donated: Sequence[int],
     name: str,
     agreeing: bool,
@@ -369,8 +399,8 @@ def lower(
         NestedMapError: the program has a ``jax.pmap`` or ``jax.shard_map`` in it.
         UnsupportedDtypeError: the program takes or returns numbers of two bits, and has to be padded.
     """
-    _refuse_device_maps(replica.jaxpr, name)
-    _refuse_two_bits([*dtypes, *(x.dtype for x in jax.tree.leaves(replica.out))], layout)
+    _refuse_device_maps(replica, name)
+    _refuse_two_bits([x.dtype for x in (*types, *jax.tree.leaves(replica.out))], layout)
     flat_out_axes = match_out_axes(out_axes, replica.out)
     passed = [k for k, const in enumerate(replica.consts) if _has_to_be_passed(const)]
     closed = tuple(replica.consts[k] for k in passed)
@@ -380,10 +410,10 @@ def lower(
     out_splits = list(map(_split, out_places, flat_out_axes))
     rewriter = Rewriter(layout.scope)
     varying = [NOWHERE if a is None else frozenset({layout.axis}) for a in in_axes]
-    if agreeing:
+    if agreeing and None in flat_out_axes:
         where = rewriter.analysis.results(replica.jaxpr, varying)
         _check_broadcast_results(replica, flat_out_axes, where, layout.axis)
-    by_replica = _jax.has_primitive(replica.jaxpr, ("custom_vjp_call",)) or not agreeing
+    by_replica = "custom_vjp_call" in replica.primitives or not agreeing
     one_replica = _one_replica(replica, rewriter, varying, passed, flat_out_axes, in_places, out_places, by_replica)
     one_device = over_lanes(one_replica, layout.axis, all_axes, flat_out_axes)
     function = _over_devices(
@@ -397,7 +427,7 @@ def lower(
     return Program(
         layout=layout,
         in_axes=all_axes,
-        dtypes=(*dtypes, *(x.dtype for x in closed)),
+        types=(*types, *closed),
         out_axes=flat_out_axes,
         in_splits=in_splits,
         out_splits=out_splits,
@@ -406,6 +436,7 @@ def lower(
         donated=tuple(donated),
         closed=closed,
         name=name,
+        one_mesh=_jax.needs_one_mesh(replica.primitives),
     )
 
 
@@ -436,13 +467,15 @@ def record(
         DivergentOutputError: likewise.
         NestedMapError: likewise.
     """
-    _refuse_device_maps(replica.jaxpr, name)
+    _refuse_device_maps(replica, name)
     flat_out_axes = match_out_axes(out_axes, replica.out)
-    varying = [NOWHERE if a is None else frozenset({axis}) for a in in_axes]
-    where = Analysis(Scope([axis])).results(replica.jaxpr, varying)
-    if agreeing:
-        _check_broadcast_results(replica, flat_out_axes, where, axis)
-    first = [a is None and axis in varies for a, varies in zip(flat_out_axes, where, strict=True)]
+    first = [False] * len(flat_out_axes)
+    if None in flat_out_axes:
+        varying = [NOWHERE if a is None else frozenset({axis}) for a in in_axes]
+        where = Analysis(Scope([axis])).results(replica.jaxpr, varying)
+        if agreeing:
+            _check_broadcast_results(replica, flat_out_axes, where, axis)
+        first = [a is None and axis in varies for a, varies in zip(flat_out_axes, where, strict=True)]
     all_out_axes = [0 if f else a for a, f in zip(flat_out_axes, first, strict=True)]
     with _jax.axis_env({axis.name: axis.size}):
         jaxpr = _jax.without_constants(replica.jaxpr)
@@ -501,8 +534,8 @@ def _has_to_be_passed(const: Any) -> bool:
     return isinstance(const, jax.Array) and not isinstance(const.sharding, jax.sharding.SingleDeviceSharding)
 
 
-def _refuse_device_maps(jaxpr: _jax.Jaxpr, name: str) -> None:
-    if _jax.has_primitive(jaxpr, ("shard_map", "xla_pmap")):
+def _refuse_device_maps(replica: Replica, name: str) -> None:
+    if replica.primitives & {"shard_map", "xla_pmap"}:
         raise NestedMapError(
             f"{name} spreads its own work over devices, with jax.pmap or jax.shard_map, and is mapped over devices "
             f"itself. Map the inner function with replicax.pmap, whose replicas run beside the outer's, or with "

@@ -473,8 +473,12 @@ def is_nested_map(eqn: Equation) -> bool:
 def nesting(jaxpr: Jaxpr) -> list[list[tuple[AxisName, int]]]:
     """The maps in a program by level, outermost first: the axes and sizes of those at each level."""
     levels: list[dict[tuple[AxisName, int], None]] = []
+    seen: set[tuple[int, int]] = set()
 
     def visit(jaxpr: Jaxpr, depth: int) -> None:
+        if (id(jaxpr), depth) in seen:
+            return
+        seen.add((id(jaxpr), depth))
         for eqn in body(jaxpr).eqns:
             inner = is_nested_map(eqn)
             if inner:

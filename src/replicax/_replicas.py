@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
@@ -117,12 +118,21 @@ def unreplicate(tree: Tree) -> Tree:
     """
     _check_leading_axis("unreplicate", tree)
     leaves, treedef = jax.tree.flatten(tree)
-    blocks = [_blocks(x)[0] if isinstance(x, jax.Array) else x for x in leaves]
+    by_device: dict[Any, list[int]] = {}
+    for i, x in enumerate(leaves):
+        if not isinstance(x, jax.Array) or not (parts := _parts(x)).have_rows:
+            leaves[i] = np.asarray(x)[0]
+            continue
+        leaves[i] = x.addressable_data(parts.numbers[0])
+        by_device.setdefault(parts.device, []).append(i)
     with _jax.own_mesh():
-        return jax.tree.unflatten(treedef, [_first(x) if isinstance(x, jax.Array) else x[0] for x in blocks])
+        for on_one in by_device.values():
+            for i, x in zip(on_one, _first([leaves[i] for i in on_one]), strict=True):
+                leaves[i] = x
+    return jax.tree.unflatten(treedef, leaves)
 
 
-_first = jax.jit(lambda block: block[0])
+_first = jax.jit(lambda blocks: [block[0] for block in blocks])
 
 
 def local_replicas(tree: Tree) -> list[Tree]:
@@ -146,7 +156,7 @@ def local_replicas(tree: Tree) -> list[Tree]:
     """
     _check_leading_axis("local_replicas", tree)
     leaves, treedef = jax.tree.flatten(tree)
-    rows = [[row for block in _blocks(x) for row in _rows(block)] for x in leaves]
+    rows = list(map(_rows, leaves, _parts_of_all(leaves)))
     if len({len(r) for r in rows}) > 1:
         paths = jax.tree_util.tree_leaves_with_path(tree)
         raise MappedSizeError(
@@ -159,23 +169,115 @@ def local_replicas(tree: Tree) -> list[Tree]:
     return [jax.tree.unflatten(treedef, replica) for replica in zip(*rows, strict=True)]
 
 
-def _blocks(x: Any) -> list[Any]:
-    """This process' parts of an array along axis 0, in order, each part once however many devices hold it."""
-    if not isinstance(x, jax.Array):
-        return [x]
-    parts: dict[int, jax.Array] = {}
-    for part in x.addressable_shards:
-        start, stop, _ = part.index[0].indices(x.shape[0])
-        if (stop - start, *x.shape[1:]) != part.data.shape:  # split along another axis too: no device has a row
-            return [np.asarray(x)]
-        parts.setdefault(start, part.data)
-    return [parts[start] for start in sorted(parts)]
+def fetch(tree: Tree) -> Tree:
+    """The arrays on the host, each part of them read once where it lies.
+
+    What ``np.asarray`` does to each array, and ``jax.device_get`` to all, in about half the time.
+
+    Args:
+        tree: A pytree of arrays of any shapes ``(...)``, such as what :func:`pmap` returns.
+
+    Returns:
+        The same tree, of NumPy arrays of the same shapes and dtypes, to be read and not written: on a CPU one that lies
+        whole on a device is not copied. PRNG keys, which NumPy has no type for, stay ``jax.Array``.
+
+    Raises:
+        NotAnArrayError: naming every leaf that is no array.
+
+    Example:
+        >>> import numpy as np, replicax
+        >>> replicax.fetch(replicax.pmap(lambda x: 2 * x)(np.arange(3.0)))
+        array([0., 2., 4.], dtype=float32)
+    """
+    check_arrays("fetch", tree)
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, list(map(_whole, leaves, _parts_of_all(leaves))))
 
 
-def _rows(block: Any) -> Sequence[Any]:
-    if isinstance(block, jax.Array) and jax.numpy.issubdtype(block.dtype, jax.dtypes.prng_key):
-        return [block[i] for i in range(block.shape[0])]
-    return list(np.asarray(block))
+def _whole(x: Any, parts: Parts | None) -> Any:
+    if parts is None or not parts.plain:
+        return np.asarray(x)
+    if parts.keys:
+        return x
+    blocks = [np.asarray(x.addressable_data(k)) for k in parts.numbers]
+    return np.concatenate(blocks, parts.dims[0]) if parts.dims else blocks[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which of an array's shards make up what this process has of it, each part once however many devices hold it.
+
+    Attributes:
+        dims: The dimensions that it is split along.
+        numbers: The numbers of the shards, in order.
+        device: The device of the first.
+        keys: Whether the array is one of PRNG keys, which NumPy has no type for.
+        plain: Whether the parts are all of the array, split along one dimension at most.
+    """
+
+    dims: tuple[int, ...]
+    numbers: tuple[int, ...]
+    device: jax.Device
+    keys: bool
+    plain: bool
+
+    @property
+    def have_rows(self) -> bool:
+        """Whether each part has all of its replicas' rows."""
+        return self.dims in ((), (0,))
+
+
+#: The parts of arrays by sharding and shape, which are few; reading shards one by one to find out costs more than them.
+_KNOWN: dict[Any, Parts] = {}
+
+
+def _parts(x: jax.Array) -> Parts:
+    key = x.sharding, x.shape, x.dtype
+    parts = _KNOWN.get(key)
+    if parts is None:
+        if len(_KNOWN) >= _ENOUGH:
+            _KNOWN.clear()
+        parts = _KNOWN[key] = _find_parts(x)
+    return parts
+
+
+_ENOUGH = 1024
+
+
+def _find_parts(x: jax.Array) -> Parts:
+    shards = x.addressable_shards
+    starts = [tuple(part.indices(n)[0] for part, n in zip(s.index, x.shape, strict=False)) for s in shards]
+    dims = tuple(d for d, n in enumerate(x.shape) if any(s.data.shape[d] != n for s in shards))
+    order: dict[tuple[int, ...], int] = {}
+    for k, start in enumerate(starts):
+        order.setdefault(start, k)
+    numbers = tuple(order[start] for start in sorted(order))
+    device = next(iter(shards[numbers[0]].data.devices()))
+    keys = jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return Parts(dims, numbers, device, keys, x.is_fully_addressable and len(dims) <= 1)
+
+
+def _parts_of_all(leaves: Sequence[Any]) -> list[Parts | None]:
+    """The parts of each array, None for what is on the host; copies that take time are started."""
+    found = [_parts(x) if isinstance(x, jax.Array) else None for x in leaves]
+    for x, parts in zip(leaves, found, strict=True):
+        if parts is not None and parts.device.platform != "cpu" and not parts.keys:
+            x.copy_to_host_async()
+    return found
+
+
+def _rows(x: Any, parts: Parts | None) -> list[Any]:
+    """The rows of an array along axis 0 that this process has."""
+    if parts is None or not parts.have_rows:
+        return list(np.asarray(x))
+    blocks = (x.addressable_data(k) for k in parts.numbers)
+    if parts.keys:
+        return [block[i] for block in blocks for i in range(block.shape[0])]
+    return [row for block in blocks for row in np.asarray(block)]
 
 
 def check_arrays(caller: str, tree: Any) -> None:
@@ -184,10 +286,12 @@ def check_arrays(caller: str, tree: Any) -> None:
     Raises:
         NotAnArrayError: naming every such leaf.
     """
+    if all(map(_has_value, jax.tree.leaves(tree))):
+        return
     faults = [
         f"tree{keystr(path)} {describe_type(x)}"
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        if isinstance(x, jax.core.Tracer) or not (_jax.is_array_type(x) or isinstance(x, bool))
+        if not _has_value(x)
     ]
     if faults:
         raise NotAnArrayError(
@@ -199,8 +303,14 @@ def check_arrays(caller: str, tree: Any) -> None:
         )
 
 
+def _has_value(x: Any) -> bool:
+    return (isinstance(x, jax.Array | bool) or _jax.is_array_type(x)) and not isinstance(x, jax.core.Tracer)
+
+
 def _check_leading_axis(caller: str, tree: Any) -> None:
     check_arrays(caller, tree)
+    if all(np.ndim(x) and np.shape(x)[0] for x in jax.tree.leaves(tree)):
+        return
     faults = [
         f"tree{keystr(path)}, of type {type(x).__name__} and shape {np.shape(x)}"
         for path, x in jax.tree_util.tree_leaves_with_path(tree)

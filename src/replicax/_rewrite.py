@@ -7,6 +7,7 @@ again with every jaxpr in it rewritten; everything else is bound as it is. Rewri
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from replicax._errors import UnsupportedCollectiveError
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxis, Scope
 from replicax._levels import Part, over_lanes, own_block, whole
+from replicax._sums import find_sums, in_sight
 from replicax._varying import NOWHERE, Analysis, Varying, mapped
 
 
@@ -35,6 +37,8 @@ class Rewriter:
         self.scope = scope
         self.analysis = Analysis(scope) if analysis is None else analysis
         self._inside: dict[tuple[Hashable, int], Rewriter] = {}
+        self._seen: dict[int, tuple[Jaxpr, Jaxpr]] = {}
+        self._changing: dict[int, tuple[Jaxpr, list[bool]]] = {}
         self._communicates: dict[int, tuple[Jaxpr, frozenset[LogicalAxis]]] = {}
         self._rewritten: dict[Hashable, tuple[Jaxpr, tuple[Jaxpr, list[Any]]]] = {}
 
@@ -56,12 +60,16 @@ class Rewriter:
         self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], varying: Sequence[Varying]
     ) -> list[Any]:
         """As :meth:`run`; but an argument, or a result, of a map inside may be a device's :class:`Part` of it."""
-        jaxpr = _jax.body(jaxpr)
-        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-        where = dict.fromkeys(jaxpr.constvars, NOWHERE) | dict(zip(jaxpr.invars, varying, strict=True))
-        last_use = {atom: eqn for eqn in jaxpr.eqns for atom in eqn.invars if not _jax.is_literal(atom)}
-        kept = {atom for atom in jaxpr.outvars if not _jax.is_literal(atom)}
-
+        if not any(self._changes(jaxpr)):
+            return _jax.run(_jax.body(jaxpr), args, consts)
+        inside = self._in_sight(jaxpr)
+        changes = self._changes(inside)
+        env = dict(zip([*inside.constvars, *inside.invars], [*consts, *args], strict=True))
+        last_use = {atom: eqn for eqn in inside.eqns for atom in eqn.invars if not _jax.is_literal(atom)}
+        sums = find_sums(inside, self.scope, lambda: self.analysis.values(inside, varying))
+        replaced = {id(eqn) for found in sums.values() for eqn in found.made.values()}
+        kept = {atom for atom in inside.outvars if not _jax.is_literal(atom)}
+        kept = kept.union(*(found.needs for found in sums.values()))
         joined: dict[Any, Any] = {}
 
         def read(atom: Any) -> Any:
@@ -74,25 +82,33 @@ class Rewriter:
         def read_part(atom: Any) -> Any:
             return atom.val if _jax.is_literal(atom) else env[atom]
 
-        for eqn in jaxpr.eqns:
+        def where() -> list[Varying]:
+            known = self.analysis.values(inside, varying)
+            return [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in eqn.invars]
+
+        for eqn, change in zip(inside.eqns, changes, strict=True):
+            if id(eqn) in replaced:
+                continue
+            if id(eqn) in sums:
+                env[eqn.outvars[0]] = sums[id(eqn)].run(self.scope, read)
+                continue
             reader = read_part if _primitives.is_nested_map(eqn) else read
-            operands = [NOWHERE if _jax.is_literal(atom) else where[atom] for atom in eqn.invars]
             with _jax.equation_context(eqn):
-                results = self._equation(eqn, [reader(atom) for atom in eqn.invars], operands)
+                operands = [reader(atom) for atom in eqn.invars]
+                results = self._equation(eqn, operands, where) if change else _jax.bind(eqn, operands)
             env.update(zip(eqn.outvars, results, strict=True))
-            where.update(zip(eqn.outvars, self.analysis.equation(eqn, operands), strict=True))
             for atom in eqn.invars:
                 if not _jax.is_literal(atom) and last_use[atom] is eqn and atom not in kept:
                     env.pop(atom, None)
-        return [read_part(atom) for atom in jaxpr.outvars]
+        return [read_part(atom) for atom in inside.outvars]
 
-    def _equation(self, eqn: Equation, args: list[Any], varying: list[Varying]) -> list[Any]:
+    def _equation(self, eqn: Equation, args: list[Any], where: Callable[[], list[Varying]]) -> list[Any]:
+        """An equation that has to change; ``where`` finds out where its operands vary."""
+        if not _primitives.is_nested_map(eqn) and not any(True for _ in _jax.sub_jaxprs(eqn)):
+            return self._leaf(eqn, args)
+        varying = where()
         if _primitives.is_nested_map(eqn):
             return self._nested(eqn, args, varying)
-        if not any(True for _ in _jax.sub_jaxprs(eqn)):
-            return self._leaf(eqn, args)
-        if not self._touches(eqn):
-            return _jax.bind(eqn, args)
         if self.analysis.predicate(eqn, varying) & self._axes_inside(eqn):
             return {"while": self._divergent_while, "cond": self._divergent_cond}[eqn.primitive.name](
                 eqn, args, varying
@@ -116,18 +132,16 @@ class Rewriter:
             if known is None:
                 raise UnsupportedCollectiveError(_unsupported(_jax.equation_name(eqn), names))
             return [known.rule(self.scope, *_jax.operands(eqn, args), **eqn.params)]
-        if self._doubled and _jax.has_side_effect(eqn):
+        if _jax.has_side_effect(eqn):
             return self._guarded(eqn, args)
-        if _jax.awaits_collective(eqn):
-            return args  # nothing to await: the rule of what was started gave the result itself
-        return _jax.bind(eqn, args)
+        return args  # nothing to await: the rule of what was started gave the result itself
 
     def _nested(self, eqn: Equation, args: list[Any], varying: list[Varying]) -> list[Any]:
         """A map inside: its replicas are lanes too, on the devices that this level has left to the next."""
         inside, (jaxpr,) = self._rewriter_inside(eqn), _jax.sub_jaxprs(eqn)
         axis, in_axes, out_axes = inside.scope.axes[-1], eqn.params["in_axes"], eqn.params["out_axes"]
         operands = mapped(eqn, varying, frozenset({axis}))
-        by_replica = _jax.has_primitive(jaxpr, ("custom_vjp_call",))
+        by_replica = "custom_vjp_call" in _jax.primitives(jaxpr)
 
         def one_replica(*own: Any) -> tuple[Any, ...]:
             results = inside.run(jaxpr, _jax.constants(jaxpr), own, operands)
@@ -150,24 +164,27 @@ class Rewriter:
 
     # What a higher-order equation holds ------------------------------------------------------------------------
 
-    def _touches(self, eqn: Equation) -> bool:
-        """Whether anything in the equation has to be rewritten."""
-        return (
-            bool(_jax.derivative_rules(eqn))
-            or bool(self._axes_inside(eqn))
-            or any(self._any_leaf(sub, self._rewrites_leaf) for sub in _jax.sub_jaxprs(eqn))
-        )
+    def _changes(self, jaxpr: Jaxpr) -> list[bool]:
+        """Which equations of a jaxpr have to be rewritten; the others are bound as they are."""
+        if id(jaxpr) not in self._changing:
+            self._changing[id(jaxpr)] = (jaxpr, list(map(self._change, _jax.body(jaxpr).eqns)))
+        return self._changing[id(jaxpr)][1]
 
-    def _rewrites_leaf(self, eqn: Equation) -> bool:
+    def _in_sight(self, jaxpr: Jaxpr) -> Jaxpr:
+        if id(jaxpr) not in self._seen:
+            self._seen[id(jaxpr)] = (jaxpr, in_sight(jaxpr, self.scope))
+        return self._seen[id(jaxpr)][1]
+
+    def _change(self, eqn: Equation) -> bool:
+        if _primitives.is_nested_map(eqn) or _jax.derivative_rules(eqn):
+            return True
+        subs = list(_jax.sub_jaxprs(eqn))
+        if subs:
+            return any(any(self._changes(sub)) for sub in subs)
         return (
-            bool(_jax.derivative_rules(eqn))
-            or _primitives.is_nested_map(eqn)
+            any(name in self.scope for name in _jax.named_axes(eqn))
             or (self._doubled and _jax.has_side_effect(eqn))
-        )
-
-    def _any_leaf(self, jaxpr: Jaxpr, test: Callable[[Equation], bool]) -> bool:
-        return any(
-            test(eqn) or any(self._any_leaf(sub, test) for sub in _jax.sub_jaxprs(eqn)) for eqn in _jax.body(jaxpr).eqns
+            or _jax.awaits_collective(eqn)
         )
 
     def _axes_inside(self, eqn: Equation) -> frozenset[LogicalAxis]:
@@ -194,7 +211,7 @@ class Rewriter:
         by_groups = eqn.primitive.name in BY_GROUPS and eqn.params.get("axis_index_groups") is None
         return axes if by_groups or not axes else set(self.scope.axes)
 
-    @property
+    @cached_property
     def _doubled(self) -> bool:
         """Whether a replica runs more than once: in padding lanes, or on the devices of maps inside."""
         return any(axis.padding for axis in self.scope.axes) or bool(self.scope.copies)

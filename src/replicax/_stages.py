@@ -151,7 +151,7 @@ def trace(dispatcher: Dispatcher, fun: Callable[..., Any], args: tuple[Any, ...]
                 + ("closes over a value of an enclosing jit, grad or vmap" if held else "is inside another map")
                 + ". Lower it outside, with all that it needs among its arguments, or call it."
             )
-        traced = program.trace([leaf.aval for leaf in signature.leaves])
+        traced = program.traced
     return Traced(traced, Plan(fun, dispatcher, program, call, signature))
 
 

@@ -10,6 +10,7 @@ times, or enter differently: around those, the user's collectives need every rep
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 from replicax import _jax, _primitives
 from replicax._collectives import REGISTRY, Result
@@ -23,7 +24,8 @@ NOWHERE: Varying = frozenset()
 
 def union(varying: Sequence[Varying]) -> Varying:
     """Where any of the values varies."""
-    return NOWHERE.union(*varying)
+    first, *others = varying or (NOWHERE,)
+    return first if all(other is first for other in others) else first.union(*others)
 
 
 class Analysis:
@@ -36,7 +38,7 @@ class Analysis:
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
         self._inside: dict[tuple[Hashable, int], Analysis] = {}
-        self._known: dict[tuple[int, tuple[Varying, ...]], tuple[Jaxpr, list[Varying]]] = {}
+        self._known: dict[tuple[int, tuple[Varying, ...]], tuple[Jaxpr, dict[Any, Varying]]] = {}
 
     def inside(self, eqn: Equation) -> Analysis:
         """The analysis of the program of a map inside."""
@@ -47,20 +49,22 @@ class Analysis:
 
     def results(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> list[Varying]:
         """Where each result of a jaxpr varies, given where each argument does."""
+        known = self.values(jaxpr, args)
+        return [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in _jax.body(jaxpr).outvars]
+
+    def values(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> dict[Any, Varying]:
+        """Where each value in a jaxpr varies, given where each argument does."""
         key = (id(jaxpr), tuple(args))
         if key not in self._known:
             self._known[key] = (jaxpr, self._run(_jax.body(jaxpr), args))  # the jaxpr, so that its id stays its own
         return self._known[key][1]
 
-    def _run(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> list[Varying]:
-        env = dict.fromkeys(jaxpr.constvars, NOWHERE) | dict(zip(jaxpr.invars, args, strict=True))
-
-        def read(atom: object) -> Varying:
-            return NOWHERE if _jax.is_literal(atom) else env[atom]
-
+    def _run(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> dict[Any, Varying]:
+        known = dict.fromkeys(jaxpr.constvars, NOWHERE) | dict(zip(jaxpr.invars, args, strict=True))
         for eqn in jaxpr.eqns:
-            env.update(zip(eqn.outvars, self.equation(eqn, [read(atom) for atom in eqn.invars]), strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+            operands = [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in eqn.invars]
+            known.update(zip(eqn.outvars, self.equation(eqn, operands), strict=True))
+        return known
 
     def equation(self, eqn: Equation, args: Sequence[Varying]) -> list[Varying]:
         """Where each result of an equation varies."""
@@ -132,8 +136,10 @@ class Analysis:
         return NOWHERE
 
     def _leaf(self, eqn: Equation, args: Varying) -> Varying:
-        collective = REGISTRY.get(eqn.primitive.name)
         axes = {self.scope[name] for name in _jax.named_axes(eqn) if name in self.scope}
+        if not axes:
+            return args
+        collective = REGISTRY.get(eqn.primitive.name)
         if collective is None:
             return args | axes
         match collective.result(eqn.params, self.scope):

@@ -1,0 +1,149 @@
+"""Sums over replicas of products: found in a program before it is rewritten.
+
+The sum over replicas of each one's gradient of a matrix is the sum of an outer product each. Summed as one product
+over all lanes of a device, no replica's own ever exists. XLA finds some of these by itself, but not where padding is
+masked, nor where products are added up first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from replicax import _jax
+from replicax._collectives import psum_of_devices, psum_of_lanes, psum_of_product
+from replicax._jax import Equation, Jaxpr
+from replicax._layout import Scope
+from replicax._varying import Varying
+
+Read = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """A ``psum`` whose operand is made linearly of products that nothing else takes.
+
+    Attributes:
+        eqn: Its equation.
+        made: The equation of each value that is not made any more, but its sum over lanes.
+    """
+
+    eqn: Equation
+    made: dict[Any, Equation]
+
+    @property
+    def needs(self) -> set[Any]:
+        """The values that it takes."""
+        operands = (atom for eqn in self.made.values() for atom in eqn.invars if not _jax.is_literal(atom))
+        return {atom for atom in operands if atom not in self.made}
+
+    def run(self, scope: Scope, read: Read) -> Any:
+        """The sum over all replicas."""
+        of_lanes = self._of_lanes(self.eqn.invars[0], scope, read)
+        with _jax.equation_context(self.eqn):
+            return psum_of_devices(scope, of_lanes, axes=self.eqn.params["axes"])
+
+    def _of_lanes(self, atom: Any, scope: Scope, read: Read) -> Any:
+        axes = self.eqn.params["axes"]
+        if atom not in self.made:
+            with _jax.equation_context(self.eqn):
+                return psum_of_lanes(scope, read(atom), axes=axes)
+        eqn = self.made[atom]
+        if eqn.primitive.name == "dot_general":
+            with _jax.equation_context(eqn):
+                return psum_of_product(scope, *map(read, eqn.invars), axes=axes, **eqn.params)
+        summands = _summands(eqn)
+        args = [self._of_lanes(x, scope, read) if k in summands else read(x) for k, x in enumerate(eqn.invars)]
+        with _jax.equation_context(eqn):
+            return _jax.bind(eqn, args)[0]
+
+
+def in_sight(jaxpr: Jaxpr, scope: Scope) -> Jaxpr:
+    """The jaxpr, open; if it has sums over lanes, with the products in sight that a ``jit`` of the user's hides."""
+    inside = _jax.body(jaxpr)
+    if any(_sums_lanes(eqn, scope) for eqn in inside.eqns) and any(map(_hides_products, inside.eqns)):
+        return _jax.inline(inside, _hides_products)
+    return inside
+
+
+def _hides_products(eqn: Equation) -> bool:
+    return eqn.primitive.name == "jit" and "dot_general" in _jax.primitives(eqn.params["jaxpr"])
+
+
+def find_sums(jaxpr: Jaxpr, scope: Scope, where: Callable[[], dict[Any, Varying]]) -> dict[int, Sum]:
+    """The sums of products in a jaxpr, by the ``id`` of their equation.
+
+    Args:
+        jaxpr: The jaxpr, open.
+        scope: The mapped axes in scope.
+        where: Finds out where each of its values varies.
+    """
+    psums = [eqn for eqn in jaxpr.eqns if _sums_lanes(eqn, scope)]
+    if not psums or not any(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns):
+        return {}
+    uses: dict[Any, int] = {}
+    for atom in (*(atom for eqn in jaxpr.eqns for atom in eqn.invars), *jaxpr.outvars):
+        if not _jax.is_literal(atom):
+            uses[atom] = uses.get(atom, 0) + 1
+    makers = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns if len(eqn.outvars) == 1 and uses.get(eqn.outvars[0]) == 1}
+    found = {}
+    for eqn in psums:
+        made: dict[Any, Equation] = {}
+        lanes = frozenset(scope[name] for name in eqn.params["axes"] if scope[name].lane_axis is not None)
+        varies = functools.partial(_varies, lanes, where)
+        if _finds_products(eqn.invars[0], makers, made, varies):
+            found[id(eqn)] = Sum(eqn, made)
+    return found
+
+
+def _varies(lanes: Varying, where: Callable[[], dict[Any, Varying]], atom: Any) -> bool:
+    return lanes <= where()[atom]
+
+
+def _sums_lanes(eqn: Equation, scope: Scope) -> bool:
+    """Whether it is the sum over mapped axes alone, some of which has lanes."""
+    if eqn.primitive.name not in ("psum", "psum_invariant") or eqn.params.get("axis_index_groups") is not None:
+        return False
+    axes = eqn.params["axes"]
+    return (
+        len(eqn.invars) == 1
+        and all(name in scope for name in axes)
+        and any(scope[name].lane_axis is not None for name in axes)
+    )
+
+
+def _finds_products(
+    atom: Any, makers: dict[Any, Equation], made: dict[Any, Equation], varies: Callable[[Any], bool]
+) -> bool:
+    """Whether products are among what a value is made of; if so, ``made`` gets the equations down to them."""
+    eqn = None if _jax.is_literal(atom) else makers.get(atom)
+    if eqn is None:
+        return False
+    if eqn.primitive.name == "dot_general":
+        found = atom.aval.dtype.kind != "c" and all(not _jax.is_literal(x) and varies(x) for x in eqn.invars)
+    else:
+        among = [_finds_products(eqn.invars[k], makers, made, varies) for k in _summands(eqn)]
+        found = any(among)
+    if found:
+        made[atom] = eqn
+    return found
+
+
+def _summands(eqn: Equation) -> Sequence[int]:
+    """In which operands, all at once, an equation is linear."""
+    match eqn.primitive.name:
+        case "transpose" | "reshape" | "squeeze" | "neg" | "copy":
+            return [0]
+        case "add_any" | "add" | "sub" if not any(map(_jax.is_literal, eqn.invars)):
+            return [0, 1]
+        case "mul" if _jax.is_literal(eqn.invars[1]):
+            return [0]
+        case "mul" if _jax.is_literal(eqn.invars[0]):
+            return [1]
+        case "div" if _jax.is_literal(eqn.invars[1]) and eqn.outvars[0].aval.dtype.kind not in "iu":
+            return [0]
+        case "convert_element_type" if eqn.invars[0].aval.dtype == eqn.outvars[0].aval.dtype:
+            return [0]
+    return []
