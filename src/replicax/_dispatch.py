@@ -39,6 +39,7 @@ from replicax._errors import (
 from replicax._layout import layout, replicas_of
 from replicax._levels import pad_rows
 from replicax._lowering import Program, Recorded, describe_type, lower, record, trace_replica
+from replicax._packing import packed, worth_packing
 from replicax._signature import Signature
 from replicax._transfer import put
 
@@ -68,11 +69,6 @@ class Options:
     backend: str | None
     axis_size: int | None
     agreeing: bool = True
-
-    @functools.cached_property
-    def donates(self) -> bool:
-        """Whether an argument is donated."""
-        return bool(self.donated.positions or self.donated.names)
 
     def resolve_devices(self) -> tuple[jax.Device, ...]:
         """The devices that replicas may lie on; the first moment that JAX's backends are touched."""
@@ -134,7 +130,8 @@ class Dispatcher:
         self.tracing: dict[Hashable, threading.RLock] = {}
         self._remembered = functools.partial(_without_jit)  # its own object: what C++ remembers is freed with it
         self._own_arguments = False
-        self.cautious = options.donates or _jax.DELETED_ARRAYS_CRASH
+        self._donates = bool(options.donated.positions or options.donated.names)
+        self.cautious = self._donates or _jax.DELETED_ARRAYS_CRASH
 
     def entry(self, fun: Callable[..., Any]) -> Callable[..., Any]:
         """What runs a call of ``fun``: in C++ if there was such a call before and its arguments lie right."""
@@ -147,19 +144,19 @@ class Dispatcher:
         )
 
     def careful(
-        self, entry: Callable[..., Any], fun: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+        self, entry: Callable[..., Any], fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Runs a call of ``fun``, whose :meth:`entry` is given, where :attr:`cautious` or :attr:`tracing` is set."""
-        if self.tracing:  # by a thread that may wait for this one, which must not wait in C++ for that one
-            return self(fun, tuple(args), kwargs)
-        if self._own_arguments:
-            args = [x.copy() if type(x) is np.ndarray and x.nbytes <= _SMALL else x for x in args]
-            if kwargs:
-                kwargs = {name: _copy_small(x) for name, x in kwargs.items()}
-        if (self.options.donates and _twice(args, kwargs)) or (  # which XLA notices too late
-            _jax.DELETED_ARRAYS_CRASH and _jax.any_deleted((*args, *kwargs.values()))
+        if (
+            self.tracing  # by a thread that may wait for this one, which must not wait in C++ for that one
+            or (self._donates and _twice(args, kwargs))  # which XLA notices too late
+            or (_jax.DELETED_ARRAYS_CRASH and _jax.any_deleted(args))
+            or (kwargs and _jax.DELETED_ARRAYS_CRASH and _jax.any_deleted(kwargs.values()))
         ):
-            return self(fun, tuple(args), kwargs)
+            return self(fun, args, kwargs)
+        if self._own_arguments:
+            own = [x.copy() if type(x) is np.ndarray and x.nbytes <= _SMALL else x for x in args]
+            return entry(*own, **{name: _copy_small(x) for name, x in kwargs.items()} if kwargs else kwargs)
         return entry(*args, **kwargs)
 
     def __call__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -177,10 +174,12 @@ class Dispatcher:
                 results = _stage(program, leaves)
             else:
                 names = functools.partial(self._leaf_names, fun, args, kwargs)
-                results, placed = run(program, leaves, program.run, names)
-                known = (
-                    program.known if self._goes_by_itself(program, leaves, placed, [*args, *kwargs.values()]) else None
-                )
+                if pack := packed(program, leaves):
+                    results, _ = run(pack.program, pack.leaves(leaves), pack.program.run, pack.names(names))
+                else:
+                    results, placed = run(program, leaves, program.run, names)
+                    if self._goes_by_itself(program, leaves, placed, [*args, *kwargs.values()]):
+                        known = program.known
             out = jax.tree.unflatten(program.out_tree, results)
         return out, known and _jax.remember(known, out)
 
@@ -192,7 +191,7 @@ class Dispatcher:
         Where there is one device JAX takes a NumPy array's own memory; so small arrays that are whole arguments are
         copied first from now on, and others do not go this way.
         """
-        if program.closed or jax.config.jax_debug_nans:
+        if program.closed or jax.config.jax_debug_nans or worth_packing(leaves):
             return False
         several, whole = program.layout.mesh.size > 1, {id(x) for x in roots}
         for x, y, axis in zip(leaves, placed, program.in_axes, strict=False):
@@ -452,6 +451,8 @@ def _type(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _type_key(x: Any) -> Hashable:
+    if (known := _jax.plain_type(x)) is not None:
+        return known
     aval = _jax.typeof(x)
     return aval.shape, aval.dtype, getattr(aval, "weak_type", False)
 

@@ -105,6 +105,24 @@ _WIDE = {
 }
 
 
+#: Every NumPy dtype that JAX takes, and what it is without 64-bit types.
+_PLAIN = {
+    dtype: np.dtype(_WIDE.get(dtype.name, dtype))
+    for dtype in map(np.dtype, ("bool", *np.typecodes["AllInteger"], "float16", "float32", "float64", "F", "D"))
+}
+
+
+def plain_type(x: Any) -> tuple[tuple[int, ...], np.dtype[Any], bool] | None:
+    """The shape, dtype and weakness of :func:`typeof` for the usual arrays, in a tenth of the time; None for others."""
+    kind = type(x)
+    if kind is not jaxlib.ArrayImpl and kind is not np.ndarray:
+        return None
+    narrow = _PLAIN.get(x.dtype)
+    if narrow is None:
+        return None
+    return x.shape, x.dtype if config.enable_x64.value else narrow, kind is jaxlib.ArrayImpl and x.weak_type
+
+
 def axis_env(sizes: Mapping[AxisName, int]) -> contextlib.AbstractContextManager[None]:
     """Brings mapped axes of the given sizes into scope while a function is traced."""
     return core.extend_axis_env_nd(list(sizes.items()))
@@ -366,6 +384,16 @@ def primitives(jaxpr: Jaxpr) -> set[str]:
 
     visit(jaxpr)
     return names
+
+
+def equations(jaxpr: Jaxpr, most: int) -> int:
+    """How many equations the jaxpr has, those of the jaxprs inside it included; ``most`` if there are more."""
+    count = 0
+    for eqn in body(jaxpr).eqns:
+        count += 1 + sum(equations(sub, most - count) for sub in sub_jaxprs(eqn))
+        if count >= most:
+            return most
+    return count
 
 
 def named_axes(eqn: Equation) -> tuple[AxisName, ...]:

@@ -213,6 +213,8 @@ class Program:
             of an enclosing trace, and arrays that lie on a mesh.
         name: The name of the user's function.
         one_mesh: Whether its results have to be on the mesh of its arguments: padded ones lie whole on each device.
+        replica: What it was lowered from.
+        agreeing: Whether a result with ``out_axes`` None has to be the same in all replicas.
     """
 
     layout: Layout
@@ -227,7 +229,14 @@ class Program:
     closed: tuple[Any, ...]
     name: str
     one_mesh: bool
+    replica: Replica
+    agreeing: bool
     _turn: Any = field(default_factory=threading.RLock, init=False)
+
+    @cached_property
+    def packings(self) -> dict[tuple[int, ...], Any]:
+        """Programs that do the same for packed arguments, by which are packed."""
+        return {}
 
     @cached_property
     def closed_in_place(self) -> list[Any]:
@@ -315,6 +324,7 @@ class Program:
     def clear(self) -> None:
         """Frees what was compiled."""
         self._known.clear()
+        self.packings.clear()
         for held in ("_executable", "traced"):
             vars(self).pop(held, None)
         for held in ("_jitted", "staged"):
@@ -437,6 +447,8 @@ def lower(
         closed=closed,
         name=name,
         one_mesh=_jax.needs_one_mesh(replica.primitives),
+        replica=replica,
+        agreeing=agreeing,
     )
 
 
