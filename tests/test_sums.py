@@ -29,6 +29,12 @@ def with_decay(x, y):
     return lax.pmean(-2.0 * outer_product(x, y) + outer_product(y, x) / 3.0 - w, "i")
 
 
+def of_batches(x, y):
+    a, b = jnp.stack([x, y, x * y, x - y]), jnp.stack([y, x, x + y, y])
+    a, b = a.reshape(2, 2, 3), b.reshape(2, 2, 3)
+    return lax.psum((jnp.einsum("stx,sty->xy", a, b), jnp.einsum("sxt,syt->xy", a, b)), "i")
+
+
 def used_twice(x, y):
     product = outer_product(x, y)
     return product + lax.psum(product, "i")
@@ -82,6 +88,7 @@ def of_bfloat16(x, y):
 FUNCTIONS = [
     outer,
     with_decay,
+    of_batches,
     used_twice,
     of_one_that_is_equal,
     in_a_loop,

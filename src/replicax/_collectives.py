@@ -237,7 +237,17 @@ def psum_of_product(logical: LogicalAxes, a: Any, b: Any, *, axes: Names, dimens
     summed, first = tuple(range(len(lanes))), len(lanes)
     contracted, batched = ([tuple(d + first for d in dims) for dims in pair] for pair in dimension_numbers)
     dimensions = tuple((*summed, *dims) for dims in contracted), tuple(batched)
+    if sums_leading(dimension_numbers):  # as one dimension: XLA copies an operand that is summed over several
+        count = len(dimensions[0][0])
+        a, b = (x.reshape(-1, *x.shape[count:]) for x in (a, b))
+        dimensions = ((0,), (0,)), ((), ())
     return lax.dot_general(a, b, dimensions, **params)
+
+
+def sums_leading(dimension_numbers: Any) -> bool:
+    """Whether a product sums over the first dimensions of both operands, in order, and has no others in common."""
+    contracted, (batched, _) = dimension_numbers
+    return not batched and all(tuple(dims) == tuple(range(len(dims))) for dims in contracted)
 
 
 def psum_of_lanes(logical: LogicalAxes, x: Any, *, axes: Names) -> Any:

@@ -8,12 +8,13 @@ masked, nor where products are added up first.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from replicax import _jax
-from replicax._collectives import psum_of_devices, psum_of_lanes, psum_of_product
+from replicax._collectives import psum_of_devices, psum_of_lanes, psum_of_product, sums_leading
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import Scope
 from replicax._varying import Varying
@@ -91,15 +92,26 @@ def find_sums(jaxpr: Jaxpr, scope: Scope, where: Callable[[], dict[Any, Varying]
     found = {}
     for eqn in psums:
         made: dict[Any, Equation] = {}
+        padded = any(scope[name].padding for name in eqn.params["axes"])
         lanes = frozenset(scope[name] for name in eqn.params["axes"] if scope[name].lane_axis is not None)
-        varies = functools.partial(_varies, lanes, where)
-        if _finds_products(eqn.invars[0], makers, made, varies):
+        suits = functools.partial(_suits, lanes, where, padded)
+        if _finds_products(eqn.invars[0], makers, made, suits):
             found[id(eqn)] = Sum(eqn, made)
     return found
 
 
-def _varies(lanes: Varying, where: Callable[[], dict[Any, Varying]], atom: Any) -> bool:
-    return lanes <= where()[atom]
+def _suits(lanes: Varying, where: Callable[[], dict[Any, Varying]], padded: bool, eqn: Equation) -> bool:
+    """Whether one product over all lanes is better than the sum of one for each.
+
+    XLA may have to copy an operand, or be as fast with a few large ones; but it cannot look through a mask.
+    """
+    if eqn.outvars[0].aval.dtype.kind == "c" or any(map(_jax.is_literal, eqn.invars)):
+        return False
+    if not all(lanes <= where()[x] for x in eqn.invars):
+        return False
+    numbers = eqn.params["dimension_numbers"]
+    summed = math.prod(eqn.invars[0].aval.shape[d] for d in numbers[0][0])
+    return padded or (sums_leading(numbers) and summed <= math.prod(axis.lanes for axis in lanes))
 
 
 def _sums_lanes(eqn: Equation, scope: Scope) -> bool:
@@ -115,16 +127,16 @@ def _sums_lanes(eqn: Equation, scope: Scope) -> bool:
 
 
 def _finds_products(
-    atom: Any, makers: dict[Any, Equation], made: dict[Any, Equation], varies: Callable[[Any], bool]
+    atom: Any, makers: dict[Any, Equation], made: dict[Any, Equation], suits: Callable[[Equation], bool]
 ) -> bool:
     """Whether products are among what a value is made of; if so, ``made`` gets the equations down to them."""
     eqn = None if _jax.is_literal(atom) else makers.get(atom)
     if eqn is None:
         return False
     if eqn.primitive.name == "dot_general":
-        found = atom.aval.dtype.kind != "c" and all(not _jax.is_literal(x) and varies(x) for x in eqn.invars)
+        found = suits(eqn)
     else:
-        among = [_finds_products(eqn.invars[k], makers, made, varies) for k in _summands(eqn)]
+        among = [_finds_products(eqn.invars[k], makers, made, suits) for k in _summands(eqn)]
         found = any(among)
     if found:
         made[atom] = eqn
