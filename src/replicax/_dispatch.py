@@ -39,7 +39,7 @@ from replicax._errors import (
 from replicax._layout import layout, replicas_of
 from replicax._levels import pad_rows
 from replicax._lowering import Program, Recorded, describe_type, lower, record, trace_replica
-from replicax._packing import packed, worth_packing
+from replicax._packing import comes_packed, may_be_packed, packed
 from replicax._signature import Signature
 from replicax._transfer import put
 
@@ -129,7 +129,7 @@ class Dispatcher:
         self._signatures: dict[Hashable, Signature] = {}
         self.tracing: dict[Hashable, threading.RLock] = {}
         self._remembered = functools.partial(_without_jit)  # its own object: what C++ remembers is freed with it
-        self._own_arguments = False
+        self._own_arguments = self._packs = False
         self._donates = bool(options.donated.positions or options.donated.names)
         self.cautious = self._donates or _jax.DELETED_ARRAYS_CRASH
 
@@ -148,7 +148,8 @@ class Dispatcher:
     ) -> Any:
         """Runs a call of ``fun``, whose :meth:`entry` is given, where :attr:`cautious` or :attr:`tracing` is set."""
         if (
-            self.tracing  # by a thread that may wait for this one, which must not wait in C++ for that one
+            (self._packs and comes_packed(jax.tree.leaves((args, kwargs))))  # which C++ would look at in vain
+            or self.tracing  # by a thread that may wait for this one, which must not wait in C++ for that one
             or (self._donates and _twice(args, kwargs))  # which XLA notices too late
             or (_jax.DELETED_ARRAYS_CRASH and _jax.any_deleted(args))
             or (kwargs and _jax.DELETED_ARRAYS_CRASH and _jax.any_deleted(kwargs.values()))
@@ -175,6 +176,7 @@ class Dispatcher:
             else:
                 names = functools.partial(self._leaf_names, fun, args, kwargs)
                 if pack := packed(program, leaves):
+                    self._packs = self.cautious = True
                     results, _ = run(pack.program, pack.leaves(leaves), pack.program.run, pack.names(names))
                 else:
                     results, placed = run(program, leaves, program.run, names)
@@ -191,7 +193,7 @@ class Dispatcher:
         Where there is one device JAX takes a NumPy array's own memory; so small arrays that are whole arguments are
         copied first from now on, and others do not go this way.
         """
-        if program.closed or jax.config.jax_debug_nans or worth_packing(leaves):
+        if program.closed or jax.config.jax_debug_nans or may_be_packed(program, leaves):
             return False
         several, whole = program.layout.mesh.size > 1, {id(x) for x in roots}
         for x, y, axis in zip(leaves, placed, program.in_axes, strict=False):
@@ -233,8 +235,8 @@ class Dispatcher:
         """The arguments' leaves, and all that the program for them depends on."""
         leaves, tree = jax.tree.flatten((call.dynamic, call.kwargs))
         try:
-            types = tuple(map(_type_key, leaves))
-            if not abstract and any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+            types = _jax.type_key(leaves)
+            if not abstract and any(issubclass(kind, jax.ShapeDtypeStruct) for kind in set(map(type, leaves))):
                 raise TypeError
         except (TypeError, ValueError):
             _refuse_non_arrays(fun, call, leaves)
@@ -448,13 +450,6 @@ def _has_to_spread(leaves: Sequence[Any]) -> bool:
 def _type(x: Any) -> jax.ShapeDtypeStruct:
     aval = _jax.typeof(x)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
-
-
-def _type_key(x: Any) -> Hashable:
-    if (known := _jax.plain_type(x)) is not None:
-        return known
-    aval = _jax.typeof(x)
-    return aval.shape, aval.dtype, getattr(aval, "weak_type", False)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -105,22 +105,35 @@ _WIDE = {
 }
 
 
-#: Every NumPy dtype that JAX takes, and what it is without 64-bit types.
+def type_key(leaves: Sequence[Any]) -> Hashable:
+    """Shapes, dtypes, and which are weak, of :func:`typeof` for each, without looking at the usual arrays one by one.
+
+    Raises:
+        TypeError: as :func:`typeof`.
+        ValueError: likewise.
+    """
+    kinds = set(map(type, leaves))
+    try:
+        if kinds <= _USUAL:
+            dtypes = [x.dtype for x in leaves]
+            narrow = [_PLAIN[dtype] for dtype in dtypes]
+            weak = [k for k, x in enumerate(leaves) if type(x) is jaxlib.ArrayImpl and x.weak_type]
+            own = dtypes if config.enable_x64.value else narrow
+            return tuple([x.shape for x in leaves]), tuple(own), tuple(weak)
+    except KeyError:
+        pass
+    avals = list(map(typeof, leaves))
+    weak = [k for k, aval in enumerate(avals) if getattr(aval, "weak_type", False)]
+    return tuple(aval.shape for aval in avals), tuple(aval.dtype for aval in avals), tuple(weak)
+
+
+_USUAL = {np.ndarray, jaxlib.ArrayImpl}
+
+#: The usual dtypes, and what each is without 64-bit types.
 _PLAIN = {
     dtype: np.dtype(_WIDE.get(dtype.name, dtype))
     for dtype in map(np.dtype, ("bool", *np.typecodes["AllInteger"], "float16", "float32", "float64", "F", "D"))
 }
-
-
-def plain_type(x: Any) -> tuple[tuple[int, ...], np.dtype[Any], bool] | None:
-    """The shape, dtype and weakness of :func:`typeof` for the usual arrays, in a tenth of the time; None for others."""
-    kind = type(x)
-    if kind is not jaxlib.ArrayImpl and kind is not np.ndarray:
-        return None
-    narrow = _PLAIN.get(x.dtype)
-    if narrow is None:
-        return None
-    return x.shape, x.dtype if config.enable_x64.value else narrow, kind is jaxlib.ArrayImpl and x.weak_type
 
 
 def axis_env(sizes: Mapping[AxisName, int]) -> contextlib.AbstractContextManager[None]:

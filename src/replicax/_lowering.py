@@ -234,8 +234,8 @@ class Program:
     _turn: Any = field(default_factory=threading.RLock, init=False)
 
     @cached_property
-    def packings(self) -> dict[tuple[int, ...], Any]:
-        """Programs that do the same for packed arguments, by which are packed."""
+    def packings(self) -> dict[Hashable, Any]:
+        """Programs that do the same for packed arguments, by the classes of the arguments."""
         return {}
 
     @cached_property

@@ -16,18 +16,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import lax
-from jax.dtypes import float0
 
 from replicax import _jax
 from replicax._axes import check_spec, one_replica_type
 from replicax._lowering import Program, Replica, lower, trace_replica
-from replicax._transfer import put
 
 #: From so many arrays on packing pays.
 MANY = 8
 
 #: Arrays of more bytes go by themselves.
 LARGE = 1 << 16
+
+#: Up to so many bytes an array is tiny to XLA, and up to so many tiny arrays are sent in the place of one.
+TINY, FEW = 512, 8
 
 #: A program of more equations is not compiled a second time.
 EQUATIONS = 2_000
@@ -47,6 +48,11 @@ class Group(NamedTuple):
     axes: Sequence[int | None]
     shapes: Sequence[tuple[int, ...]]
     dtype: np.dtype[Any]
+
+    def type(self, size: int | None = None) -> jax.ShapeDtypeStruct:
+        """The type of what :meth:`pack` returns for so many replicas, or of one replica's part of it."""
+        rows = () if size is None or not self.mapped else (size,)
+        return jax.ShapeDtypeStruct((*rows, sum(map(math.prod, self.shapes))), self.dtype)
 
     @property
     def mapped(self) -> bool:
@@ -86,54 +92,52 @@ class Packed:
     groups: Sequence[Group]
 
     def leaves(self, leaves: Sequence[Any]) -> list[Any]:
-        """The arguments of :attr:`program`, those that are packed on their devices."""
-        where, first = self.program.layout, len(self.kept)
-        arguments = [leaves[i] for i in self.kept]
-        for group, sharding in zip(self.groups, self.program.in_shardings[first:], strict=False):
-            rows = group.pack(leaves, where.size)
-            padded = 0 if group.mapped and where.axis.padding else None
-            arguments.append(put(rows, sharding, padded, where.padded_size, owned=True))
-        return arguments
+        """The arguments of :attr:`program`."""
+        size = self.program.layout.size
+        return [*(leaves[i] for i in self.kept), *(group.pack(leaves, size) for group in self.groups)]
 
     def names(self, every: Callable[[], Sequence[str]]) -> Callable[[], Sequence[str]]:
         """What the user calls the arguments of :attr:`program` that are kept."""
         return lambda: [every()[i] for i in self.kept]
 
 
-def _small(leaves: Sequence[Any]) -> list[int]:
-    return [i for i, x in enumerate(leaves) if type(x) is np.ndarray and x.nbytes <= LARGE and x.dtype != float0]
-
-
-def worth_packing(leaves: Sequence[Any]) -> bool:
-    """Whether so many arguments are small arrays of the host that they go packed."""
-    return len(_small(leaves)) >= MANY
-
-
 def packed(program: Program, leaves: Sequence[Any]) -> Packed | None:
     """The program for a call with these arguments that takes those of the host packed, where that pays."""
-    small = _small(leaves)
-    if len(small) < MANY:
-        return None
-    which, known = tuple(small), program.packings
-    if which not in known:
-        known[which] = None  # the first such call: perhaps there is no other
-    elif known[which] is None and _jax.equations(program.replica.jaxpr, EQUATIONS) < EQUATIONS:
-        known[which] = _pack(program, leaves, which)
-    return known[which]
+    kinds, known = tuple(map(type, leaves)), program.packings
+    if kinds not in known:
+        known[kinds] = _NOT_YET if len(_small(program, kinds)) >= MANY else None
+    elif known[kinds] is _NOT_YET:  # there was such a call before, so that there may be more of them
+        known[kinds] = _pack(program, leaves, _small(program, kinds))
+    found = known[kinds]
+    return None if found is _NOT_YET else found
+
+
+def may_be_packed(program: Program, leaves: Sequence[Any]) -> bool:
+    """Whether a next call with such arguments takes them packed."""
+    return program.packings.get(tuple(map(type, leaves))) is not None
+
+
+def comes_packed(leaves: Sequence[Any]) -> bool:
+    """Whether so many arguments are NumPy arrays that they may go packed."""
+    return list(map(type, leaves)).count(np.ndarray) >= MANY
+
+
+def _small(program: Program, kinds: Sequence[type]) -> list[int]:
+    """Which arguments of these types are small arrays, if the program is one of moderate size."""
+    if kinds.count(np.ndarray) < MANY or _jax.equations(program.replica.jaxpr, EQUATIONS) == EQUATIONS:
+        return []
+    sizes = [x.size * x.dtype.itemsize for x in program.types]
+    return [i for i, kind in enumerate(kinds) if kind is np.ndarray and 0 < sizes[i] <= LARGE]
+
+
+_NOT_YET = object()
 
 
 def _pack(program: Program, leaves: Sequence[Any], which: Sequence[int]) -> Packed:
-    kept = [i for i in range(len(leaves)) if i not in set(which)]
-    types = [_jax.typeof(x) for x in leaves]
-    types = [jax.ShapeDtypeStruct(t.shape, t.dtype, weak_type=t.weak_type) for t in types]
-    one = [one_replica_type(aval, axis) for aval, axis in zip(types, program.in_axes, strict=False)]
-    together: dict[Any, list[int]] = {}
-    for i in which:
-        together.setdefault((types[i].dtype, program.in_axes[i] is None), []).append(i)
-    groups = [
-        Group(every, [program.in_axes[i] for i in every], [one[i].shape for i in every], dtype)
-        for (dtype, _), every in together.items()
-    ]
+    chosen = set(which)
+    kept = [i for i in range(len(leaves)) if i not in chosen]
+    own_types = [one_replica_type(x, axis) for x, axis in zip(program.types, program.in_axes, strict=True)]
+    groups = _groups(program, own_types, which)
     replica, axis = program.replica, program.layout.axis
 
     def unpacked(*arguments: Any) -> list[Any]:
@@ -142,21 +146,36 @@ def _pack(program: Program, leaves: Sequence[Any], which: Sequence[int]) -> Pack
             own.update(zip(group.leaves, group.unpack(row), strict=True))
         return _jax.run(replica.jaxpr, [own[i] for i in range(len(own))], replica.consts)
 
-    lengths = [sum(map(math.prod, group.shapes)) for group in groups]
-    rows = [jax.ShapeDtypeStruct((n,), group.dtype) for n, group in zip(lengths, groups, strict=True)]
-    traced = trace_replica(unpacked, [*(one[i] for i in kept), *rows], {}, (), axis.name, axis.size)
-    every_row = [
-        jax.ShapeDtypeStruct((axis.size, *row.shape) if group.mapped else row.shape, row.dtype)
-        for row, group in zip(rows, groups, strict=True)
-    ]
+    arguments = [*(own_types[i] for i in kept), *(group.type() for group in groups)]
+    traced = trace_replica(unpacked, arguments, {}, (), axis.name, axis.size)
     lowered = lower(
         Replica(traced.jaxpr, traced.consts, replica.out),
         program.layout,
         [*(program.in_axes[i] for i in kept), *(0 if group.mapped else None for group in groups)],
         check_spec("out_axes", jax.tree.unflatten(program.out_tree, program.out_axes)),
-        [*(types[i] for i in kept), *every_row],
+        [*(program.types[i] for i in kept), *(group.type(axis.size) for group in groups)],
         [kept.index(i) for i in program.donated if i in kept],
         program.name,
         program.agreeing,
     )
     return Packed(lowered, kept, groups)
+
+
+def _groups(program: Program, own_types: Sequence[Any], which: Sequence[int]) -> list[Group]:
+    """Which arguments go together: those of one dtype that are all mapped, or none.
+
+    XLA on CPUs runs a program whose arrays are all tiny at once, and any other as a graph of tasks, which takes 1 µs
+    for each (``execute_sequential_buffer_threshold`` in its ``thunk_executor.cc``). So few bytes are kept that small.
+    """
+    together: dict[Any, list[int]] = {}
+    for i in which:
+        together.setdefault((program.types[i].dtype, program.in_axes[i] is None), []).append(i)
+    groups = []
+    for (dtype, whole), every in together.items():
+        lanes = 1 if whole else program.layout.axis.lanes
+        ends = np.cumsum([lanes * own_types[i].size * dtype.itemsize for i in every])
+        chunk = (ends - 1) // TINY if ends[-1] <= FEW * TINY else np.zeros(len(every), int)
+        for k in np.unique(chunk):
+            some = [i for i, c in zip(every, chunk, strict=True) if c == k]
+            groups.append(Group(some, [program.in_axes[i] for i in some], [own_types[i].shape for i in some], dtype))
+    return groups

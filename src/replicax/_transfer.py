@@ -18,7 +18,7 @@ from replicax import _jax
 SMALL = 1 << 20
 
 
-def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: int = 0, *, owned: bool = False) -> Any:
+def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: int = 0) -> Any:
     """An array or a scalar on its devices, as it is now: its owner may change it as soon as this returns.
 
     JAX reads a NumPy array in its owner's memory where it can, on CPUs, and does so while a program runs. Here every
@@ -29,7 +29,6 @@ def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: 
         sharding: Where it has to lie.
         axis: The axis that has to be padded, with copies of the last row.
         rows: How long it is then.
-        owned: Whether nobody changes it any more, so that a device may read it where it is.
     """
     if isinstance(x, jax.Array):
         return jax.device_put(x, sharding)
@@ -39,11 +38,11 @@ def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: 
         return np.zeros(shape, host.dtype)
     where = _spread(sharding, shape, host.dtype, jax.config.jax_enable_x64)
     blocks = [host[index] if axis is None else _block(host, index[axis], axis, rows) for index in where.indices]
-    in_place = owned or (where.on_host and host.nbytes > SMALL)
-    if in_place and not owned:
+    in_place = not host.nbytes or (where.on_host and host.nbytes > SMALL)
+    if in_place and host.nbytes:
         blocks = _copies(blocks, where.type.dtype)
     blocks = [blocks[k] for k in where.block_of]
-    if not in_place and 1 < len(where.indices) < len(blocks):  # XLA fails where only some devices share one
+    if not in_place and 1 < len(where.indices) < len(blocks):  # XLA cannot copy one block for some of the devices
         blocks = [block.copy() for block in blocks]
     return _jax.put_blocks(where.type, sharding, blocks, where.devices, in_place=in_place)
 
