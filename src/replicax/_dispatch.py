@@ -645,7 +645,12 @@ _pad_where_it_lies = jax.jit(pad_rows, static_argnums=(1, 2))
 
 def _lies(x: jax.Array, wanted: jax.sharding.NamedSharding) -> bool:
     """Whether the array lies as wanted, whatever its mesh and its axes are called."""
-    return x.sharding == wanted or (x.sharding.is_equivalent_to(wanted, x.ndim) and not _primitives.split_over(x))
+    return x.sharding == wanted or (_alike(x.sharding, wanted, x.ndim) and not _primitives.split_over(x))
+
+
+@functools.lru_cache(maxsize=4096)
+def _alike(one: jax.sharding.Sharding, other: jax.sharding.Sharding, ndim: int) -> bool:
+    return one.is_equivalent_to(other, ndim)
 
 
 def _stage(program: Program, leaves: Sequence[Any]) -> tuple[Any, ...]:

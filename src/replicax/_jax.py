@@ -248,7 +248,7 @@ def entry(
         slow: Takes a call, and returns the result, and what to remember of it: see :func:`remember`.
         name: What a profile calls it.
         static: The positions and the names of the static arguments.
-        put: Moves an argument that is no array of JAX's, or lies on one device of several, to where it has to lie.
+        put: Moves an argument that is no array of JAX's to where it has to lie.
     """
     try:
         return jaxlib.pjit(
@@ -258,7 +258,7 @@ def entry(
             *static,
             pxla.JitGlobalCppCacheKeys(),
             tree_util.dispatch_registry,
-            lambda x, sharding, _: put(x, sharding),
+            lambda x, where, how: pxla.cc_shard_arg(x, where, how) if isinstance(x, jax.Array) else put(x, where),
             _entries,
         )
     except (AttributeError, TypeError):
