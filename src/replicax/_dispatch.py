@@ -41,7 +41,7 @@ from replicax._levels import pad_rows
 from replicax._lowering import Program, Recorded, describe_type, lower, record, trace_replica
 from replicax._packing import comes_packed, may_be_packed, packed
 from replicax._signature import Signature
-from replicax._transfer import put
+from replicax._transfer import SMALL, put
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Dispatcher:
         ):
             return self(fun, args, kwargs)
         if self._own_arguments:
-            own = [x.copy() if type(x) is np.ndarray and x.nbytes <= _SMALL else x for x in args]
+            own = [x.copy() if type(x) is np.ndarray and x.nbytes <= SMALL else x for x in args]
             return entry(*own, **{name: _copy_small(x) for name, x in kwargs.items()} if kwargs else kwargs)
         return entry(*args, **kwargs)
 
@@ -550,6 +550,8 @@ def run(
     Returns:
         The results, and the arguments as they were moved.
     """
+    if any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves):
+        _check_donated(program, leaves, names)
     if not program.donated or jax.config.jax_debug_nans:  # after a NaN, JAX runs the program again to find it
         placed = place(program, [*leaves, *program.closed_in_place])
         return executable(*placed), placed
@@ -634,11 +636,8 @@ def _put(program: Program, x: Any, wanted: jax.sharding.NamedSharding, axis: int
 
 def _copy_small(x: Any) -> Any:
     """A copy of a NumPy array that is small; anything else as it is."""
-    return x.copy() if type(x) is np.ndarray and 0 < x.nbytes <= _SMALL else x
+    return x.copy() if type(x) is np.ndarray and 0 < x.nbytes <= SMALL else x
 
-
-#: Up to so many bytes, copying an array twice takes no longer than finding out how not to.
-_SMALL = 1 << 16
 
 _pad_where_it_lies = jax.jit(pad_rows, static_argnums=(1, 2))
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import ad_util, config, core, dispatch, source_info_util, tree_util
+from jax._src import ad_util, api_util, config, core, dispatch, source_info_util, tree_util
 from jax._src import linear_util as lu
 from jax._src.ad_checkpoint import remat_p
 from jax._src.interpreters import ad, batching, pxla
@@ -315,6 +315,11 @@ def is_about_static_arguments(error: ValueError) -> bool:
     return str(error).startswith(("Non-hashable static arguments", "static arguments should be comparable"))
 
 
+def is_about_nans(error: Exception) -> bool:
+    """Whether JAX found a NaN (or an infinity) that it was told to look for, and has not said yet where."""
+    return isinstance(error, api_util.InternalFloatingPointError)
+
+
 def array_type(shape: tuple[int, ...], dtype: np.dtype[Any], x64: bool) -> Any:
     """The type that JAX gives an array made of a NumPy array, with and without 64-bit types."""
     return core.ShapedArray(shape, dtype if x64 else _WIDE.get(dtype.name, dtype))
@@ -330,7 +335,7 @@ def put_blocks(
         sharding: Where it lies.
         blocks: The block of each device.
         devices: The devices of this process.
-        in_place: Whether a CPU device may read the blocks where they are; otherwise they are copied now.
+        in_place: Whether the blocks may be read where they are, and later; otherwise they are copied now.
     """
     kinds = jaxlib.HostBufferSemantics
     how = kinds.ZERO_COPY if in_place else kinds.IMMUTABLE_ONLY_DURING_CALL

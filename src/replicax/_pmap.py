@@ -12,7 +12,7 @@ import jax
 from replicax._axes import check_spec, choose
 from replicax._dispatch import Dispatcher, Options, check_devices, dispatcher, function_name
 from replicax._errors import NotAFunctionError, OptionTypeError, StaticArgumentError, as_int
-from replicax._jax import is_about_static_arguments
+from replicax._jax import is_about_nans, is_about_static_arguments
 from replicax._lowering import ANONYMOUS
 from replicax._stages import Lowered, Traced, trace
 
@@ -52,8 +52,8 @@ class MappedFunction(Generic[R]):
                 result = shared.careful(self._entry, self._fun, args, kwargs)
             else:
                 result = self._entry(*args, **kwargs)
-        except ValueError as error:
-            if not is_about_static_arguments(error):
+        except Exception as error:
+            if not (isinstance(error, ValueError) and is_about_static_arguments(error)) and not is_about_nans(error):
                 raise
             result = NotImplemented
         return shared(self._fun, args, kwargs) if result is NotImplemented else result

@@ -250,8 +250,8 @@ _ENOUGH = 1024
 
 def _find_parts(x: jax.Array) -> Parts:
     shards = x.addressable_shards
-    starts = [tuple(part.indices(n)[0] for part, n in zip(s.index, x.shape, strict=False)) for s in shards]
     dims = tuple(d for d, n in enumerate(x.shape) if any(s.data.shape[d] != n for s in shards))
+    starts = [tuple(s.index[d].indices(x.shape[d])[0] for d in dims) for s in shards]
     order: dict[tuple[int, ...], int] = {}
     for k, start in enumerate(starts):
         order.setdefault(start, k)

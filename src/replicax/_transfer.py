@@ -14,8 +14,11 @@ import numpy as np
 
 from replicax import _jax
 
-#: Arrays of up to so many bytes are copied at once, larger ones by several threads.
-SMALL = 1 << 20
+#: Up to so many bytes, copying an array twice takes no longer than copying it to where a device can use it.
+SMALL = 1 << 16
+
+#: From so many bytes on, several threads copy an array.
+LARGE = 1 << 20
 
 
 def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: int = 0) -> Any:
@@ -36,13 +39,15 @@ def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: 
         return np.zeros(shape, host.dtype)
     where = _spread(sharding, shape, host.dtype, jax.config.jax_enable_x64)
     blocks = [host[index] if axis is None else _block(host, index[axis], axis, rows) for index in where.indices]
-    in_place = not host.nbytes or (where.on_host and host.nbytes > SMALL)
-    if in_place and host.nbytes:
-        blocks = _copies(blocks, where.type.dtype)
-    blocks = [blocks[k] for k in where.block_of]
-    if not in_place and 1 < len(where.indices) < len(blocks):  # XLA cannot copy one block for some of the devices
+    if host.nbytes <= SMALL:
         blocks = [block.copy() for block in blocks]
-    return _jax.put_blocks(where.type, sharding, blocks, where.devices, in_place=in_place)
+    elif where.on_host:
+        blocks = _copies(blocks, where.type.dtype)
+    elif 1 < len(blocks) < len(where.devices) or 0 in host.strides:
+        blocks = [np.array(block) for block in blocks]  # XLA cannot copy memory that only some devices share
+    else:
+        return _jax.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=False)
+    return _jax.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=True)
 
 
 class _Spread(NamedTuple):
@@ -80,6 +85,10 @@ def _copies(blocks: Sequence[np.ndarray[Any, Any]], dtype: Any) -> list[np.ndarr
         raw = np.empty(block.size * dtype.itemsize + _ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % _ALIGNMENT
         copies.append(raw[start : start + block.size * dtype.itemsize].view(dtype).reshape(block.shape))
+    if sum(block.nbytes for block in blocks) < LARGE:
+        for copy, block in zip(copies, blocks, strict=True):
+            np.copyto(copy, block, "unsafe")
+        return copies
     each = -(-(os.cpu_count() or 1) // len(blocks))
     parts = [part for pair in zip(copies, blocks, strict=True) for part in _cut(*pair, each)]
     list(_threads().map(lambda part: np.copyto(part[0], part[1], "unsafe"), parts))  # done when all are
