@@ -129,7 +129,8 @@ class Dispatcher:
         self._signatures: dict[Hashable, Signature] = {}
         self.tracing: dict[Hashable, threading.RLock] = {}
         self._remembered = functools.partial(_without_jit)  # its own object: what C++ remembers is freed with it
-        self._own_arguments = self._packs = False
+        self._copied: set[int | str] = set()
+        self._packs = False
         self._donates = bool(options.donated.positions or options.donated.names)
         self.cautious = self._donates or _jax.DELETED_ARRAYS_CRASH
 
@@ -155,10 +156,15 @@ class Dispatcher:
             or (kwargs and _jax.DELETED_ARRAYS_CRASH and _jax.any_deleted(kwargs.values()))
         ):
             return self(fun, args, kwargs)
-        if self._own_arguments:
-            own = [x.copy() if type(x) is np.ndarray and x.nbytes <= SMALL else x for x in args]
-            return entry(*own, **{name: _copy_small(x) for name, x in kwargs.items()} if kwargs else kwargs)
-        return entry(*args, **kwargs)
+        if not self._copied:
+            return entry(*args, **kwargs)
+        own = list(args)
+        for k in self._copied:
+            if k in kwargs:
+                kwargs[k] = _own(kwargs[k])
+            elif type(k) is int and k < len(own):
+                own[k] = _own(own[k])
+        return entry(*own, **kwargs)
 
     def __call__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs ``fun`` once for each replica, in Python alone."""
@@ -180,22 +186,22 @@ class Dispatcher:
                     results, _ = run(pack.program, pack.leaves(leaves), pack.program.run, pack.names(names))
                 else:
                     results, placed = run(program, leaves, program.run, names)
-                    if self._goes_by_itself(program, leaves, placed, [*args, *kwargs.values()]):
+                    if self._goes_by_itself(program, leaves, placed, dict([*enumerate(args), *kwargs.items()])):
                         known = program.known
             out = jax.tree.unflatten(program.out_tree, results)
         return out, known and _jax.remember(known, out)
 
     def _goes_by_itself(
-        self, program: Program, leaves: Sequence[Any], placed: Sequence[Any], roots: Sequence[Any]
+        self, program: Program, leaves: Sequence[Any], placed: Sequence[Any], roots: Mapping[int | str, Any]
     ) -> bool:
         """Whether C++ may run such a call: each argument lies right, or gets to its place in the same way by itself.
 
-        Where there is one device JAX takes a NumPy array's own memory; so small arrays that are whole arguments are
-        copied first from now on, and others do not go this way.
+        Where there is one device JAX takes a NumPy array's own memory. So the arguments (by position or name) with
+        small arrays in them are copied first from now on, and calls with large ones do not go this way.
         """
         if program.closed or jax.config.jax_debug_nans or may_be_packed(program, leaves):
             return False
-        several, whole = program.layout.mesh.size > 1, {id(x) for x in roots}
+        several, on_host = program.layout.mesh.size > 1, False
         for x, y, axis in zip(leaves, placed, program.in_axes, strict=False):
             if isinstance(x, jax.Array):
                 moves = several and len(x.sharding.device_set) == 1 and not program.donated
@@ -204,9 +210,12 @@ class Dispatcher:
             elif (program.layout.axis.padding and axis is not None) or jax.dtypes.float0 == getattr(x, "dtype", None):
                 return False
             elif isinstance(x, np.ndarray) and not several:
-                if id(x) not in whole or _copy_small(x) is x:
+                if _copy_small(x) is x:
                     return False
-                self._own_arguments = self.cautious = True
+                on_host = True
+        if on_host:
+            self._copied |= {k for k, x in roots.items() if any(type(y) is np.ndarray for y in jax.tree.leaves(x))}
+            self.cautious = True
         return True
 
     def _leaf_names(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -632,6 +641,20 @@ def _put(program: Program, x: Any, wanted: jax.sharding.NamedSharding, axis: int
     if axis is None and program.layout.mesh.size == 1 and (not isinstance(x, np.ndarray) or _copy_small(x) is not x):
         return _copy_small(x)
     return put(x, wanted, axis, program.layout.padded_size)
+
+
+def _own(x: Any) -> Any:
+    """An argument with copies of the small NumPy arrays in it."""
+    kind = type(x)
+    if kind is np.ndarray:
+        return x.copy() if x.nbytes <= SMALL else x
+    if kind is _jax.ArrayImpl:
+        return x
+    if kind is list:
+        return [y if type(y) is _jax.ArrayImpl else _own(y) for y in x]
+    if kind is dict:
+        return {key: _own(y) for key, y in x.items()}
+    return jax.tree.map(_copy_small, x)
 
 
 def _copy_small(x: Any) -> Any:

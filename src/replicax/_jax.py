@@ -292,22 +292,37 @@ def any_deleted(arguments: Iterable[Any]) -> bool:
     """Whether an array in these trees is deleted. Flat lists, tuples and dicts of arrays alone are looked at in C."""
     for tree in arguments:
         kind = type(tree)
-        if kind is np.ndarray:
-            continue
-        if kind is jaxlib.ArrayImpl:
+        if kind is ArrayImpl:
             if tree.is_deleted():
                 return True
             continue
-        try:
-            if any(map(_is_deleted, tree.values() if kind is dict else tree if kind in (list, tuple) else (tree,))):
-                return True
-        except TypeError:
-            if any(type(x) is jaxlib.ArrayImpl and x.is_deleted() for x in jax.tree.leaves(tree)):
-                return True
+        if kind in _NEVER_DELETED:
+            continue
+        if kind is list or kind is tuple or kind is dict:
+            inside = tree.values() if kind is dict else tree
+            if len(inside) <= FEW:
+                if any_deleted(inside):
+                    return True
+                continue
+            try:
+                if any(map(_is_deleted, inside)):
+                    return True
+                continue
+            except TypeError:  # not arrays alone
+                pass
+        if any(type(x) is ArrayImpl and x.is_deleted() for x in jax.tree.leaves(tree)):
+            return True
     return False
 
 
-_is_deleted = jaxlib.ArrayImpl.is_deleted
+#: The class of JAX's arrays that are neither traced nor keys.
+ArrayImpl = jaxlib.ArrayImpl
+
+#: Up to so many things are looked at one by one.
+FEW = 8
+
+_is_deleted = ArrayImpl.is_deleted
+_NEVER_DELETED = {np.ndarray, bool, int, float, complex, str, type(None)}
 
 
 def is_about_static_arguments(error: ValueError) -> bool:

@@ -170,12 +170,25 @@ def _groups(program: Program, own_types: Sequence[Any], which: Sequence[int]) ->
     together: dict[Any, list[int]] = {}
     for i in which:
         together.setdefault((program.types[i].dtype, program.in_axes[i] is None), []).append(i)
-    groups = []
+    groups: list[Group] = []
     for (dtype, whole), every in together.items():
         lanes = 1 if whole else program.layout.axis.lanes
-        ends = np.cumsum([lanes * own_types[i].size * dtype.itemsize for i in every])
-        chunk = (ends - 1) // TINY if ends[-1] <= FEW * TINY else np.zeros(len(every), int)
-        for k in np.unique(chunk):
-            some = [i for i, c in zip(every, chunk, strict=True) if c == k]
-            groups.append(Group(some, [program.in_axes[i] for i in some], [own_types[i].shape for i in some], dtype))
+        sizes = [lanes * own_types[i].size * dtype.itemsize for i in every]
+        parts = _cut(every, sizes) if sum(sizes) <= FEW * TINY else [every]
+        groups.extend(
+            Group(some, [program.in_axes[i] for i in some], [own_types[i].shape for i in some], dtype) for some in parts
+        )
+    return groups
+
+
+def _cut(leaves: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Arrays of such sizes in groups that are tiny, as far as an array is."""
+    groups: list[list[int]] = []
+    room = 0
+    for leaf, size in zip(leaves, sizes, strict=True):
+        if size > room:
+            groups.append([])
+            room = TINY
+        groups[-1].append(leaf)
+        room -= size
     return groups
