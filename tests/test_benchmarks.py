@@ -151,7 +151,7 @@ def test_no_two_numbers_are_called_the_same():
     "title",
     [
         "1 small array of NumPy",
-        "100 small NumPy leaves",
+        "100 small NumPy leaves, one result",
         "1 small array in place, a static and a keyword argument",
         "unreplicate, 1 small array",
         "local_replicas, 1 small array",
