@@ -18,6 +18,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def arguments() -> argparse.Namespace:
         metavar="TEXT",
         help="cases whose group or title has this text",
     )
+    parser.add_argument("--keep", action="store_true", help="keep the rows of the JSON that are not measured again")
     parser.add_argument("--list", action="store_true", help="print the cases and run none")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 where a limit is not met")
     parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where to write the results")
@@ -132,6 +134,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def merged(earlier: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The earlier rows, each one of a case that was measured again in its place, and the new ones after those."""
+    key = itemgetter("line", "case", "devices", "words")
+    new = {key(row): row for row in rows}
+    return [new.pop(key(row), row) for row in earlier] + list(new.values())
+
+
 def main() -> int:
     """Runs the cases, prints and writes the results; the exit status."""
     options, console = arguments(), report.console()
@@ -143,7 +152,9 @@ def main() -> int:
     if options.devices is not None:
         run_here(cases, options.devices, options, console)
         return 0
-    results = {"machine": machine(), "quick": options.quick, "rows": run_in_processes(cases, options)}
+    earlier = json.loads(options.json.read_text())["rows"] if options.keep else []
+    rows = merged(earlier, run_in_processes(cases, options))
+    results = {"machine": machine(), "quick": options.quick, "rows": rows}
     options.json.write_text(json.dumps(results, indent=1) + "\n")
     report.show(results, console)
     if options.readme is not None:

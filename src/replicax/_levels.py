@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from replicax import _primitives
@@ -35,6 +36,16 @@ def over_lanes(
 def pad_rows(x: Any, dim: int, rows: int) -> Any:
     """``x`` with its last row along ``dim`` repeated ``rows`` more times; the copies have no part in derivatives."""
     return on_data(lambda x: _primitives.pad_rows(x, dim, rows), x) if rows else x
+
+
+def own_rows(x: Any, dim: int, first: Any, count: int) -> Any:
+    """``count`` rows of ``x`` along ``dim`` from the ``first`` on, the last one for each that it does not have."""
+    last = x.shape[dim] - 1
+    return lax.cond(
+        first + count <= last + 1,
+        lambda: lax.dynamic_slice_in_dim(x, jnp.minimum(first, last + 1 - count), count, dim),
+        lambda: jnp.take(x, jnp.minimum(first + jnp.arange(count), last), dim),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from replicax._errors import (
     report,
 )
 from replicax._layout import Layout, LogicalAxis, Scope, Splits
-from replicax._levels import OneReplica, Part, comes_in_parts, equal_on, over_lanes, own_on, pad_rows
+from replicax._levels import OneReplica, Part, comes_in_parts, equal_on, over_lanes, own_on, own_rows, pad_rows
 from replicax._rewrite import Rewriter, one_value
 from replicax._varying import NOWHERE, Analysis, Varying
 
@@ -333,17 +333,32 @@ class Program:
 
     def pad(self, which: tuple[int, ...], leaves: list[Any]) -> list[Any]:
         """These arguments, which lie on the layout's devices, with a row for each padding lane."""
-        if which not in self._pads:
+        whole = all(x.sharding.is_fully_replicated and x.dtype in _WHOLE_BYTES for x in leaves)
+        if (which, whole) not in self._pads:
             axes = [axis for i in which if (axis := self.in_axes[i]) is not None]
-            rows = self.layout.axis.padding
-            self._pads[which] = jax.jit(
-                lambda xs: [pad_rows(x, axis, rows) for x, axis in zip(xs, axes, strict=True)],
+            self._pads[which, whole] = jax.jit(
+                self._take_rows(axes) if whole else self._add_rows(axes),
                 out_shardings=[self.in_shardings[i] for i in which],
             )
-        return list(self._pads[which](leaves))
+        return list(self._pads[which, whole](leaves))
+
+    def _add_rows(self, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
+        return lambda xs: [pad_rows(x, axis, self.layout.axis.padding) for x, axis in zip(xs, axes, strict=True)]
+
+    def _take_rows(self, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
+        """Each device takes its own rows of what it has whole, where XLA would have devices send each other parts."""
+        where = self.layout
+        lanes, name = where.axis.lanes, where.mesh.axis_names[0]
+
+        def rows(xs: list[Any]) -> list[Any]:
+            first = lax.axis_index(name) * lanes
+            return [own_rows(x, axis, first, lanes) for x, axis in zip(xs, axes, strict=True)]
+
+        outs = list(map(where.spec, axes))
+        return jax.shard_map(rows, mesh=where.mesh, in_specs=PartitionSpec(), out_specs=outs, check_vma=False)
 
     @cached_property
-    def _pads(self) -> dict[tuple[int, ...], jax.stages.Wrapped]:
+    def _pads(self) -> dict[Any, jax.stages.Wrapped]:
         return {}
 
     @cached_property
@@ -371,6 +386,12 @@ class Program:
 
         padded_first.__name__ = padded_first.__qualname__ = self.name
         return jax.jit(padded_first)
+
+
+#: The dtypes that XLA can cut and join anywhere.
+_WHOLE_BYTES = frozenset(
+    map(np.dtype, ("bool", *np.typecodes["AllInteger"], "float16", "float32", "float64", "F", "D"))
+)
 
 
 def _like_the_arguments(

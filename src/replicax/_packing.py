@@ -165,7 +165,8 @@ def _groups(program: Program, own_types: Sequence[Any], which: Sequence[int]) ->
     """Which arguments go together: those of one dtype that are all mapped, or none.
 
     XLA on CPUs runs a program whose arrays are all tiny at once, and any other as a graph of tasks, which takes 1 µs
-    for each (``execute_sequential_buffer_threshold`` in its ``thunk_executor.cc``). So few bytes are kept that small.
+    for each (``execute_sequential_buffer_threshold`` in its ``thunk_executor.cc``). So few bytes are kept that small on
+    a single device; on several, sending one more array takes longer.
     """
     together: dict[Any, list[int]] = {}
     for i in which:
@@ -174,7 +175,8 @@ def _groups(program: Program, own_types: Sequence[Any], which: Sequence[int]) ->
     for (dtype, whole), every in together.items():
         lanes = 1 if whole else program.layout.axis.lanes
         sizes = [lanes * own_types[i].size * dtype.itemsize for i in every]
-        parts = _cut(every, sizes) if sum(sizes) <= FEW * TINY else [every]
+        alone = program.layout.mesh.size == 1
+        parts = _cut(every, sizes) if alone and sum(sizes) <= FEW * TINY else [every]
         groups.extend(
             Group(some, [program.in_axes[i] for i in some], [own_types[i].shape for i in some], dtype) for some in parts
         )
