@@ -214,7 +214,8 @@ class Dispatcher:
                     return False
                 on_host = True
         if on_host:
-            self._copied |= {k for k, x in roots.items() if any(type(y) is np.ndarray for y in jax.tree.leaves(x))}
+            found = {k for k, x in roots.items() if any(type(y) is np.ndarray for y in jax.tree.leaves(x))}
+            self._copied = self._copied | found  # not in place: another thread may be going through it
             self.cautious = True
         return True
 
