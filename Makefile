@@ -5,7 +5,7 @@
 #   make check    linter, formatter and strict types
 #   make sweep    the whole table of replicas x devices x collectives x types x control flow (long)
 #   make table    the table collective x context, run and printed
-#   make bench    the benchmarks, as ratios to their limits (ten minutes; QUICK=1: two; README=1: and into the README)
+#   make bench    the benchmarks, as ratios to their limits (ten minutes; QUICK=1: four; README=1: and into the README)
 #   make fuzz     random programs against the oracles, for MINUTES=10, from SEED=(a random one)
 #   make clients  packages from PyPI that use jax.pmap, on JAX's own and on replicax (an environment of their own)
 #

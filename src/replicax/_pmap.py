@@ -25,14 +25,8 @@ _ABSENT: Any = object()
 class MappedFunction(Generic[R]):
     """A function that runs once for each replica; what :func:`pmap` returns."""
 
-    __slots__ = (
-        "__dict__",
-        "__weakref__",
-        "_dispatcher",
-        "_entry",
-        "_fun",
-        "options",
-    )  # functools.wraps copies __dict__ alone
+    # functools.wraps copies __dict__ alone
+    __slots__ = ("__dict__", "__weakref__", "_dispatcher", "_entry", "_fun", "options")
 
     def __init__(self, fun: Callable[..., R], options: Options) -> None:
         functools.update_wrapper(self, fun)

@@ -172,7 +172,7 @@ def local_replicas(tree: Tree) -> list[Tree]:
 def fetch(tree: Tree) -> Tree:
     """The arrays on the host, each part of them read once where it lies.
 
-    What ``np.asarray`` does to each array, and ``jax.device_get`` to all, in about half the time.
+    What ``np.asarray`` does to each array, and ``jax.device_get`` to all; for many small ones in about half the time.
 
     Args:
         tree: A pytree of arrays of any shapes ``(...)``, such as what :func:`pmap` returns.
