@@ -61,15 +61,14 @@ def _calls(leaves: int) -> int:
     return 20 if leaves < 100 else 2
 
 
-def _double(tree: Any) -> Any:
-    return jax.tree.map(lambda x: 2 * x, tree)
-
-
 def _plain(_stack: ExitStack, leaves: int, numpy: bool) -> Mapping[str, Way | Absent]:
+    def double(tree: Any) -> Any:
+        return jax.tree.map(lambda x: 2 * x, tree)
+
     count = jax.device_count()
     tree = [np.arange(3 * count, dtype=np.float32).reshape(count, 3) + k for k in range(leaves)]
     argument = tree if numpy else place(tree)
-    ways = {OURS: replicax.pmap(_double, axis_name="i"), HAND: by_hand(_double), "jax.pmap": jax.pmap(_double)}
+    ways = {OURS: replicax.pmap(double, axis_name="i"), HAND: by_hand(double), "jax.pmap": jax.pmap(double)}
     return {name: partial(way, argument) for name, way in ways.items()}
 
 
@@ -78,7 +77,7 @@ def _power(x: jax.Array, power: int, *, scale: jax.Array) -> jax.Array:
 
 
 def _named(_stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """A keyword argument is mapped, as everywhere; by hand it is a second position, since shard_map takes no names."""
+    """The same call in each way; and, for comparison, by hand with nothing static and no names."""
     count = jax.device_count()
     x = place(np.arange(3 * count, dtype=np.float32).reshape(count, 3))
     scale = place(np.ones(count, np.float32))
@@ -88,8 +87,13 @@ def _named(_stack: ExitStack) -> Mapping[str, Way | Absent]:
     def cubed(x: jax.Array, scale: jax.Array) -> jax.Array:
         return _power(x, 3, scale=scale)
 
+    @partial(jax.jit, static_argnums=1)
+    def alike(x: jax.Array, power: int, *, scale: jax.Array) -> jax.Array:
+        return by_hand(lambda x, scale: _power(x, power, scale=scale))(x, scale)
+
     return {
         OURS: partial(ours, x, 3, scale=scale),
-        HAND: partial(by_hand(cubed), x, scale),
+        HAND: partial(alike, x, 3, scale=scale),
+        "by hand, two positions": partial(by_hand(cubed), x, scale),
         "jax.pmap": partial(theirs, x, 3, scale=scale),
     }

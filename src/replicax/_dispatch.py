@@ -9,12 +9,12 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
-from replicax import _jax, _primitives
+from replicax import _cpp, _jax, _primitives
 from replicax._axes import (
     Chosen,
     Leaf,
@@ -41,7 +41,7 @@ from replicax._levels import pad_rows
 from replicax._lowering import Program, Recorded, describe_type, lower, record, trace_replica
 from replicax._packing import comes_packed, may_be_packed, packed
 from replicax._signature import Signature
-from replicax._transfer import SMALL, put
+from replicax._transfer import is_small, own, put
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,35 @@ class Call(NamedTuple):
         return dict(zip(self.positions, self.dynamic, strict=True))
 
 
+R = TypeVar("R")
+
+
+class Entrance(Generic[R]):
+    """What is called in place of a function: each call goes the shortest way that its dispatcher finds good.
+
+    ``__call__`` is a slot, so that Python finds on the object what to call, and calls it without a frame.
+
+    Attributes:
+        _entry: The way straight to C++: see :meth:`Dispatcher.entry`.
+        _copying: The same behind a copy of small NumPy arrays.
+        _careful: The way by Python: see :meth:`Dispatcher.careful`.
+        _fun: The function.
+    """
+
+    __slots__ = ("__call__", "__weakref__", "_careful", "_copying", "_dispatcher", "_entry", "_fun")
+
+    __call__: Callable[..., R]
+
+    def __init__(self, dispatcher: Dispatcher, fun: Callable[..., R]) -> None:
+        self._dispatcher, self._fun = dispatcher, fun
+        self._entry = dispatcher.entry(fun)
+        if dispatcher.options.static.positions or dispatcher.options.static.names:
+            self._entry = _hashing(self._entry, functools.partial(dispatcher.in_python, fun))
+        self._copying = _copying(self._entry)
+        self._careful = functools.partial(dispatcher.careful, fun, self._entry, self._copying)
+        dispatcher.open(self)
+
+
 class Dispatcher:
     """The compiled programs of one function under one set of options.
 
@@ -127,44 +156,62 @@ class Dispatcher:
         self.options = options
         self._programs: dict[Hashable, Program | Recorded] = {}
         self._signatures: dict[Hashable, Signature] = {}
-        self.tracing: dict[Hashable, threading.RLock] = {}
-        self._remembered = functools.partial(_without_jit)  # its own object: what C++ remembers is freed with it
-        self._copied: set[int | str] = set()
-        self._packs = False
+        self._entrances: weakref.WeakSet[Entrance[Any]] = weakref.WeakSet()
+        self._switching = threading.RLock()
+        self._tracing: dict[Hashable, threading.RLock] = {}
+        self._owner = functools.partial(_without_jit, weakref.ref(self))  # what C++ remembers is freed with it
+        self._copies = self._packs = False
         self._donates = bool(options.donated.positions or options.donated.names)
-        self.cautious = self._donates or _jax.DELETED_ARRAYS_CRASH
 
     def entry(self, fun: Callable[..., Any]) -> Callable[..., Any]:
         """What runs a call of ``fun``: in C++ if there was such a call before and its arguments lie right."""
-        return _jax.entry(
-            self._remembered,
+        return _cpp.entry(
+            self._owner,
             functools.partial(self._call, fun),
+            functools.partial(self.in_python, fun),
             function_name(fun),
             (self.options.static.positions, self.options.static.names),
             put,
         )
 
+    def open(self, entrance: Entrance[Any]) -> None:
+        """Lets calls in, and keeps telling them which way to go."""
+        with self._switching:
+            self._entrances.add(entrance)
+            self._direct(entrance)
+
+    def _direct(self, *entrances: Entrance[Any]) -> None:
+        """Sends calls straight to C++, unless something has to be seen to first."""
+        with self._switching:
+            careful = self._tracing or self._packs or self._donates
+            for entrance in entrances or self._entrances:
+                direct = entrance._copying if self._copies else entrance._entry
+                entrance.__call__ = entrance._careful if careful else direct
+
     def careful(
-        self, entry: Callable[..., Any], fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        fun: Callable[..., Any],
+        entry: Callable[..., Any],
+        copying: Callable[..., Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        """Runs a call of ``fun``, whose :meth:`entry` is given, where :attr:`cautious` or :attr:`tracing` is set."""
+        """Runs a call after what has to be seen to before C++ runs it."""
         if (
-            (self._packs and comes_packed(jax.tree.leaves((args, kwargs))))  # which C++ would look at in vain
-            or self.tracing  # by a thread that may wait for this one, which must not wait in C++ for that one
+            (self._packs and comes_packed(args, kwargs))  # which C++ would look at in vain
+            or self._tracing  # by a thread that may wait for this one, which must not wait in C++ for that one
             or (self._donates and _twice(args, kwargs))  # which XLA notices too late
-            or (_jax.DELETED_ARRAYS_CRASH and _jax.any_deleted(args))
-            or (kwargs and _jax.DELETED_ARRAYS_CRASH and _jax.any_deleted(kwargs.values()))
         ):
             return self(fun, args, kwargs)
-        if not self._copied:
-            return entry(*args, **kwargs)
-        own = list(args)
-        for k in self._copied:
-            if k in kwargs:
-                kwargs[k] = _own(kwargs[k])
-            elif type(k) is int and k < len(own):
-                own[k] = _own(own[k])
-        return entry(*own, **kwargs)
+        result = (copying if self._copies else entry)(*args, **kwargs)
+        if self._donates:
+            _delete_taken(jax.tree.leaves((args, kwargs)))
+        return result
+
+    def in_python(self, fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Runs a call of ``fun`` in Python alone."""
+        return self(fun, args, kwargs)
 
     def __call__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs ``fun`` once for each replica, in Python alone."""
@@ -182,22 +229,22 @@ class Dispatcher:
             else:
                 names = functools.partial(self._leaf_names, fun, args, kwargs)
                 if pack := packed(program, leaves):
-                    self._packs = self.cautious = True
+                    if not self._packs:
+                        self._packs = True
+                        self._direct()
                     results, _ = run(pack.program, pack.leaves(leaves), pack.program.run, pack.names(names))
                 else:
                     results, placed = run(program, leaves, program.run, names)
-                    if self._goes_by_itself(program, leaves, placed, dict([*enumerate(args), *kwargs.items()])):
+                    if self._goes_by_itself(program, leaves, placed):
                         known = program.known
             out = jax.tree.unflatten(program.out_tree, results)
-        return out, known and _jax.remember(known, out)
+        return out, known and _cpp.remember(known, out)
 
-    def _goes_by_itself(
-        self, program: Program, leaves: Sequence[Any], placed: Sequence[Any], roots: Mapping[int | str, Any]
-    ) -> bool:
+    def _goes_by_itself(self, program: Program, leaves: Sequence[Any], placed: Sequence[Any]) -> bool:
         """Whether C++ may run such a call: each argument lies right, or gets to its place in the same way by itself.
 
-        Where there is one device JAX takes a NumPy array's own memory. So the arguments (by position or name) with
-        small arrays in them are copied first from now on, and calls with large ones do not go this way.
+        Where there is one device JAX takes a NumPy array's own memory. So small arrays are copied first from now on,
+        and calls with large ones do not go this way.
         """
         if program.closed or jax.config.jax_debug_nans or may_be_packed(program, leaves):
             return False
@@ -210,13 +257,12 @@ class Dispatcher:
             elif (program.layout.axis.padding and axis is not None) or jax.dtypes.float0 == getattr(x, "dtype", None):
                 return False
             elif isinstance(x, np.ndarray) and not several:
-                if _copy_small(x) is x:
+                if not is_small(x):
                     return False
                 on_host = True
-        if on_host:
-            found = {k for k, x in roots.items() if any(type(y) is np.ndarray for y in jax.tree.leaves(x))}
-            self._copied = self._copied | found  # not in place: another thread may be going through it
-            self.cautious = True
+        if on_host and not self._copies:
+            self._copies = True
+            self._direct()
         return True
 
     def _leaf_names(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -256,7 +302,8 @@ class Dispatcher:
 
     def _build(self, key: Hashable, fun: Callable[..., Any], call: Call, leaves: Sequence[Any]) -> Program | Recorded:
         """Traces and lowers a program, unless another thread has done so by the time that it is this one's turn."""
-        turn = self.tracing.setdefault(key, threading.RLock())
+        turn = self._tracing.setdefault(key, threading.RLock())
+        self._direct()
         in_turn = turn.acquire(timeout=PATIENCE)
         try:
             program = None if jax.config.jax_disable_jit else self._programs.get(key)
@@ -272,7 +319,8 @@ class Dispatcher:
         finally:
             if in_turn:
                 turn.release()
-            self.tracing.pop(key, None)
+            self._tracing.pop(key, None)
+            self._direct()
 
     def describe(
         self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -302,10 +350,10 @@ class Dispatcher:
             return f"{name} is compiled already for such a call."
         return self._signature(fun, call, leaves).explain(name, list(self._signatures.values()))
 
-    def clear(self) -> None:
-        """Forgets all programs."""
+    def clear(self, entrance: Entrance[Any]) -> None:
+        """Forgets all programs of those who came in by it."""
         programs = [program for program in self._programs.values() if isinstance(program, Program)]
-        _jax.forget(self.entry(_without_jit))
+        _cpp.forget(self.entry(entrance._fun))
         self._programs.clear()
         self._signatures.clear()
         for program in programs:
@@ -441,9 +489,43 @@ def _bound(fun: Callable[..., Any], static: Mapping[str, Any]) -> Callable[..., 
     return bound
 
 
-def _without_jit(*_: Any, **__: Any) -> Any:
-    """What C++ calls where jit is disabled."""
-    return NotImplemented
+def _copying(entry: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs calls on copies of their small NumPy arrays, whose owner may change them before the program has run."""
+
+    def copying(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            return entry(*own(args), **dict(zip(kwargs, own(kwargs.values()), strict=True)))
+        return entry(*own(args))
+
+    return copying
+
+
+def _hashing(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs calls with static arguments, which C++ refuses in words of its own where they have no hash."""
+
+    def hashing(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return entry(*args, **kwargs)
+        except ValueError as error:
+            if not _cpp.is_about_static_arguments(error):
+                raise
+        return in_python(*args, **kwargs)
+
+    return hashing
+
+
+def _without_jit(dispatcher: weakref.ref[Dispatcher], /, *args: Any, **kwargs: Any) -> Any:
+    """What C++ calls where jit is disabled: the function that every entrance leads to."""
+    found: Any = dispatcher()
+    return found(next(iter(found._entrances))._fun, args, kwargs)
+
+
+def _delete_taken(leaves: Sequence[Any]) -> None:
+    """Deletes the arrays that a program has taken, so that the next one to get them can say so."""
+    if _cpp.TAKEN_ARRAYS_CRASH:
+        for x in leaves:
+            if type(x) is _cpp.ArrayImpl and x.is_deleted():
+                x.delete()
 
 
 def _twice(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -574,6 +656,7 @@ def run(
     results = executable(*placed)
     for x in moved.values():
         x.delete()
+    _delete_taken(leaves)
     return results, placed
 
 
@@ -639,28 +722,9 @@ def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
 
 def _put(program: Program, x: Any, wanted: jax.sharding.NamedSharding, axis: int | None) -> Any:
     """An argument from the host, padded, on its devices. What is small JAX puts on a single device by itself."""
-    if axis is None and program.layout.mesh.size == 1 and (not isinstance(x, np.ndarray) or _copy_small(x) is not x):
-        return _copy_small(x)
+    if axis is None and program.layout.mesh.size == 1 and (not isinstance(x, np.ndarray) or is_small(x)):
+        return own((x,))[0]
     return put(x, wanted, axis, program.layout.padded_size)
-
-
-def _own(x: Any) -> Any:
-    """An argument with copies of the small NumPy arrays in it."""
-    kind = type(x)
-    if kind is np.ndarray:
-        return x.copy() if x.nbytes <= SMALL else x
-    if kind is _jax.ArrayImpl:
-        return x
-    if kind is list:
-        return [y if type(y) is _jax.ArrayImpl else _own(y) for y in x]
-    if kind is dict:
-        return {key: _own(y) for key, y in x.items()}
-    return jax.tree.map(_copy_small, x)
-
-
-def _copy_small(x: Any) -> Any:
-    """A copy of a NumPy array that is small; anything else as it is."""
-    return x.copy() if type(x) is np.ndarray and 0 < x.nbytes <= SMALL else x
 
 
 _pad_where_it_lies = jax.jit(pad_rows, static_argnums=(1, 2))

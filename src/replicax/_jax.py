@@ -11,16 +11,16 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 import numpy as np
-from jax._src import ad_util, api_util, config, core, dispatch, source_info_util, tree_util
+from jax._src import ad_util, config, core, dispatch, source_info_util, tree_util
 from jax._src import linear_util as lu
 from jax._src.ad_checkpoint import remat_p
-from jax._src.interpreters import ad, batching, pxla
+from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
 from jax._src.lib import _jax as jaxlib
@@ -103,6 +103,11 @@ _WIDE = {
         ("uint64", "uint32"),
     )
 }
+
+
+def array_type(shape: tuple[int, ...], dtype: np.dtype[Any], x64: bool) -> Any:
+    """The type that JAX gives an array made of a NumPy array, with and without 64-bit types."""
+    return core.ShapedArray(shape, dtype if x64 else _WIDE.get(dtype.name, dtype))
 
 
 def type_key(leaves: Sequence[Any]) -> Hashable:
@@ -225,144 +230,6 @@ def stage_parts(lowered: jax.stages.Lowered) -> Any:
 def executable_parts(compiled: jax.stages.Compiled) -> tuple[Any, Any]:
     """What a ``jax.stages.Compiled`` is made of: the executable, and the constants that it takes first."""
     return compiled._executable, compiled._params.const_args
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Dispatch
-
-
-def entry(
-    owner: Callable[..., Any],
-    slow: Callable[..., tuple[Any, Any]],
-    name: str,
-    static: tuple[Sequence[int], Sequence[str]],
-    put: Callable[[Any, jax.sharding.Sharding], jax.Array],
-) -> Callable[..., Any]:
-    """A callable that runs in C++ what it has run before, as what ``jax.jit`` returns does, and else calls ``slow``.
-
-    JAX's table goes by all that a call consists of: the structure of the arguments, their types, where they lie, the
-    static ones, the settings of JAX's, and what is being traced. Where JAX has it no more, ``slow`` runs every time.
-
-    Args:
-        owner: What the entries belong to, and are freed with. It is called in place of all if jit is disabled.
-        slow: Takes a call, and returns the result, and what to remember of it: see :func:`remember`.
-        name: What a profile calls it.
-        static: The positions and the names of the static arguments.
-        put: Moves an argument that is no array of JAX's to where it has to lie.
-    """
-    try:
-        return jaxlib.pjit(
-            name,
-            owner,
-            lambda *args, **kwargs: (*slow(args, kwargs), False),
-            *static,
-            pxla.JitGlobalCppCacheKeys(),
-            tree_util.dispatch_registry,
-            lambda x, where, how: pxla.cc_shard_arg(x, where, how) if isinstance(x, jax.Array) else put(x, where),
-            _entries,
-        )
-    except (AttributeError, TypeError):
-        return lambda *args, **kwargs: slow(args, kwargs)[0]
-
-
-def first_run(jitted: Any, args: Sequence[Any]) -> tuple[Sequence[Any], Any]:
-    """Runs a :func:`fast_call` of flat arguments; its results, and what an :func:`entry` has to know to run it."""
-    if not hasattr(jitted, "_cache_miss"):
-        return jitted(*args), None
-    results, known, forget = jitted._cache_miss(*args)
-    return results, None if forget else known
-
-
-def remember(known: Any, out: Any) -> Any:
-    """What an :func:`entry` remembers: the program that ``first_run`` knows, its results in a tree as ``out``."""
-    return known._replace(out_pytree_def=tree_util.dispatch_registry.flatten(out, None)[1])
-
-
-def forget(entry: Any) -> None:
-    """Makes an :func:`entry`, and all of the same owner, forget what they have run."""
-    if hasattr(entry, "_clear_cache"):
-        entry._clear_cache()
-
-
-#: Before 0.11.2 JAX ends the process where an :func:`entry`, or what ``jax.jit`` returns, is handed a deleted array.
-DELETED_ARRAYS_CRASH = jax.__version_info__ < (0, 11, 2)
-
-
-def any_deleted(arguments: Iterable[Any]) -> bool:
-    """Whether an array in these trees is deleted. Flat lists, tuples and dicts of arrays alone are looked at in C."""
-    for tree in arguments:
-        kind = type(tree)
-        if kind is ArrayImpl:
-            if tree.is_deleted():
-                return True
-            continue
-        if kind in _NEVER_DELETED:
-            continue
-        if kind is list or kind is tuple or kind is dict:
-            inside = tree.values() if kind is dict else tree
-            if len(inside) <= FEW:
-                if any_deleted(inside):
-                    return True
-                continue
-            try:
-                if any(map(_is_deleted, inside)):
-                    return True
-                continue
-            except TypeError:  # not arrays alone
-                pass
-        if any(type(x) is ArrayImpl and x.is_deleted() for x in jax.tree.leaves(tree)):
-            return True
-    return False
-
-
-#: The class of JAX's arrays that are neither traced nor keys.
-ArrayImpl = jaxlib.ArrayImpl
-
-#: Up to so many things are looked at one by one.
-FEW = 8
-
-_is_deleted = ArrayImpl.is_deleted
-_NEVER_DELETED = {np.ndarray, bool, int, float, complex, str, type(None)}
-
-
-def is_about_static_arguments(error: ValueError) -> bool:
-    """Whether JAX could not look a call up because a static argument has no hash, or cannot be compared."""
-    return str(error).startswith(("Non-hashable static arguments", "static arguments should be comparable"))
-
-
-def is_about_nans(error: Exception) -> bool:
-    """Whether JAX found a NaN (or an infinity) that it was told to look for, and has not said yet where."""
-    return isinstance(error, api_util.InternalFloatingPointError)
-
-
-def array_type(shape: tuple[int, ...], dtype: np.dtype[Any], x64: bool) -> Any:
-    """The type that JAX gives an array made of a NumPy array, with and without 64-bit types."""
-    return core.ShapedArray(shape, dtype if x64 else _WIDE.get(dtype.name, dtype))
-
-
-def put_blocks(
-    aval: Any, sharding: jax.sharding.Sharding, blocks: Sequence[Any], devices: Sequence[jax.Device], *, in_place: bool
-) -> jax.Array:
-    """An array of the blocks of its devices, in NumPy.
-
-    Args:
-        aval: Its type.
-        sharding: Where it lies.
-        blocks: The block of each device.
-        devices: The devices of this process.
-        in_place: Whether the blocks may be read where they are, and later; otherwise they are copied now.
-    """
-    kinds = jaxlib.HostBufferSemantics
-    how = kinds.ZERO_COPY if in_place else kinds.IMMUTABLE_ONLY_DURING_CALL
-    return jaxlib.batched_device_put(aval, sharding, blocks, devices, True, host_buffer_semantics=how)
-
-
-_entries = jaxlib.PjitFunctionCache(capacity=8192) if hasattr(jaxlib, "PjitFunctionCache") else None
-
-
-def fast_call(compiled: jax.stages.Compiled) -> Callable[..., Any]:
-    """The program as ``jit`` calls it, in C++ where that is possible, without a frame of Python's around it."""
-    return compiled._executable.create_cpp_call(compiled._params) or compiled
 
 
 # Source lines that JAX remembers are the user's, not those of this package.

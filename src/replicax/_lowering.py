@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.tree_util import keystr
 
-from replicax import _jax, _primitives
+from replicax import _cpp, _jax, _primitives
 from replicax._axes import Spec, match_out_axes
 from replicax._blocks import unfolded
 from replicax._errors import (
@@ -281,7 +281,7 @@ class Program:
     @cached_property
     def _executable(self) -> Callable[..., Any]:
         """Compiled once, where ``jit`` compiles anew for each mixture of meshes that the arguments lie on."""
-        return _jax.fast_call(self.traced.lower().compile())
+        return _cpp.fast_call(self.traced.lower().compile())
 
     @cached_property
     def _jitted(self) -> jax.stages.Wrapped:
@@ -301,7 +301,7 @@ class Program:
         try:
             if self._known:
                 return in_cpp(*leaves)
-            results, known = _jax.first_run(in_cpp, leaves)
+            results, known = _cpp.first_run(in_cpp, leaves)
         except ValueError:  # an argument has another layout in memory; of four bits JAX 0.10 only thinks so
             results, known = self._jitted(*leaves), None
         self._known.append(known)

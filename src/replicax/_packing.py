@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -117,9 +117,17 @@ def may_be_packed(program: Program, leaves: Sequence[Any]) -> bool:
     return program.packings.get(tuple(map(type, leaves))) is not None
 
 
-def comes_packed(leaves: Sequence[Any]) -> bool:
-    """Whether so many arguments are NumPy arrays that they may go packed."""
-    return list(map(type, leaves)).count(np.ndarray) >= MANY
+def comes_packed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether so many arguments are NumPy arrays that they may go packed; those in place are seen at a glance."""
+    if not any(_starts_with_host_array(tree) for tree in (*args, *kwargs.values())):
+        return False
+    return list(map(type, jax.tree.leaves((args, kwargs)))).count(np.ndarray) >= MANY
+
+
+def _starts_with_host_array(tree: Any) -> bool:
+    while isinstance(tree, list | tuple | dict) and tree:
+        tree = next(iter(tree.values() if isinstance(tree, dict) else tree))
+    return not isinstance(tree, jax.Array)
 
 
 def _small(program: Program, kinds: Sequence[type]) -> list[int]:

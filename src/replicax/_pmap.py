@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import jax
 
 from replicax._axes import check_spec, choose
-from replicax._dispatch import Dispatcher, Options, check_devices, dispatcher, function_name
+from replicax._dispatch import Entrance, Options, check_devices, dispatcher, function_name
 from replicax._errors import NotAFunctionError, OptionTypeError, StaticArgumentError, as_int
-from replicax._jax import is_about_nans, is_about_static_arguments
 from replicax._lowering import ANONYMOUS
 from replicax._stages import Lowered, Traced, trace
 
@@ -22,11 +21,10 @@ R = TypeVar("R")
 _ABSENT: Any = object()
 
 
-class MappedFunction(Generic[R]):
+class MappedFunction(Entrance[R]):
     """A function that runs once for each replica; what :func:`pmap` returns."""
 
-    # functools.wraps copies __dict__ alone
-    __slots__ = ("__dict__", "__weakref__", "_dispatcher", "_entry", "_fun", "options")
+    __slots__ = ("__dict__", "options")  # functools.wraps copies __dict__ alone
 
     def __init__(self, fun: Callable[..., R], options: Options) -> None:
         functools.update_wrapper(self, fun)
@@ -34,23 +32,8 @@ class MappedFunction(Generic[R]):
             del vars(self)[name]  # an attribute of the function's own, such as "lower"
         if not hasattr(fun, "__name__"):  # a functools.partial, say; what jax.pmap returns always has a name
             self.__name__ = self.__qualname__ = function_name(fun)
-        self._fun = fun
         self.options = options
-        self._dispatcher: Dispatcher = dispatcher(fun, options)
-        self._entry = self._dispatcher.entry(fun)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> R:
-        shared = self._dispatcher
-        try:
-            if shared.cautious or shared.tracing:
-                result = shared.careful(self._entry, self._fun, args, kwargs)
-            else:
-                result = self._entry(*args, **kwargs)
-        except Exception as error:
-            if not (isinstance(error, ValueError) and is_about_static_arguments(error)) and not is_about_nans(error):
-                raise
-            result = NotImplemented
-        return shared(self._fun, args, kwargs) if result is NotImplemented else result
+        super().__init__(dispatcher(fun, options), fun)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -124,7 +107,7 @@ class MappedFunction(Generic[R]):
 
     def clear_cache(self) -> None:
         """Frees the programs compiled for this function, mapped with these options; the next call compiles anew."""
-        self._dispatcher.clear()
+        self._dispatcher.clear(self)
 
     def explain_cache_miss(self, *args: Any, **kwargs: Any) -> str:
         """Whether a call with these arguments would be compiled anew, and which of them makes it so.

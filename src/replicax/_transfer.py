@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from replicax import _jax
+from replicax import _cpp, _jax
 
 #: Up to so many bytes, copying an array twice takes no longer than copying it to where a device can use it.
 SMALL = 1 << 16
@@ -46,8 +46,32 @@ def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: 
     elif 1 < len(blocks) < len(where.devices) or 0 in host.strides:
         blocks = [np.array(block) for block in blocks]  # XLA cannot copy memory that only some devices share
     else:
-        return _jax.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=False)
-    return _jax.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=True)
+        return _cpp.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=False)
+    return _cpp.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=True)
+
+
+def own(trees: Iterable[Any]) -> list[Any]:
+    """The trees with copies of the small NumPy arrays in them."""
+    owned = []
+    for x in trees:
+        kind = type(x)
+        if kind is np.ndarray and x.nbytes <= SMALL:
+            owned.append(x.copy())
+        elif kind is _cpp.ArrayImpl:
+            owned.append(x)
+        elif kind is list:
+            owned.append(own(x))
+        elif jax.tree_util.all_leaves((x,)):
+            owned.append(x)
+        else:
+            leaves, structure = jax.tree.flatten(x)
+            owned.append(jax.tree.unflatten(structure, own(leaves)))
+    return owned
+
+
+def is_small(x: Any) -> bool:
+    """Whether :func:`own` copies it."""
+    return type(x) is np.ndarray and 0 < x.nbytes <= SMALL
 
 
 class _Spread(NamedTuple):
