@@ -98,6 +98,37 @@ def test_jax_pmap_agrees_where_it_works(n):
 DTYPES = ("bool", "int4", "int8", "uint16", "float8_e4m3fn", "bfloat16", "float16", "complex64")
 
 
+EXTREMES = (np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 0.25, -0.5, 3.5, -2.0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "float8_e5m2"])
+@pytest.mark.parametrize("groups", [None, [[0, 3, 6], [1, 4, 7, 2], [5]], [[0, 1], [2, 3], [4, 5], [6, 7]]])
+@pytest.mark.parametrize("pair", [(8, 8), (8, 3)], ids="{0[0]}on{0[1]}".format)
+def test_the_greatest_and_the_least_of_floats(pair, groups, dtype):
+    """A NaN is kept, which XLA's reductions between CPU devices lose."""
+    n, d = pair
+    with jax.enable_x64(True):
+        x = jnp.asarray([np.roll(EXTREMES, k)[:-2] for k in range(n)], dtype)
+
+        def both(x):
+            return lax.pmax(x, AXIS, axis_index_groups=groups), lax.pmin(x, AXIS, axis_index_groups=groups)
+
+        for ours, theirs in zip(pmap(both, **on(d))(x), lockstep(both, axis_name=AXIS)(x), strict=True):
+            assert ours.dtype == dtype
+            np.testing.assert_array_equal(np.asarray(ours, np.float64), np.asarray(theirs, np.float64))
+
+
+def test_a_softmax_that_no_derivative_goes_through_the_maximum_of():
+    def softmax(x):
+        shifted = jnp.exp(x - lax.pmax(lax.stop_gradient(x), AXIS))
+        return shifted / lax.psum(shifted, AXIS)
+
+    x = rows(8)
+    every = lambda transform: transform(softmax, axis_name=AXIS)
+    theirs, ours = (jax.jacrev(every(transform))(x) for transform in (jax.vmap, pmap))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("d", [1, 4, 6])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_data_of_every_dtype_moves(dtype, d):
