@@ -39,7 +39,7 @@ def cases(_quick: bool) -> list[Case]:
     fastest = (over(OURS, HAND, PUT, PMAP, most=1.0, words=best),)
     small = (over(OURS, HAND, PUT, PMAP, most=0.2, words=best),)
     found = [
-        Case(f"100 small NumPy leaves, {what}", SMALL, count, partial(_small, fun), small)
+        Case(f"100 small NumPy leaves, {what}", SMALL, count, partial(_small, fun), small, calls=5)
         for what, fun in (("one result", _total), ("100 results", _double))
         for count in (2, 8)
     ]

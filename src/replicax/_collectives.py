@@ -298,7 +298,9 @@ def _by_rank(reduce: Callable[..., Any], x: Any, names: Names | Hashable, groups
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return reduce(x, names, axis_index_groups=groups)
-    wide = x.astype(jnp.float64 if x.dtype.itemsize == 8 else jnp.float32)  # of at least 32 bits, as all platforms reduce
+    wide = x.astype(
+        jnp.float64 if x.dtype.itemsize == 8 else jnp.float32
+    )  # of at least 32 bits, as all platforms reduce
     ranks = np.dtype(f"int{8 * wide.dtype.itemsize}")
     first = np.iinfo(ranks).max if reduce is lax.pmax else np.iinfo(ranks).min
     best = reduce(

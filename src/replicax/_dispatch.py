@@ -292,7 +292,7 @@ class Dispatcher:
         leaves, tree = jax.tree.flatten((call.dynamic, call.kwargs))
         try:
             types = _jax.type_key(leaves)
-            if not abstract and any(issubclass(kind, jax.ShapeDtypeStruct) for kind in set(map(type, leaves))):
+            if not abstract and jax.ShapeDtypeStruct in map(type, leaves):
                 raise TypeError
         except (TypeError, ValueError):
             _refuse_non_arrays(fun, call, leaves)

@@ -121,10 +121,12 @@ def type_key(leaves: Sequence[Any]) -> Hashable:
     try:
         if kinds <= _USUAL:
             dtypes = [x.dtype for x in leaves]
-            narrow = [_PLAIN[dtype] for dtype in dtypes]
-            weak = [k for k, x in enumerate(leaves) if type(x) is jaxlib.ArrayImpl and x.weak_type]
-            own = dtypes if config.enable_x64.value else narrow
-            return tuple([x.shape for x in leaves]), tuple(own), tuple(weak)
+            narrow = {dtype: _PLAIN[dtype] for dtype in set(dtypes)}
+            if not config.enable_x64.value and any(dtype != own for dtype, own in narrow.items()):
+                dtypes = [narrow[dtype] for dtype in dtypes]
+            on_host = jaxlib.ArrayImpl not in kinds
+            weak = () if on_host else [k for k, x in enumerate(leaves) if type(x) is jaxlib.ArrayImpl and x.weak_type]
+            return tuple([x.shape for x in leaves]), tuple(dtypes), tuple(weak)
     except KeyError:
         pass
     avals = list(map(typeof, leaves))

@@ -9,6 +9,8 @@ made when the same arguments come from the host for the second time, and of prog
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +29,9 @@ MANY = 8
 #: Arrays of more bytes go by themselves.
 LARGE = 1 << 16
 
+#: What arrays of all usual dtypes are sent as.
+WORD = np.dtype(np.uint32)
+
 #: Up to so many bytes an array is tiny to XLA, and up to so many tiny arrays are sent in the place of one.
 TINY, FEW = 512, 8
 
@@ -34,47 +39,101 @@ TINY, FEW = 512, 8
 EQUATIONS = 2_000
 
 
-class Group(NamedTuple):
-    """Arrays of one dtype that go together.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Arrays of one dtype, side by side in a group.
 
     Attributes:
+        dtype: Their dtype on the devices.
         leaves: Which of the arguments they are.
         axes: Their mapped axes; None for those that go whole to every replica.
         shapes: Their shapes, as a replica sees them.
-        dtype: Their dtype on the devices.
+        words: Where they lie in the group's rows.
+        rows: The number of replicas, if each has a row of its own, as a shape.
     """
 
+    dtype: np.dtype[Any]
     leaves: Sequence[int]
     axes: Sequence[int | None]
     shapes: Sequence[tuple[int, ...]]
-    dtype: np.dtype[Any]
+    words: slice
+    rows: tuple[int, ...]
 
-    def type(self, size: int | None = None) -> jax.ShapeDtypeStruct:
-        """The type of what :meth:`pack` returns for so many replicas, or of one replica's part of it."""
-        rows = () if size is None or not self.mapped else (size,)
-        return jax.ShapeDtypeStruct((*rows, sum(map(math.prod, self.shapes))), self.dtype)
+    @functools.cached_property
+    def _flat(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Which arrays are no rows of numbers yet, and what they are as such."""
+        return [(k, (*self.rows, math.prod(shape))) for k, shape in enumerate(self.shapes) if len(shape) != 1]
 
-    @property
-    def mapped(self) -> bool:
-        """Whether each replica has a row of its own."""
-        return self.axes[0] is not None
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(math.prod(shape) for shape in self.shapes))
 
-    def pack(self, leaves: Sequence[Any], size: int) -> np.ndarray[Any, Any]:
-        """The arrays side by side: (replicas, elements of one), or (elements,) of those that go whole."""
-        rows = []
-        for i, axis, shape in zip(self.leaves, self.axes, self.shapes, strict=True):
-            x = leaves[i]
-            if axis:
-                x = np.moveaxis(x, axis, 0)
-            rows.append(x.reshape(-1) if axis is None else x.reshape(size, math.prod(shape)))
-        return np.concatenate(rows, axis=-1, dtype=self.dtype, casting="unsafe")
+    @functools.cached_property
+    def _turned(self) -> list[tuple[int, int]]:
+        return [(k, axis) for k, axis in enumerate(self.axes) if axis]
+
+    def pack_into(self, packed: np.ndarray[Any, Any], leaves: Sequence[Any]) -> None:
+        """Writes the arrays into their place."""
+        chosen = [leaves[i] for i in self.leaves]
+        for k, axis in self._turned:
+            chosen[k] = np.moveaxis(chosen[k], axis, 0)
+        for k, shape in self._flat:
+            chosen[k] = chosen[k].reshape(shape)
+        out = packed[..., self.words].view(self.dtype)[..., : self._ends[-1]]
+        np.concatenate(chosen, axis=-1, out=out, casting="unsafe")
 
     def unpack(self, row: Any) -> list[Any]:
         """The arrays of one replica."""
-        ends = np.cumsum([math.prod(shape) for shape in self.shapes])[:-1].tolist()
-        parts = jax.numpy.split(row, ends)
+        numbers = _numbers(row[self.words], self.dtype)
+        parts = jax.numpy.split(numbers, self._ends)[:-1]
+        return [x.reshape(shape) for x, shape in zip(parts, self.shapes, strict=True)]
+
+
+def _numbers(words: Any, dtype: np.dtype[Any]) -> Any:
+    """The bits of whole words as numbers of any width."""
+    if dtype == words.dtype:
+        return words
+    if dtype.kind == "b":
+        return _numbers(words, np.dtype(np.uint8)) != 0
+    if dtype.itemsize > words.dtype.itemsize:
+        words = words.reshape(-1, dtype.itemsize // words.dtype.itemsize)
+    return lax.bitcast_convert_type(words, dtype).reshape(-1)
+
+
+class Group(NamedTuple):
+    """Arrays that go together: those that are all mapped, or none.
+
+    Attributes:
+        runs: What lies in a row.
+        mapped: Whether each replica has a row of its own.
+        dtype: That of its words.
+    """
+
+    runs: Sequence[Run]
+    mapped: bool
+    dtype: np.dtype[Any]
+
+    @property
+    def leaves(self) -> list[int]:
+        """Which of the arguments they are."""
+        return [i for run in self.runs for i in run.leaves]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of what :meth:`pack` returns."""
+        return *self.runs[0].rows, self.runs[-1].words.stop
+
+    def pack(self, leaves: Sequence[Any]) -> np.ndarray[Any, Any]:
+        """The arrays side by side: (replicas, words of one), or (words,) of those that go whole."""
+        packed = np.empty(self.shape, self.dtype)
+        for run in self.runs:
+            run.pack_into(packed, leaves)
+        return packed
+
+    def unpack(self, row: Any) -> list[Any]:
+        """The arrays of one replica."""
         # What follows is compiled as if they were arguments, and so computes the same to the last bit.
-        return list(lax.optimization_barrier([x.reshape(shape) for x, shape in zip(parts, self.shapes, strict=True)]))
+        return list(lax.optimization_barrier([x for run in self.runs for x in run.unpack(row)]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +152,7 @@ class Packed:
 
     def leaves(self, leaves: Sequence[Any]) -> list[Any]:
         """The arguments of :attr:`program`."""
-        size = self.program.layout.size
-        return [*(leaves[i] for i in self.kept), *(group.pack(leaves, size) for group in self.groups)]
+        return [*(leaves[i] for i in self.kept), *(group.pack(leaves) for group in self.groups)]
 
     def names(self, every: Callable[[], Sequence[str]]) -> Callable[[], Sequence[str]]:
         """What the user calls the arguments of :attr:`program` that are kept."""
@@ -118,13 +176,11 @@ def may_be_packed(program: Program, leaves: Sequence[Any]) -> bool:
 
 
 def comes_packed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether so many arguments are NumPy arrays that they may go packed; those in place are seen at a glance."""
-    if not any(_starts_with_host_array(tree) for tree in (*args, *kwargs.values())):
-        return False
-    return list(map(type, jax.tree.leaves((args, kwargs)))).count(np.ndarray) >= MANY
+    """Whether it looks, at a glance, as if NumPy arrays are among the arguments."""
+    return any(map(_starts_on_host, args)) or any(map(_starts_on_host, kwargs.values()))
 
 
-def _starts_with_host_array(tree: Any) -> bool:
+def _starts_on_host(tree: Any) -> bool:
     while isinstance(tree, list | tuple | dict) and tree:
         tree = next(iter(tree.values() if isinstance(tree, dict) else tree))
     return not isinstance(tree, jax.Array)
@@ -154,14 +210,16 @@ def _pack(program: Program, leaves: Sequence[Any], which: Sequence[int]) -> Pack
             own.update(zip(group.leaves, group.unpack(row), strict=True))
         return _jax.run(replica.jaxpr, [own[i] for i in range(len(own))], replica.consts)
 
-    arguments = [*(own_types[i] for i in kept), *(group.type() for group in groups)]
+    rows = [jax.ShapeDtypeStruct(group.shape, group.dtype) for group in groups]
+    own_rows = [jax.ShapeDtypeStruct(group.shape[-1:], group.dtype) for group in groups]
+    arguments = [*(own_types[i] for i in kept), *own_rows]
     traced = trace_replica(unpacked, arguments, {}, (), axis.name, axis.size)
     lowered = lower(
         Replica(traced.jaxpr, traced.consts, replica.out),
         program.layout,
         [*(program.in_axes[i] for i in kept), *(0 if group.mapped else None for group in groups)],
         check_spec("out_axes", jax.tree.unflatten(program.out_tree, program.out_axes)),
-        [*(program.types[i] for i in kept), *(group.type(axis.size) for group in groups)],
+        [*(program.types[i] for i in kept), *rows],
         [kept.index(i) for i in program.donated if i in kept],
         program.name,
         program.agreeing,
@@ -170,25 +228,43 @@ def _pack(program: Program, leaves: Sequence[Any], which: Sequence[int]) -> Pack
 
 
 def _groups(program: Program, own_types: Sequence[Any], which: Sequence[int]) -> list[Group]:
-    """Which arguments go together: those of one dtype that are all mapped, or none.
+    """Which arguments go together: those that are all mapped, or none, as words of 32 bits where their dtype has bits.
 
     XLA on CPUs runs a program whose arrays are all tiny at once, and any other as a graph of tasks, which takes 1 µs
     for each (``execute_sequential_buffer_threshold`` in its ``thunk_executor.cc``). So few bytes are kept that small on
     a single device; on several, sending one more array takes longer.
     """
     together: dict[Any, list[int]] = {}
-    for i in which:
-        together.setdefault((program.types[i].dtype, program.in_axes[i] is None), []).append(i)
+    for i in sorted(which, key=lambda i: str(program.types[i].dtype)):
+        dtype = program.types[i].dtype
+        together.setdefault((WORD if _has_bits(dtype) else dtype, program.in_axes[i] is not None), []).append(i)
     groups: list[Group] = []
-    for (dtype, whole), every in together.items():
-        lanes = 1 if whole else program.layout.axis.lanes
-        sizes = [lanes * own_types[i].size * dtype.itemsize for i in every]
+    for (word, mapped), every in together.items():
+        lanes = program.layout.axis.lanes if mapped else 1
+        sizes = [lanes * own_types[i].size * program.types[i].dtype.itemsize for i in every]
         alone = program.layout.mesh.size == 1
         parts = _cut(every, sizes) if alone and sum(sizes) <= FEW * TINY else [every]
-        groups.extend(
-            Group(some, [program.in_axes[i] for i in some], [own_types[i].shape for i in some], dtype) for some in parts
-        )
+        rows = (program.layout.size,) if mapped else ()
+        groups.extend(Group(_runs(program, own_types, some, word, rows), mapped, word) for some in parts)
     return groups
+
+
+def _has_bits(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in "biuf" and dtype.itemsize <= 8
+
+
+def _runs(
+    program: Program, own_types: Sequence[Any], which: Sequence[int], word: np.dtype[Any], rows: tuple[int, ...]
+) -> list[Run]:
+    runs: list[Run] = []
+    for dtype, some in itertools.groupby(which, lambda i: program.types[i].dtype):
+        leaves = list(some)
+        numbers = sum(own_types[i].size for i in leaves)
+        start = runs[-1].words.stop if runs else 0
+        stop = start - (-numbers * dtype.itemsize // word.itemsize)
+        shapes = [own_types[i].shape for i in leaves]
+        runs.append(Run(dtype, leaves, [program.in_axes[i] for i in leaves], shapes, slice(start, stop), rows))
+    return runs
 
 
 def _cut(leaves: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
