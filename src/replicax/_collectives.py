@@ -230,18 +230,41 @@ def psum_of_product(logical: LogicalAxes, a: Any, b: Any, *, axes: Names, dimens
     Padding lanes are zero in both operands, so that what they hold makes no difference, not even a NaN.
     """
     ours = [logical[name] for name in axes]
-    a, b = where_replica(ours, a), where_replica(ours, b)
     lanes = [axis for axis in ours if axis.lane_axis is not None]
-    for axis in lanes:
-        a, b = block(axis, a), block(axis, b)
     summed, first = tuple(range(len(lanes))), len(lanes)
     contracted, batched = ([tuple(d + first for d in dims) for dims in pair] for pair in dimension_numbers)
     dimensions = tuple((*summed, *dims) for dims in contracted), tuple(batched)
-    if sums_leading(dimension_numbers):  # as one dimension: XLA copies an operand that is summed over several
-        count = len(dimensions[0][0])
+
+    def product(a: Any, b: Any) -> Any:
+        if not sums_leading(dimension_numbers):
+            return lax.dot_general(a, b, dimensions, **params)
+        count = len(dimensions[0][0])  # as one dimension: XLA copies an operand that is summed over several
         a, b = (x.reshape(-1, *x.shape[count:]) for x in (a, b))
-        dimensions = ((0,), (0,)), ((), ())
-    return lax.dot_general(a, b, dimensions, **params)
+        return lax.dot_general(a, b, (((0,), (0,)), ((), ())), **params)
+
+    def of_replicas(x: Any) -> Any:
+        return functools.reduce(lambda x, axis: block(axis, x), lanes, where_replica(ours, x))
+
+    if len(ours) == 1 and 0 < 2 * ours[0].padding <= ours[0].lanes:
+        return _product_beside_padding(ours[0], product, a, b)
+    return product(of_replicas(a), of_replicas(b))
+
+
+def _product_beside_padding(axis: LogicalAxis, product: Callable[..., Any], a: Any, b: Any) -> Any:
+    """A product of lanes of which few on the last device are padding, with zeros there in the smaller operand alone.
+
+    That is enough if what the other one has there is finite, and saves a pass over it.
+    """
+    own, smaller, lanes = where_replica([axis], jnp.bool_(True)), a.size <= b.size, [block(axis, a), block(axis, b)]
+    real = block(axis, own)
+
+    def zeroed(x: Any) -> Any:
+        return lax.select(jnp.broadcast_to(real.reshape(-1, *[1] * (x.ndim - 1)), x.shape), x, jnp.zeros_like(x))
+
+    small, large = zeroed(lanes[not smaller]), lanes[smaller]
+    in_order = (lambda small, large: product(small, large)) if smaller else (lambda small, large: product(large, small))
+    finite = jnp.isfinite(large[axis.lanes - axis.padding :]).all()
+    return lax.cond(finite, in_order, lambda small, large: in_order(small, zeroed(large)), small, large)
 
 
 def sums_leading(dimension_numbers: Any) -> bool:
