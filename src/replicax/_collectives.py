@@ -261,10 +261,15 @@ def _product_beside_padding(axis: LogicalAxis, product: Callable[..., Any], a: A
     def zeroed(x: Any) -> Any:
         return lax.select(jnp.broadcast_to(real.reshape(-1, *[1] * (x.ndim - 1)), x.shape), x, jnp.zeros_like(x))
 
+    def with_smaller_zeroed(small: Any, large: Any) -> Any:
+        return product(small, large) if smaller else product(large, small)
+
+    def with_both_zeroed(small: Any, large: Any) -> Any:
+        return with_smaller_zeroed(small, zeroed(large))
+
     small, large = zeroed(lanes[not smaller]), lanes[smaller]
-    in_order = (lambda small, large: product(small, large)) if smaller else (lambda small, large: product(large, small))
     finite = jnp.isfinite(large[axis.lanes - axis.padding :]).all()
-    return lax.cond(finite, in_order, lambda small, large: in_order(small, zeroed(large)), small, large)
+    return lax.cond(finite, with_smaller_zeroed, with_both_zeroed, small, large)
 
 
 def sums_leading(dimension_numbers: Any) -> bool:

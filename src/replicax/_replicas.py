@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.tree_util import keystr
 
-from replicax import _jax
+from replicax import _cpp, _jax
 from replicax._dispatch import check_devices
 from replicax._errors import AxisSpecError, MappedSizeError, NotAnArrayError, as_int, report
 from replicax._layout import layout
@@ -116,11 +116,11 @@ def unreplicate(tree: Tree) -> Tree:
         >>> replicax.unreplicate(replicax.replicate(np.arange(3.0)))
         Array([0., 1., 2.], dtype=float32)
     """
-    _check_leading_axis("unreplicate", tree)
     leaves, treedef = jax.tree.flatten(tree)
+    _check_leading_axis("unreplicate", tree, leaves)
     by_device: dict[Any, list[int]] = {}
     for i, x in enumerate(leaves):
-        if not isinstance(x, jax.Array) or not (parts := _parts(x)).have_rows:
+        if not _is_array(x) or not (parts := _parts(x)).have_rows:
             leaves[i] = np.asarray(x)[0]
             continue
         leaves[i] = x.addressable_data(parts.numbers[0])
@@ -154,8 +154,8 @@ def local_replicas(tree: Tree) -> list[Tree]:
         >>> [float(x) for x in replicax.local_replicas(replicax.pmap(lambda x: 2 * x)(np.arange(3.0)))]
         [0.0, 2.0, 4.0]
     """
-    _check_leading_axis("local_replicas", tree)
     leaves, treedef = jax.tree.flatten(tree)
+    _check_leading_axis("local_replicas", tree, leaves)
     rows = list(map(_rows, leaves, _parts_of_all(leaves)))
     if len({len(r) for r in rows}) > 1:
         paths = jax.tree_util.tree_leaves_with_path(tree)
@@ -189,8 +189,8 @@ def fetch(tree: Tree) -> Tree:
         >>> replicax.fetch(replicax.pmap(lambda x: 2 * x)(np.arange(3.0)))
         array([0., 2., 4.], dtype=float32)
     """
-    check_arrays("fetch", tree)
     leaves, treedef = jax.tree.flatten(tree)
+    check_arrays("fetch", tree, leaves)
     return jax.tree.unflatten(treedef, list(map(_whole, leaves, _parts_of_all(leaves))))
 
 
@@ -263,7 +263,7 @@ def _find_parts(x: jax.Array) -> Parts:
 
 def _parts_of_all(leaves: Sequence[Any]) -> list[Parts | None]:
     """The parts of each array, None for what is on the host; copies that take time are started."""
-    found = [_parts(x) if isinstance(x, jax.Array) else None for x in leaves]
+    found = [_parts(x) if _is_array(x) else None for x in leaves]
     for x, parts in zip(leaves, found, strict=True):
         if parts is not None and parts.device.platform != "cpu" and not parts.keys:
             x.copy_to_host_async()
@@ -280,13 +280,18 @@ def _rows(x: Any, parts: Parts | None) -> list[Any]:
     return [row for block in blocks for row in np.asarray(block)]
 
 
-def check_arrays(caller: str, tree: Any) -> None:
-    """Refuses a tree that holds something without a value as an array.
+def _is_array(x: Any) -> bool:
+    """Whether it is a ``jax.Array``, which Python finds out slowly of all but the usual class."""
+    return type(x) is _cpp.ArrayImpl or isinstance(x, jax.Array)
+
+
+def check_arrays(caller: str, tree: Any, leaves: Sequence[Any] | None = None) -> None:
+    """Refuses a tree (of these leaves, where they are known) that holds something without a value as an array.
 
     Raises:
         NotAnArrayError: naming every such leaf.
     """
-    if all(map(_has_value, jax.tree.leaves(tree))):
+    if all(map(_has_value, jax.tree.leaves(tree) if leaves is None else leaves)):
         return
     faults = [
         f"tree{keystr(path)} {describe_type(x)}"
@@ -304,12 +309,14 @@ def check_arrays(caller: str, tree: Any) -> None:
 
 
 def _has_value(x: Any) -> bool:
+    if type(x) is _cpp.ArrayImpl:
+        return True
     return (isinstance(x, jax.Array | bool) or _jax.is_array_type(x)) and not isinstance(x, jax.core.Tracer)
 
 
-def _check_leading_axis(caller: str, tree: Any) -> None:
-    check_arrays(caller, tree)
-    if all(np.ndim(x) and np.shape(x)[0] for x in jax.tree.leaves(tree)):
+def _check_leading_axis(caller: str, tree: Any, leaves: Sequence[Any]) -> None:
+    check_arrays(caller, tree, leaves)
+    if all((x.shape if type(x) is _cpp.ArrayImpl else np.shape(x))[:1] > (0,) for x in leaves):
         return
     faults = [
         f"tree{keystr(path)}, of type {type(x).__name__} and shape {np.shape(x)}"
