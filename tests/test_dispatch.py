@@ -1,6 +1,8 @@
 """Warm calls: what C++ remembers, what is packed, and that nothing else about a call is."""
 
 import gc
+import sys
+import threading
 import weakref
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from replicax import DeletedArrayError, StaticArgumentError, _dispatch, pmap
+from replicax import DeletedArrayError, StaticArgumentError, _dispatch, _transfer, pmap
 
 
 @pytest.fixture
@@ -62,6 +64,25 @@ def test_a_warm_call_runs_nothing_of_ours(by_python, call, n):
     assert len(by_python) == before, "and the call before it had been alike"
 
 
+@pytest.mark.parametrize("n", [1, 8])
+def test_a_warm_call_of_arrays_in_place_has_no_frame_of_pythons(n):
+    """Not even JAX's own, or C++ would have asked it to look."""
+    mapped, x, frames = pmap(fun, "i"), placed(rows(n, 3)), []
+
+    def entered(frame, event, _):
+        if event == "call":
+            frames.append(frame.f_code.co_qualname)
+
+    for _ in range(3):
+        frames.clear()
+        sys.setprofile(entered)
+        try:
+            mapped(x, y=x)
+        finally:
+            sys.setprofile(None)
+    assert frames == []
+
+
 def test_nested_arrays_of_numpy_on_several_devices_go_by_themselves_too(by_python):
     tree = {"a": rows(8, 3), "b": [rows(8), 2.0]}
     mapped = pmap(lambda t: t["a"] * t["b"][1] + t["b"][0], in_axes=({"a": 0, "b": [0, None]},))
@@ -86,6 +107,18 @@ def test_an_array_may_change_as_soon_as_the_call_returns(n, size, nested, axis):
         out = mapped([x] if nested else x, np.zeros(n, np.float32))
         x[:] = 1000
         np.testing.assert_array_equal(out, np.full(n, value + 3))
+
+
+def test_devices_that_are_one_cpu_share_what_all_of_them_get():
+    whole = jax.sharding.NamedSharding(jax.make_mesh((8,), ("i",)), jax.sharding.PartitionSpec())
+    x = _transfer.put(rows(1000, 1000), whole)
+    assert len({x.addressable_data(k).unsafe_buffer_pointer() for k in range(8)}) == 1
+
+
+def test_several_threads_copy_a_large_array():
+    mapped, x = pmap(lambda x: x.sum()), rows(8, 500_000)
+    np.testing.assert_allclose(mapped(x), x.sum(1), rtol=1e-4)
+    assert sum(thread.name.startswith("replicax-copy") for thread in threading.enumerate()) > 0
 
 
 def test_settings_are_part_of_a_call():
@@ -131,8 +164,10 @@ def test_a_deleted_array_is_named(tree):
     alive = jax.tree.map(lambda _: placed(rows(8)), tree(kept))
     for _ in range(3):
         mapped(alive, kept)
-    gone = placed(rows(8))
-    pmap(lambda x: x + 1, donate_argnums=0)(gone)
+    gone, taken = placed(rows(8)), pmap(lambda x: x + 1, donate_argnums=0)
+    for _ in range(2):  # the second time by C++
+        taken(placed(rows(8)))
+    taken(gone)
     given = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else placed(rows(8)), tree(gone))
     for _ in range(2):
         with pytest.raises(DeletedArrayError, match=r"t.* was donated before"):

@@ -1,4 +1,4 @@
-"""The only door to JAX's non-public parts, and the only branch on its version.
+"""The door to JAX's non-public parts (beside ``_cpp``, for calls, and ``_primitives``), and the branch on its version.
 
 Everything here works on jaxprs generically: the parameters of a primitive differ between JAX versions (0.10 wraps
 a jaxpr with constants in ``ClosedJaxpr``, 0.12 has one class), so an equation is never rebuilt from parameters
