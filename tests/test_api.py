@@ -24,8 +24,8 @@ MODULES = {"compat", "testing"}
 LAYERS = [
     "compat.__main__", "compat._install", "compat._functions",
     "testing._check", "testing._lockstep", "_report", "_replicas", "_devices", "_pmap", "_stages", "_dispatch",
-    "_packing", "_transfer", "_lowering", "_rewrite", "_sums", "_varying", "_collectives", "_levels", "_blocks",
-    "_exchange", "_signature", "_axes", "_layout", "_cpp", "_primitives", "_jax", "_errors",
+    "_packing", "_run", "_transfer", "_lowering", "_rewrite", "_sums", "_varying", "_collectives", "_reductions",
+    "_levels", "_blocks", "_exchange", "_signature", "_axes", "_layout", "_cpp", "_primitives", "_jax", "_errors",
 ]  # fmt: skip
 
 

@@ -56,6 +56,7 @@ from replicax._exchange import (
     segments,
 )
 from replicax._layout import LaneAxis, LogicalAxes, LogicalAxis
+from replicax._reductions import MAX, MIN, SUM, Reduction
 
 Names = Sequence[Hashable]
 
@@ -224,72 +225,6 @@ def psum(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = 
     return lax.psum(where_replica(ours, x), names) if names else x
 
 
-def psum_of_product(logical: LogicalAxes, a: Any, b: Any, *, axes: Names, dimension_numbers: Any, **params: Any) -> Any:
-    """Over a device's lanes, the sum of each replica's ``lax.dot_general(a, b)``: one product, of all lanes.
-
-    Padding lanes are zero in both operands, so that what they hold makes no difference, not even a NaN.
-    """
-    ours = [logical[name] for name in axes]
-    lanes = [axis for axis in ours if axis.lane_axis is not None]
-    summed, first = tuple(range(len(lanes))), len(lanes)
-    contracted, batched = ([tuple(d + first for d in dims) for dims in pair] for pair in dimension_numbers)
-    dimensions = tuple((*summed, *dims) for dims in contracted), tuple(batched)
-
-    def product(a: Any, b: Any) -> Any:
-        if not sums_leading(dimension_numbers):
-            return lax.dot_general(a, b, dimensions, **params)
-        count = len(dimensions[0][0])  # as one dimension: XLA copies an operand that is summed over several
-        a, b = (x.reshape(-1, *x.shape[count:]) for x in (a, b))
-        return lax.dot_general(a, b, (((0,), (0,)), ((), ())), **params)
-
-    def of_replicas(x: Any) -> Any:
-        return functools.reduce(lambda x, axis: block(axis, x), lanes, where_replica(ours, x))
-
-    if len(ours) == 1 and 0 < 2 * ours[0].padding <= ours[0].lanes:
-        return _product_beside_padding(ours[0], product, a, b)
-    return product(of_replicas(a), of_replicas(b))
-
-
-def _product_beside_padding(axis: LogicalAxis, product: Callable[..., Any], a: Any, b: Any) -> Any:
-    """A product of lanes of which few on the last device are padding, with zeros there in the smaller operand alone.
-
-    That is enough if what the other one has there is finite, and saves a pass over it.
-    """
-    own, smaller, lanes = where_replica([axis], jnp.bool_(True)), a.size <= b.size, [block(axis, a), block(axis, b)]
-    real = block(axis, own)
-
-    def zeroed(x: Any) -> Any:
-        return lax.select(jnp.broadcast_to(real.reshape(-1, *[1] * (x.ndim - 1)), x.shape), x, jnp.zeros_like(x))
-
-    def with_smaller_zeroed(small: Any, large: Any) -> Any:
-        return product(small, large) if smaller else product(large, small)
-
-    def with_both_zeroed(small: Any, large: Any) -> Any:
-        return with_smaller_zeroed(small, zeroed(large))
-
-    small, large = zeroed(lanes[not smaller]), lanes[smaller]
-    finite = jnp.isfinite(large[axis.lanes - axis.padding :]).all()
-    return lax.cond(finite, with_smaller_zeroed, with_both_zeroed, small, large)
-
-
-def sums_leading(dimension_numbers: Any) -> bool:
-    """Whether a product sums over the first dimensions of both operands, in order, and has no others in common."""
-    contracted, (batched, _) = dimension_numbers
-    return not batched and all(tuple(dims) == tuple(range(len(dims))) for dims in contracted)
-
-
-def psum_of_lanes(logical: LogicalAxes, x: Any, *, axes: Names) -> Any:
-    """The sum over a device's own lanes."""
-    ours = [logical[name] for name in axes]
-    return lax.psum(where_replica(ours, x), tuple(axis.lane_axis for axis in ours if axis.lane_axis is not None))
-
-
-def psum_of_devices(logical: LogicalAxes, x: Any, *, axes: Names) -> Any:
-    """The sum over devices of what each has summed over its lanes."""
-    names = tuple(logical[name].device_axis for name in axes if logical[name].device_axis is not None)
-    return lax.psum(x, names) if names else x
-
-
 @collective("pmax", result=equal)
 def pmax(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
     """The maximum over the replicas; a copy of a replica does not change it."""
@@ -300,66 +235,6 @@ def pmax(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = 
 def pmin(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
     """The minimum over the replicas; a copy of a replica does not change it."""
     return extremum(logical, x, axes, axis_index_groups, MIN)
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """A reduction, over named axes and over dimensions of an array.
-
-    Attributes:
-        name: JAX's name of it.
-        named: Over named axes.
-        between: Over those of devices.
-        local: Over dimensions.
-    """
-
-    name: str
-    named: Callable[..., Any]
-    between: Callable[..., Any]
-    local: Callable[..., Any]
-
-
-def _by_rank(reduce: Callable[..., Any], x: Any, names: Names | Hashable, groups: Any = None) -> Any:
-    """A maximum or minimum between devices, of integers that stand in the order of the numbers, a NaN before all.
-
-    XLA's own loses a NaN, on CPUs in JAX 0.10 to 0.12.
-    """
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return reduce(x, names, axis_index_groups=groups)
-    wide = x.astype(
-        jnp.float64 if x.dtype.itemsize == 8 else jnp.float32
-    )  # of at least 32 bits, as all platforms reduce
-    ranks = np.dtype(f"int{8 * wide.dtype.itemsize}")
-    first = np.iinfo(ranks).max if reduce is lax.pmax else np.iinfo(ranks).min
-    best = reduce(
-        lax.select(jnp.isnan(wide), jnp.full(x.shape, first, ranks), _rank(wide, ranks)),
-        names,
-        axis_index_groups=groups,
-    )
-    return lax.bitcast_convert_type(_rank(best, ranks), wide.dtype).astype(x.dtype)
-
-
-def _rank(x: Any, ranks: Any) -> Any:
-    """The bits of a number, those of a negative one but for its sign turned; and the bits of the number of a rank."""
-    bits = lax.bitcast_convert_type(x, ranks)
-    return bits ^ (lax.shift_right_arithmetic(bits, ranks.type(8 * ranks.itemsize - 1)) & np.iinfo(ranks).max)
-
-
-def _extremum_between(reduce: Callable[..., Any]) -> Callable[..., Any]:
-    """``reduce`` between devices; as little to be differentiated as JAX's own."""
-    named = jax.custom_jvp(functools.partial(_by_rank, reduce), nondiff_argnums=(1, 2))
-
-    def refuse(names: Any, groups: Any, primals: Any, tangents: Any) -> Any:
-        del names, groups, primals, tangents
-        raise NotImplementedError(f"Differentiation rule for '{reduce.__name__}' not implemented")
-
-    named.defjvp(refuse)
-    return lambda x, names, axis_index_groups=None: named(x, names, axis_index_groups)
-
-
-SUM = Reduction("psum", lax.psum, lax.psum, lambda x, axis: jnp.sum(x, axis, dtype=x.dtype))
-MAX = Reduction("pmax", lax.pmax, _extremum_between(lax.pmax), jnp.max)
-MIN = Reduction("pmin", lax.pmin, _extremum_between(lax.pmin), jnp.min)
 
 
 def extremum(logical: LogicalAxes, x: Any, axes: Names, axis_index_groups: Any, which: Reduction) -> Any:

@@ -10,9 +10,10 @@ import jax
 
 from replicax import _jax
 from replicax._axes import parameter_names
-from replicax._dispatch import Call, Dispatcher, run
+from replicax._dispatch import Call, Dispatcher
 from replicax._errors import AheadOfTimeError, report
 from replicax._lowering import Program, Recorded
+from replicax._run import run
 from replicax._signature import Signature, structure_differences, type_name
 
 

@@ -13,10 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
+from jax import lax
+
 from replicax import _jax
-from replicax._collectives import psum_of_devices, psum_of_lanes, psum_of_product, sums_leading
+from replicax._blocks import block
+from replicax._collectives import Names, where_replica
 from replicax._jax import Equation, Jaxpr
-from replicax._layout import Scope
+from replicax._layout import LogicalAxes, LogicalAxis, Scope
 from replicax._varying import Varying
 
 Read = Callable[[Any], Any]
@@ -159,3 +163,73 @@ def _summands(eqn: Equation) -> Sequence[int]:
         case "convert_element_type" if eqn.invars[0].aval.dtype == eqn.outvars[0].aval.dtype:
             return [0]
     return []
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# As traced operations
+
+
+def psum_of_product(logical: LogicalAxes, a: Any, b: Any, *, axes: Names, dimension_numbers: Any, **params: Any) -> Any:
+    """Over a device's lanes, the sum of each replica's ``lax.dot_general(a, b)``: one product, of all lanes.
+
+    Padding lanes are zero in both operands, so that what they hold makes no difference, not even a NaN.
+    """
+    ours = [logical[name] for name in axes]
+    lanes = [axis for axis in ours if axis.lane_axis is not None]
+    summed, first = tuple(range(len(lanes))), len(lanes)
+    contracted, batched = ([tuple(d + first for d in dims) for dims in pair] for pair in dimension_numbers)
+    dimensions = tuple((*summed, *dims) for dims in contracted), tuple(batched)
+
+    def product(a: Any, b: Any) -> Any:
+        if not sums_leading(dimension_numbers):
+            return lax.dot_general(a, b, dimensions, **params)
+        count = len(dimensions[0][0])  # as one dimension: XLA copies an operand that is summed over several
+        a, b = (x.reshape(-1, *x.shape[count:]) for x in (a, b))
+        return lax.dot_general(a, b, (((0,), (0,)), ((), ())), **params)
+
+    def of_replicas(x: Any) -> Any:
+        return functools.reduce(lambda x, axis: block(axis, x), lanes, where_replica(ours, x))
+
+    if len(ours) == 1 and 0 < 2 * ours[0].padding <= ours[0].lanes:
+        return _product_beside_padding(ours[0], product, a, b)
+    return product(of_replicas(a), of_replicas(b))
+
+
+def _product_beside_padding(axis: LogicalAxis, product: Callable[..., Any], a: Any, b: Any) -> Any:
+    """A product of lanes of which few on the last device are padding, with zeros there in the smaller operand alone.
+
+    That is enough if what the other one has there is finite, and saves a pass over it.
+    """
+    own, smaller, lanes = where_replica([axis], jnp.bool_(True)), a.size <= b.size, [block(axis, a), block(axis, b)]
+    real = block(axis, own)
+
+    def zeroed(x: Any) -> Any:
+        return lax.select(jnp.broadcast_to(real.reshape(-1, *[1] * (x.ndim - 1)), x.shape), x, jnp.zeros_like(x))
+
+    def with_smaller_zeroed(small: Any, large: Any) -> Any:
+        return product(small, large) if smaller else product(large, small)
+
+    def with_both_zeroed(small: Any, large: Any) -> Any:
+        return with_smaller_zeroed(small, zeroed(large))
+
+    small, large = zeroed(lanes[not smaller]), lanes[smaller]
+    finite = jnp.isfinite(large[axis.lanes - axis.padding :]).all()
+    return lax.cond(finite, with_smaller_zeroed, with_both_zeroed, small, large)
+
+
+def sums_leading(dimension_numbers: Any) -> bool:
+    """Whether a product sums over the first dimensions of both operands, in order, and has no others in common."""
+    contracted, (batched, _) = dimension_numbers
+    return not batched and all(tuple(dims) == tuple(range(len(dims))) for dims in contracted)
+
+
+def psum_of_lanes(logical: LogicalAxes, x: Any, *, axes: Names) -> Any:
+    """The sum over a device's own lanes."""
+    ours = [logical[name] for name in axes]
+    return lax.psum(where_replica(ours, x), tuple(axis.lane_axis for axis in ours if axis.lane_axis is not None))
+
+
+def psum_of_devices(logical: LogicalAxes, x: Any, *, axes: Names) -> Any:
+    """The sum over devices of what each has summed over its lanes."""
+    names = tuple(logical[name].device_axis for name in axes if logical[name].device_axis is not None)
+    return lax.psum(x, names) if names else x
