@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -99,23 +100,35 @@ DTYPES = ("bool", "int4", "int8", "uint16", "float8_e4m3fn", "bfloat16", "float1
 
 
 EXTREMES = (np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 0.25, -0.5, 3.5, -2.0)
+FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e5m2")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "float8_e5m2"])
 @pytest.mark.parametrize("groups", [None, [[0, 3, 6], [1, 4, 7, 2], [5]], [[0, 1], [2, 3], [4, 5], [6, 7]]])
 @pytest.mark.parametrize("pair", [(8, 8), (8, 3)], ids="{0[0]}on{0[1]}".format)
-def test_the_greatest_and_the_least_of_floats(pair, groups, dtype):
+def test_the_greatest_and_the_least_of_floats(pair, groups):
     """A NaN is kept, which XLA's reductions between CPU devices lose."""
     n, d = pair
+    extremes = np.stack([np.roll(EXTREMES, k)[:-2] for k in range(n)])
     with jax.enable_x64(True):
-        x = jnp.asarray([np.roll(EXTREMES, k)[:-2] for k in range(n)], dtype)
+        given = {dtype: jnp.asarray(extremes, dtype) for dtype in FLOATS}
 
-        def both(x):
-            return lax.pmax(x, AXIS, axis_index_groups=groups), lax.pmin(x, AXIS, axis_index_groups=groups)
+        def both(tree):
+            return [reduce(tree, AXIS, axis_index_groups=groups) for reduce in (lax.pmax, lax.pmin)]
 
-        for ours, theirs in zip(pmap(both, **on(d))(x), lockstep(both, axis_name=AXIS)(x), strict=True):
-            assert ours.dtype == dtype
-            np.testing.assert_array_equal(np.asarray(ours, np.float64), np.asarray(theirs, np.float64))
+        ours, theirs = pmap(both, **on(d))(given), lockstep(both, axis_name=AXIS)(given)
+        for which, dtype in product(range(2), FLOATS):
+            assert ours[which][dtype].dtype == dtype
+            np.testing.assert_array_equal(*(np.asarray(x[which][dtype], np.float64) for x in (ours, theirs)), dtype)
+
+
+@pytest.mark.parametrize("reduce", [lax.pmax, lax.pmin])
+@pytest.mark.parametrize("groups", [None, [[0, 1], [2, 3]], [[0, 1, 2], [3]]])
+@pytest.mark.parametrize("d", [1, 2, 4])
+def test_no_maximum_has_a_derivative_on_any_number_of_devices(d, groups, reduce):
+    mapped = pmap(lambda x: reduce(x, AXIS, axis_index_groups=groups), **on(d))
+    for x in (np.arange(4.0), np.arange(4.0) * 1j):
+        with pytest.raises(NotImplementedError, match=r"Differentiation rule for 'p(max|min)' not"):
+            jax.jvp(mapped, (x,), (x,))
 
 
 def test_a_softmax_that_no_derivative_goes_through_the_maximum_of():

@@ -140,13 +140,56 @@ def test_a_nan_is_found_in_a_warm_call():
             mapped(zeros)
 
 
+def test_a_nan_is_found_before_anything_is_donated():
+    mapped = pmap(lambda x: x / x, donate_argnums=0)
+    for value in (1, 1, 0):
+        zeros = placed(np.full(8, value, np.float32))
+        with jax.debug_nans(value == 0):
+            if value:
+                mapped(zeros)
+            else:
+                with pytest.raises(FloatingPointError, match="nan"):
+                    mapped(zeros)
+
+
+@pytest.mark.parametrize("n", [1, 8])
+@pytest.mark.parametrize("dtype", [">f4", ">i2", ">c8", ">f8"])
+def test_bytes_in_another_order(dtype, n):
+    mapped, x = pmap(lambda tree: jax.tree.map(lambda x: x * 2, tree)), rows(n, 3)
+    for _ in range(2):
+        for given in (x.astype(dtype[1:]), x.astype(dtype)):
+            for tree in (given, [given], {"a": (given,)}):
+                jax.tree.map(lambda y: np.testing.assert_array_equal(y, 2 * x), mapped(tree))
+    many = [x.astype(dtype)] * 10
+    for _ in range(3):
+        np.testing.assert_array_equal(pmap(sum)(many), 10 * x)
+
+
+def test_a_tracer_that_has_leaked_is_said_to_have():
+    leaked = []
+    jax.jit(lambda x: leaked.append(x) or x)(placed(rows(8)))
+    for call in (lambda: pmap(lambda x: x + 1)(*leaked), lambda: pmap(lambda x: x + leaked[0].sum())(rows(8))):
+        for _ in range(2):
+            with pytest.raises(jax.errors.UnexpectedTracerError):
+                call()
+
+
+def test_what_a_map_is_called_by_outlives_it():
+    call = pmap(lambda x: x + 1).__call__
+    for _ in range(2):
+        with jax.disable_jit():
+            np.testing.assert_array_equal(call(np.arange(3)), [1, 2, 3])
+        np.testing.assert_array_equal(call(np.arange(3)), [1, 2, 3])
+
+
 @pytest.mark.parametrize("n", [1, 8, 13])
 def test_rows_that_share_memory_or_have_none(n):
     same, empty = np.broadcast_to(rows(1, 4), (n, 4)), np.zeros((n, 0), np.float32)
     mapped = pmap(lambda x: x + 1)
     for _ in range(3):
         np.testing.assert_array_equal(mapped(same), same + 1)
-        assert mapped(empty).shape == (n, 0)
+        assert np.asarray(mapped(empty)).shape == (n, 0)
+        assert np.asarray(pmap(lambda x: x[:0])(same)).shape == (n, 0)
 
 
 def test_static_arguments_that_are_equal_are_not_alike():

@@ -208,11 +208,25 @@ def triple(x):
 
 
 def test_a_mapped_function_is_copied_and_pickled_without_its_programs():
+    mapped = pmap(triple, devices=jax.devices()[:2])
+    mapped.note = "a copy keeps it"
+    assert copy.copy(mapped) is copy.deepcopy(mapped) is mapped, "as Python copies functions"
     mapped = pmap(triple)
     mapped(x8)
-    for again in (copy.deepcopy(mapped), pickle.loads(pickle.dumps(mapped))):
+    for again in (copy.deepcopy([mapped])[0], pickle.loads(pickle.dumps(mapped))):
         np.testing.assert_array_equal(again(x8), 3 * x8)
         assert repr(again) == repr(mapped)
+
+
+def test_a_mapped_function_is_no_base_class():
+    with pytest.raises(TypeError, match="MappedFunction is no base class"):
+        type("Mine", (type(pmap(triple)),), {})
+
+
+def test_a_number_that_is_too_large_is_named():
+    with pytest.raises(OverflowError) as caught:
+        pmap(lambda w, x: w * x, in_axes=(None, 0))(2**40, x8)
+    assert "It is the argument w." in str(caught.value.__notes__)
 
 
 @pytest.mark.parametrize("n", [2, 5, 6, 8, 10, 13])

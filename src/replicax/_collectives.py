@@ -56,7 +56,7 @@ from replicax._exchange import (
     segments,
 )
 from replicax._layout import LaneAxis, LogicalAxes, LogicalAxis
-from replicax._reductions import MAX, MIN, SUM, Reduction
+from replicax._reductions import MAX, MIN, SUM, Reduction, without_derivative
 
 Names = Sequence[Hashable]
 
@@ -243,6 +243,7 @@ def extremum(logical: LogicalAxes, x: Any, axes: Names, axis_index_groups: Any, 
         return reduce_groups(logical, x, axes, axis_index_groups, which)
     ours, positional, foreign = split_axes(logical, axes)
     x = which.local(x, positional) if positional else x
+    x = without_derivative(which.name, x) if ours or foreign else x
     names = physical(ours) + foreign
     lanes = tuple(name for name in names if isinstance(name, LaneAxis))
     between = tuple(name for name in names if name not in lanes)
@@ -258,6 +259,7 @@ def extremum(logical: LogicalAxes, x: Any, axes: Names, axis_index_groups: Any, 
 def reduce_groups(logical: LogicalAxes, x: Any, names: Names, axis_index_groups: Any, which: Reduction) -> Any:
     """A reduction over groups; hidden from XLA, which folds that of a constant as if all groups were the first."""
     hidden = lax.optimization_barrier
+    x = x if which is SUM else without_derivative(which.name, x)
     return hidden(_reduce_groups(logical, hidden(x), names, axis_index_groups, which))
 
 

@@ -38,7 +38,7 @@ from replicax._lowering import Program, Recorded, describe_type, lower, record, 
 from replicax._packing import comes_packed, may_be_packed, packed
 from replicax._run import delete_taken, run, stage
 from replicax._signature import Signature
-from replicax._transfer import is_small, own, put
+from replicax._transfer import is_small, native, own, put
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ class Dispatcher:
     It does not hold the function: a function that is dropped takes its programs with it.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, fun: Callable[[], Callable[..., Any]], options: Options) -> None:
+        self._fun = fun  # a reference that does not hold it
         self.options = options
         self._programs: dict[Hashable, Program | Recorded] = {}
         self._signatures: dict[Hashable, Signature] = {}
@@ -198,7 +199,7 @@ class Dispatcher:
         if (
             (self._packs and comes_packed(args, kwargs))  # which C++ would look at in vain
             or self._tracing  # by a thread that may wait for this one, which must not wait in C++ for that one
-            or (self._donates and _twice(args, kwargs))  # which XLA notices too late
+            or (self._donates and (_looks_for_nans() or _twice(args, kwargs)))  # noticed when they are gone
         ):
             return self(fun, args, kwargs)
         result = (copying if self._copies else entry)(*args, **kwargs)
@@ -224,6 +225,7 @@ class Dispatcher:
             elif not _jax.eager():
                 results = stage(program, leaves)
             else:
+                _jax.refuse_leaked_tracers([*leaves, *program.closed])
                 names = functools.partial(self._leaf_names, fun, args, kwargs)
                 if pack := packed(program, leaves):
                     if not self._packs:
@@ -291,9 +293,9 @@ class Dispatcher:
             types = _jax.type_key(leaves)
             if not abstract and jax.ShapeDtypeStruct in map(type, leaves):
                 raise TypeError
-        except (TypeError, ValueError):
-            _refuse_non_arrays(fun, call, leaves)
-            raise
+        except (OverflowError, TypeError, ValueError):
+            leaves = list(map(native, leaves))
+            types = _types_of_arrays(fun, call, leaves, abstract=abstract)
         surroundings = _jax.eager(), _has_to_spread(leaves), _jax.tracing_replica()
         return leaves, (tree, types, call.static, _jax.trace_context(), surroundings)
 
@@ -512,9 +514,13 @@ def _hashing(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Callab
 
 
 def _without_jit(dispatcher: weakref.ref[Dispatcher], /, *args: Any, **kwargs: Any) -> Any:
-    """What C++ calls where jit is disabled: the function that every entrance leads to."""
+    """What C++ calls where jit is disabled."""
     found: Any = dispatcher()
-    return found(next(iter(found._entrances))._fun, args, kwargs)
+    return found(found._fun(), args, kwargs)
+
+
+def _looks_for_nans() -> bool:
+    return bool(jax.config.jax_debug_nans or jax.config.jax_debug_infs)
 
 
 def _twice(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -537,11 +543,19 @@ def _type(x: Any) -> jax.ShapeDtypeStruct:
 # Faults
 
 
-def _refuse_non_arrays(fun: Callable[..., Any], call: Call, leaves: Sequence[Any]) -> None:
+def _types_of_arrays(fun: Callable[..., Any], call: Call, leaves: Sequence[Any], *, abstract: bool) -> Hashable:
+    """What the usual look at all of them at once has not found: the types of some that are arrays nevertheless."""
     faults = []
     for name, x in zip(name_leaves(fun, call.by_position(), call.kwargs), leaves, strict=True):
-        if not _jax.is_array_type(x) and not isinstance(x, bool):
+        try:
+            known = _jax.is_array_type(x) or isinstance(x, bool) or (abstract and isinstance(x, jax.ShapeDtypeStruct))
+        except OverflowError as error:
+            error.add_note(f"It is the argument {name}. Pass a NumPy array of a type that holds it.")
+            raise
+        if not known:
             faults.append(f"{name} {describe_type(x)}")
+    if not faults:
+        return _jax.type_key(leaves)
     raise NotAnArrayError(
         report(
             "pmap maps arrays, and these arguments are none:",
@@ -625,12 +639,13 @@ def dispatcher(fun: Callable[..., Any], options: Options) -> Dispatcher:
     owner = getattr(fun, "__self__", None) if hasattr(fun, "__func__") else fun
     try:
         reference = weakref.ref(owner, functools.partial(_forget, id(owner)))
+        itself: Any = weakref.WeakMethod(fun) if hasattr(fun, "__func__") else weakref.ref(fun)
         key = (getattr(fun, "__func__", None), options)
         hash(key)
     except TypeError:  # no weak references, or an unhashable axis name: not shared
-        return Dispatcher(options)
+        return Dispatcher(lambda: fun, options)
     _, known = _dispatchers.setdefault(id(owner), (reference, {}))
-    return known.setdefault(key, Dispatcher(options))
+    return known.setdefault(key, Dispatcher(itself, options))
 
 
 def _forget(owner: int, _: object) -> None:

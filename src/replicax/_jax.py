@@ -180,6 +180,12 @@ def outermost_value(x: Any) -> tuple[Any, bool]:
     return x, batched
 
 
+def refuse_leaked_tracers(values: Sequence[Any]) -> None:
+    """Raises JAX's error about a tracer that has outlived its trace, where there is one and nothing is traced."""
+    if any(issubclass(kind, core.Tracer) for kind in set(map(type, values))):
+        core.check_eval_args(values)
+
+
 def unbound_axis_name(error: NameError) -> str | None:
     """The axis name that JAX says nobody bound, or None when ``error`` is about something else."""
     found = re.search(r"unbound axis name: (.*?)(?:\. |\.?$)", str(error))

@@ -253,7 +253,11 @@ class Program:
         """Where each result leaf lies."""
         if self.one_mesh and self.layout.axis.padding:
             return (self.layout.sharding(None),) * len(self.out_axes)
-        return tuple(map(self.layout.result_sharding, self.out_axes, self.out_splits))
+        each = list(map(self.layout.result_sharding, self.out_axes, self.out_splits))
+        for k, own in enumerate(jax.tree.leaves(self.replica.out)):
+            if 0 in own.shape:  # XLA gives each device all of nothing, and JAX 0.10 would not know
+                each[k] = self.layout.sharding(None)
+        return tuple(each)
 
     def padded_type(self, x: Any, axis: int | None) -> jax.ShapeDtypeStruct:
         """The type of an argument leaf once every padding lane has its row."""

@@ -35,6 +35,9 @@ WORD = np.dtype(np.uint32)
 #: Up to so many bytes an array is tiny to XLA, and up to so many tiny arrays are sent in the place of one.
 TINY, FEW = 512, 8
 
+#: So deep a glance goes into a tree.
+DEEP = 16
+
 #: A program of more equations is not compiled a second time.
 EQUATIONS = 2_000
 
@@ -181,7 +184,9 @@ def comes_packed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _starts_on_host(tree: Any) -> bool:
-    while isinstance(tree, list | tuple | dict) and tree:
+    for _ in range(DEEP):
+        if not isinstance(tree, list | tuple | dict) or not tree:
+            break
         tree = next(iter(tree.values() if isinstance(tree, dict) else tree))
     return not isinstance(tree, jax.Array)
 

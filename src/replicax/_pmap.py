@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, final, overload
 
 import jax
 
@@ -21,6 +21,7 @@ R = TypeVar("R")
 _ABSENT: Any = object()
 
 
+@final
 class MappedFunction(Entrance[R]):
     """A function that runs once for each replica; what :func:`pmap` returns."""
 
@@ -37,6 +38,15 @@ class MappedFunction(Entrance[R]):
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        raise TypeError("replicax.MappedFunction is no base class: what calls it is chosen for each object. Wrap it.")
+
+    def __copy__(self) -> MappedFunction[R]:
+        return self  # as Python copies functions
+
+    def __deepcopy__(self, memo: Any) -> MappedFunction[R]:
+        return self
 
     def __reduce__(self) -> Any:
         return MappedFunction, (self._fun, self.options)  # and not the compiled programs

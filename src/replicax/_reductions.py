@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,13 @@ class Reduction:
     local: Callable[..., Any]
 
 
-def _by_rank(reduce: Callable[..., Any], x: Any, names: Sequence[Hashable] | Hashable, groups: Any = None) -> Any:
+def _by_rank(reduce: Callable[..., Any], x: Any, names: Any, axis_index_groups: Any = None) -> Any:
     """A maximum or minimum between devices, of integers that stand in the order of the numbers, a NaN before all.
 
     XLA's own loses a NaN, on CPUs in JAX 0.10 to 0.12.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        return reduce(x, names, axis_index_groups=groups)
+        return reduce(x, names, axis_index_groups=axis_index_groups)
     wide = x.astype(
         jnp.float64 if x.dtype.itemsize == 8 else jnp.float32
     )  # of at least 32 bits, as all platforms reduce
@@ -45,7 +45,7 @@ def _by_rank(reduce: Callable[..., Any], x: Any, names: Sequence[Hashable] | Has
     best = reduce(
         lax.select(jnp.isnan(wide), jnp.full(x.shape, first, ranks), _rank(wide, ranks)),
         names,
-        axis_index_groups=groups,
+        axis_index_groups=axis_index_groups,
     )
     return lax.bitcast_convert_type(_rank(best, ranks), wide.dtype).astype(x.dtype)
 
@@ -56,18 +56,21 @@ def _rank(x: Any, ranks: Any) -> Any:
     return bits ^ (lax.shift_right_arithmetic(bits, ranks.type(8 * ranks.itemsize - 1)) & np.iinfo(ranks).max)
 
 
-def _extremum_between(reduce: Callable[..., Any]) -> Callable[..., Any]:
-    """``reduce`` between devices; as little to be differentiated as JAX's own."""
-    named = jax.custom_jvp(functools.partial(_by_rank, reduce), nondiff_argnums=(1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def without_derivative(name: str, x: Any) -> Any:
+    """``x``, on its way through a reduction that JAX has no derivative of, whatever it is made of here."""
+    del name
+    return x
 
-    def refuse(names: Any, groups: Any, primals: Any, tangents: Any) -> Any:
-        del names, groups, primals, tangents
-        raise NotImplementedError(f"Differentiation rule for '{reduce.__name__}' not implemented")
 
-    named.defjvp(refuse)
-    return lambda x, names, axis_index_groups=None: named(x, names, axis_index_groups)
+def _refuse(name: str, primals: Any, tangents: Any) -> Any:
+    del primals, tangents
+    raise NotImplementedError(f"Differentiation rule for '{name}' not implemented")
+
+
+without_derivative.defjvp(_refuse)
 
 
 SUM = Reduction("psum", lax.psum, lax.psum, lambda x, axis: jnp.sum(x, axis, dtype=x.dtype))
-MAX = Reduction("pmax", lax.pmax, _extremum_between(lax.pmax), jnp.max)
-MIN = Reduction("pmin", lax.pmin, _extremum_between(lax.pmin), jnp.min)
+MAX = Reduction("pmax", lax.pmax, functools.partial(_by_rank, lax.pmax), jnp.max)
+MIN = Reduction("pmin", lax.pmin, functools.partial(_by_rank, lax.pmin), jnp.min)

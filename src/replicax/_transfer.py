@@ -33,7 +33,7 @@ def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: 
         axis: The axis that has to be padded, with copies of the last row.
         rows: How long it is then.
     """
-    host = x if isinstance(x, np.ndarray) else np.asarray(x, _jax.typeof(x).dtype)
+    host = native(x) if isinstance(x, np.ndarray) else np.asarray(x, _jax.typeof(x).dtype)
     shape = host.shape if axis is None else (*host.shape[:axis], rows, *host.shape[axis + 1 :])
     if host.dtype == jax.dtypes.float0:  # the type of the derivatives of integers, which holds nothing
         return np.zeros(shape, host.dtype)
@@ -55,18 +55,25 @@ def own(trees: Iterable[Any]) -> list[Any]:
     owned = []
     for x in trees:
         kind = type(x)
-        if kind is np.ndarray and x.nbytes <= SMALL:
+        if kind is np.ndarray and x.nbytes <= SMALL and x.dtype.isnative:
             owned.append(x.copy())
         elif kind is _cpp.ArrayImpl:
             owned.append(x)
         elif kind is list:
             owned.append(own(x))
         elif jax.tree_util.all_leaves((x,)):
-            owned.append(x)
+            owned.append(native(x))
         else:
             leaves, structure = jax.tree.flatten(x)
             owned.append(jax.tree.unflatten(structure, own(leaves)))
     return owned
+
+
+def native(x: Any) -> Any:
+    """A NumPy array in this machine's order of bytes, of which C++ takes all to be; anything else as it is."""
+    if isinstance(x, np.ndarray) and not x.dtype.isnative and x.dtype.kind in "iufc":
+        return x.astype(x.dtype.newbyteorder("="))
+    return x
 
 
 def is_small(x: Any) -> bool:
