@@ -492,9 +492,9 @@ def _copying(entry: Callable[..., Any]) -> Callable[..., Any]:
     """Runs calls on copies of their small NumPy arrays, whose owner may change them before the program has run."""
 
     def copying(*args: Any, **kwargs: Any) -> Any:
-        if kwargs:
-            return entry(*own(args), **dict(zip(kwargs, own(kwargs.values()), strict=True)))
-        return entry(*own(args))
+        if kwargs or len(args) != 1:
+            return entry(*map(own, args), **{name: own(tree) for name, tree in kwargs.items()})
+        return entry(own(args[0]))  # the same with fewer steps
 
     return copying
 

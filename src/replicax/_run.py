@@ -120,7 +120,7 @@ def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
 def _put(program: Program, x: Any, wanted: jax.sharding.NamedSharding, axis: int | None) -> Any:
     """An argument from the host, padded, on its devices. What is small JAX puts on a single device by itself."""
     if axis is None and program.layout.mesh.size == 1 and (not isinstance(x, np.ndarray) or is_small(x)):
-        return own((x,))[0]
+        return own(x)
     return put(x, wanted, axis, program.layout.padded_size)
 
 

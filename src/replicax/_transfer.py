@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from numpy import ndarray
 
 from replicax import _cpp, _jax
+from replicax._cpp import ArrayImpl
 
 #: Up to so many bytes, copying an array twice takes no longer than copying it to where a device can use it.
 SMALL = 1 << 16
@@ -50,23 +52,16 @@ def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: 
     return _cpp.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=True)
 
 
-def own(trees: Iterable[Any]) -> list[Any]:
-    """The trees with copies of the small NumPy arrays in them."""
-    owned = []
-    for x in trees:
-        kind = type(x)
-        if kind is np.ndarray and x.nbytes <= SMALL and x.dtype.isnative:
-            owned.append(x.copy())
-        elif kind is _cpp.ArrayImpl:
-            owned.append(x)
-        elif kind is list:
-            owned.append(own(x))
-        elif jax.tree_util.all_leaves((x,)):
-            owned.append(native(x))
-        else:
-            leaves, structure = jax.tree.flatten(x)
-            owned.append(jax.tree.unflatten(structure, own(leaves)))
-    return owned
+def own(tree: Any) -> Any:
+    """A tree with copies of the small NumPy arrays in it."""
+    kind = type(tree)
+    if kind is ndarray and tree.nbytes <= SMALL and tree.dtype.isnative:
+        return tree.copy()
+    if kind is ArrayImpl:
+        return tree
+    if kind is list:
+        return [own(x) for x in tree]
+    return native(tree) if jax.tree_util.all_leaves((tree,)) else jax.tree.map(own, tree)
 
 
 def native(x: Any) -> Any:
