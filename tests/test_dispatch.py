@@ -140,7 +140,7 @@ def test_a_nan_is_found_in_a_warm_call():
             mapped(zeros)
 
 
-def test_a_nan_is_found_before_anything_is_donated():
+def test_a_nan_is_found_where_all_is_donated():
     mapped = pmap(lambda x: x / x, donate_argnums=0)
     for value in (1, 1, 0):
         zeros = placed(np.full(8, value, np.float32))

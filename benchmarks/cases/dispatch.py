@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -46,7 +46,19 @@ def cases(_quick: bool) -> list[Case]:
         )
         for count in devices
     ]
-    return plain + named
+    donated = [
+        Case(
+            title="1 small array in place, donated",
+            line=LINE,
+            devices=count,
+            prepare=_donated,
+            limits=_limits(1),
+            calls=_calls(1),
+            seconds=(6.0, 0.8),
+        )
+        for count in devices
+    ]
+    return plain + named + donated
 
 
 def _limits(leaves: int, *, numpy: bool = False) -> tuple[Limit, ...]:
@@ -97,3 +109,28 @@ def _named(_stack: ExitStack) -> Mapping[str, Way | Absent]:
         "by hand, two positions": partial(by_hand(cubed), x, scale),
         "jax.pmap": partial(theirs, x, 3, scale=scale),
     }
+
+
+def _donated(_stack: ExitStack) -> Mapping[str, Way | Absent]:
+    """Each call takes what the one before it has returned."""
+    count = jax.device_count()
+
+    def loop(program: Callable[[jax.Array], jax.Array]) -> Way:
+        state = place(np.ones((count, 3), np.float32))
+
+        def way() -> jax.Array:
+            nonlocal state
+            state = program(state)
+            return state
+
+        return way
+
+    return {
+        OURS: loop(replicax.pmap(_next, axis_name="i", donate_argnums=0)),
+        HAND: loop(by_hand(_next, donate_argnums=0)),
+        "jax.pmap": loop(jax.pmap(_next, donate_argnums=0)),
+    }
+
+
+def _next(x: jax.Array) -> jax.Array:
+    return 1 - x / 2

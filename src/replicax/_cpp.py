@@ -76,9 +76,13 @@ TAKEN_ARRAYS_CRASH = jax.__version_info__ < (0, 11, 2)
 ArrayImpl = jaxlib.ArrayImpl
 
 
-def is_about_static_arguments(error: ValueError) -> bool:
-    """Whether JAX could not look a call up because a static argument has no hash, or cannot be compared."""
-    return str(error).startswith(("Non-hashable static arguments", "static arguments should be comparable"))
+def names_no_argument(error: ValueError) -> bool:
+    """Whether C++ refuses a static argument that has no hash or cannot be compared, or what is donated twice."""
+    text = str(error)
+    return text.startswith(("Non-hashable static", "static arguments should be comparable")) or _TWICE in text
+
+
+_TWICE = "Attempt to donate the same buffer twice"
 
 
 def put_blocks(
@@ -99,6 +103,10 @@ def put_blocks(
 
 
 _entries = jaxlib.PjitFunctionCache(capacity=8192) if hasattr(jaxlib, "PjitFunctionCache") else None
+
+
+#: ``jax.tree.flatten`` in fewer steps.
+flatten = tree_util.default_registry.flatten
 
 
 def fast_call(compiled: jax.stages.Compiled) -> Callable[..., Any]:

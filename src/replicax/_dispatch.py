@@ -135,9 +135,11 @@ class Entrance(Generic[R]):
 
     def __init__(self, dispatcher: Dispatcher, fun: Callable[..., R]) -> None:
         self._dispatcher, self._fun = dispatcher, fun
-        self._entry = dispatcher.entry(fun)
-        if dispatcher.options.static.positions or dispatcher.options.static.names:
-            self._entry = _hashing(self._entry, functools.partial(dispatcher.in_python, fun))
+        self._entry, in_python = dispatcher.entry(fun), functools.partial(dispatcher.in_python, fun)
+        if dispatcher.donates or dispatcher.options.static.positions or dispatcher.options.static.names:
+            self._entry = _explaining(self._entry, in_python)
+        if dispatcher.donates and _cpp.TAKEN_ARRAYS_CRASH:
+            self._entry = _guarding(self._entry, in_python)
         self._copying = _copying(self._entry)
         self._careful = functools.partial(dispatcher.careful, fun, self._entry, self._copying)
         dispatcher.open(self)
@@ -159,14 +161,14 @@ class Dispatcher:
         self._tracing: dict[Hashable, threading.RLock] = {}
         self._owner = functools.partial(_without_jit, weakref.ref(self))  # what C++ remembers is freed with it
         self._copies = self._packs = False
-        self._donates = bool(options.donated.positions or options.donated.names)
+        self.donates = bool(options.donated.positions or options.donated.names)
 
     def entry(self, fun: Callable[..., Any]) -> Callable[..., Any]:
         """What runs a call of ``fun``: in C++ if there was such a call before and its arguments lie right."""
         return _cpp.entry(
             self._owner,
             functools.partial(self._call, fun),
-            functools.partial(self.in_python, fun),
+            _refuse_nan if self.donates else functools.partial(self.in_python, fun),
             function_name(fun),
             (self.options.static.positions, self.options.static.names),
             put,
@@ -181,7 +183,7 @@ class Dispatcher:
     def _direct(self, *entrances: Entrance[Any]) -> None:
         """Sends calls straight to C++, unless something has to be seen to first."""
         with self._switching:
-            careful = self._tracing or self._packs or self._donates
+            careful = self._tracing or self._packs
             for entrance in entrances or self._entrances:
                 direct = entrance._copying if self._copies else entrance._entry
                 entrance.__call__ = entrance._careful if careful else direct
@@ -196,16 +198,9 @@ class Dispatcher:
         **kwargs: Any,
     ) -> Any:
         """Runs a call after what has to be seen to before C++ runs it."""
-        if (
-            (self._packs and comes_packed(args, kwargs))  # which C++ would look at in vain
-            or self._tracing  # by a thread that may wait for this one, which must not wait in C++ for that one
-            or (self._donates and (_looks_for_nans() or _twice(args, kwargs)))  # noticed when they are gone
-        ):
-            return self(fun, args, kwargs)
-        result = (copying if self._copies else entry)(*args, **kwargs)
-        if self._donates:
-            delete_taken(jax.tree.leaves((args, kwargs)))
-        return result
+        if self._tracing or (self._packs and comes_packed(args, kwargs)):
+            return self(fun, args, kwargs)  # C++ would wait for the thread that traces; or look for packed ones in vain
+        return (copying if self._copies else entry)(*args, **kwargs)
 
     def in_python(self, fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Runs a call of ``fun`` in Python alone."""
@@ -499,34 +494,46 @@ def _copying(entry: Callable[..., Any]) -> Callable[..., Any]:
     return copying
 
 
-def _hashing(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs calls with static arguments, which C++ refuses in words of its own where they have no hash."""
+def _explaining(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs calls with static or donated arguments, which C++ refuses without their names: that is left to Python."""
 
-    def hashing(*args: Any, **kwargs: Any) -> Any:
+    def explaining(*args: Any, **kwargs: Any) -> Any:
         try:
             return entry(*args, **kwargs)
         except ValueError as error:
-            if not _cpp.is_about_static_arguments(error):
+            if not _cpp.names_no_argument(error):
                 raise
         return in_python(*args, **kwargs)
 
-    return hashing
+    return explaining
+
+
+def _guarding(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs calls that donate where JAX ends the process if an array is taken twice: see ``TAKEN_ARRAYS_CRASH``."""
+
+    def guarding(*args: Any, **kwargs: Any) -> Any:
+        leaves = _cpp.flatten((args, kwargs), None)[0]
+        if len(set(map(id, leaves))) < len(leaves):
+            return in_python(*args, **kwargs)
+        result = entry(*args, **kwargs)
+        delete_taken(leaves)
+        return result
+
+    return guarding
+
+
+def _refuse_nan(*_: Any, **__: Any) -> Any:
+    """What JAX calls where a program has returned a NaN, was told to look for any, and its arguments are gone."""
+    raise FloatingPointError(
+        "invalid value (nan or inf) encountered in the result of a map, under jax_debug_nans or jax_debug_infs. What "
+        "was donated to it is gone, so that it cannot be run again to show where. Leave out donate_argnums to see."
+    )
 
 
 def _without_jit(dispatcher: weakref.ref[Dispatcher], /, *args: Any, **kwargs: Any) -> Any:
     """What C++ calls where jit is disabled."""
     found: Any = dispatcher()
     return found(found._fun(), args, kwargs)
-
-
-def _looks_for_nans() -> bool:
-    return bool(jax.config.jax_debug_nans or jax.config.jax_debug_infs)
-
-
-def _twice(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether one array is passed twice."""
-    leaves = jax.tree.leaves((args, kwargs))
-    return len(set(map(id, leaves))) < len(leaves)
 
 
 def _has_to_spread(leaves: Sequence[Any]) -> bool:

@@ -180,6 +180,11 @@ def outermost_value(x: Any) -> tuple[Any, bool]:
     return x, batched
 
 
+def looks_for_nans() -> bool:
+    """Whether JAX is told to look for NaNs or infinities in what programs return."""
+    return bool(config.debug_nans.value or config.debug_infs.value)
+
+
 def refuse_leaked_tracers(values: Sequence[Any]) -> None:
     """Raises JAX's error about a tracer that has outlived its trace, where there is one and nothing is traced."""
     if any(issubclass(kind, core.Tracer) for kind in set(map(type, values))):

@@ -33,7 +33,7 @@ def run(
     """
     if any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves):
         _check_donated(program, leaves, names)
-    if not program.donated or jax.config.jax_debug_nans:  # after a NaN, JAX runs the program again to find it
+    if not program.donated or _jax.looks_for_nans():  # after a NaN, JAX runs the program again to find it
         placed = place(program, [*leaves, *program.closed_in_place])
         return executable(*placed), placed
     _check_donated(program, leaves, names)
@@ -45,16 +45,16 @@ def run(
     results = executable(*placed)
     for x in moved.values():
         x.delete()
-    delete_taken(leaves)
+    if _cpp.TAKEN_ARRAYS_CRASH:
+        delete_taken(leaves)
     return results, placed
 
 
 def delete_taken(leaves: Sequence[Any]) -> None:
     """Deletes the arrays that a program has taken, so that the next one to get them can say so."""
-    if _cpp.TAKEN_ARRAYS_CRASH:
-        for x in leaves:
-            if type(x) is _cpp.ArrayImpl and x.is_deleted():
-                x.delete()
+    for x in leaves:
+        if type(x) is _cpp.ArrayImpl and x.is_deleted():
+            x.delete()
 
 
 def _shares(x: jax.Array, copy: jax.Array) -> bool:
