@@ -1,8 +1,8 @@
 """pmap computes what vmap computes: replicas × devices × collectives × dtypes × control flow, and derivatives.
 
-By default every pair of N and D runs one kind of control flow, in rotation, with every collective and dtype, so that
-each meets pairs with N below, equal to, above and not dividing D. ``make sweep`` runs every kind of control flow with
-every collective for every pair, in float32, int32 and, in turn, one half of the other dtypes.
+By default every pair of N and D runs one kind of control flow, in rotation, with every collective, so that each meets
+pairs with N below, equal to, above and not dividing D, in float32, int32 and, in turn, one half of the other dtypes.
+``make sweep`` runs every kind of control flow for every pair.
 """
 
 import functools
@@ -41,8 +41,8 @@ def rotation(table, n, d):
 
 
 def dtypes(n, d):
-    """All dtypes; of the whole table, those that occur most and every other one of the rest."""
-    return ("float32", "int32", *DTYPES[PAIRS.index((n, d)) % 2 :: 2]) if FULL else DTYPES
+    """Those that occur most, and in turn one half of the rest."""
+    return ("float32", "int32", *DTYPES[PAIRS.index((n, d)) % 2 :: 2])
 
 
 @functools.cache
