@@ -21,44 +21,32 @@ def cases(_quick: bool) -> list[Case]:
     """Calls with one array and with a hundred, in place and in NumPy, with static and keyword arguments."""
     devices = (1, 2, 8)
     plain = [
-        Case(
-            title=f"{leaves} small {'array' if leaves == 1 else 'arrays'} {where}",
-            line=LINE,
-            devices=count,
-            prepare=partial(_plain, leaves=leaves, numpy=where != "in place"),
-            limits=_limits(leaves, numpy=where != "in place"),
-            calls=_calls(leaves),
-            seconds=(6.0, 0.8),
+        _case(
+            count,
+            f"{leaves} small {'array' if leaves == 1 else 'arrays'} {where}",
+            partial(_plain, leaves=leaves, numpy=where != "in place"),
+            leaves,
+            numpy=where != "in place",
         )
         for count in devices
         for leaves in (1, 100)
         for where in ("in place", "of NumPy")
     ]
-    named = [
-        Case(
-            title="1 small array in place, a static and a keyword argument",
-            line=LINE,
-            devices=count,
-            prepare=_named,
-            limits=_limits(2),
-            calls=_calls(2),
-            seconds=(6.0, 0.8),
-        )
-        for count in devices
-    ]
-    donated = [
-        Case(
-            title="1 small array in place, donated",
-            line=LINE,
-            devices=count,
-            prepare=_donated,
-            limits=_limits(1),
-            calls=_calls(1),
-            seconds=(6.0, 0.8),
-        )
-        for count in devices
-    ]
+    named = [_case(count, "1 small array in place, a static and a keyword argument", _named, 2) for count in devices]
+    donated = [_case(count, "1 small array in place, donated", _donated, 1) for count in devices]
     return plain + named + donated
+
+
+def _case(
+    devices: int,
+    title: str,
+    prepare: Callable[[ExitStack], Mapping[str, Way | Absent]],
+    leaves: int,
+    *,
+    numpy: bool = False,
+) -> Case:
+    limits, calls = _limits(leaves, numpy=numpy), _calls(leaves)
+    return Case(title, LINE, devices, prepare, limits, calls=calls, seconds=(6.0, 0.8))
 
 
 def _limits(leaves: int, *, numpy: bool = False) -> tuple[Limit, ...]:

@@ -37,6 +37,7 @@ def cases(_quick: bool) -> list[Case]:
     """Small and large arrays, of NumPy, on the first device, and on the devices in reverse order."""
     best = f"{OURS} / the fastest of the others"
     fastest = (over(OURS, HAND, PUT, PMAP, most=1.0, words=best),)
+    # Some calls at a time, as of other short ones: a first call after other work takes half as long again.
     small = (over(OURS, HAND, PUT, PMAP, most=0.2, words=best),)
     found = [
         Case(f"100 small NumPy leaves, {what}", SMALL, count, partial(_small, fun), small, calls=5)

@@ -240,7 +240,7 @@ class Dispatcher:
         Where there is one device JAX takes a NumPy array's own memory. So small arrays are copied first from now on,
         and calls with large ones do not go this way.
         """
-        if program.closed or jax.config.jax_debug_nans or may_be_packed(program, leaves):
+        if program.closed or _jax.looks_for_nans() or may_be_packed(program, leaves):
             return False
         several, on_host = program.layout.mesh.size > 1, False
         for x, y, axis in zip(leaves, placed, program.in_axes, strict=False):

@@ -298,7 +298,7 @@ class Program:
 
     def run(self, *leaves: Any) -> Sequence[Any]:
         """Runs the program on arrays that lie in place: what an eager call does."""
-        if jax.config.jax_disable_jit or jax.config.jax_debug_nans or jax.config.jax_debug_infs:
+        if jax.config.jax_disable_jit or _jax.looks_for_nans():
             return self._jitted(*leaves)  # which shows the user's Python, or where a NaN comes from
         with self._turn:
             in_cpp = self._executable

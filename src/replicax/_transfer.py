@@ -41,6 +41,7 @@ def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: 
         return np.zeros(shape, host.dtype)
     where = _spread(sharding, shape, host.dtype, jax.config.jax_enable_x64)
     blocks = [host[index] if axis is None else _block(host, index[axis], axis, rows) for index in where.indices]
+    ours = True
     if host.nbytes <= SMALL:
         blocks = [block.copy() for block in blocks]
     elif where.on_host:
@@ -48,8 +49,8 @@ def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: 
     elif 1 < len(blocks) < len(where.devices) or 0 in host.strides:
         blocks = [np.array(block) for block in blocks]  # XLA cannot copy memory that only some devices share
     else:
-        return _cpp.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=False)
-    return _cpp.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=True)
+        ours = False
+    return _cpp.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=ours)
 
 
 def own(tree: Any) -> Any:
