@@ -7,6 +7,7 @@ from replicax._errors import AheadOfTimeError as AheadOfTimeError
 from replicax._errors import ArgumentNameError as ArgumentNameError
 from replicax._errors import AxisSpecError as AxisSpecError
 from replicax._errors import AxisSpecTypeError as AxisSpecTypeError
+from replicax._errors import CallbackError as CallbackError
 from replicax._errors import CollectiveArgumentError as CollectiveArgumentError
 from replicax._errors import DeletedArrayError as DeletedArrayError
 from replicax._errors import DevicesError as DevicesError
@@ -17,6 +18,7 @@ from replicax._errors import NestedMapError as NestedMapError
 from replicax._errors import NotAFunctionError as NotAFunctionError
 from replicax._errors import NotAnArrayError as NotAnArrayError
 from replicax._errors import OptionTypeError as OptionTypeError
+from replicax._errors import OrderedCallbackError as OrderedCallbackError
 from replicax._errors import ReplicaxError as ReplicaxError
 from replicax._errors import ShardsError as ShardsError
 from replicax._errors import SimulationError as SimulationError

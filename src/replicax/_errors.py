@@ -23,6 +23,8 @@ has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written
     ├── UnsupportedTransformationError  NotImplementedError  a vmap that splits its batch over a mesh, of a map
     ├── CollectiveArgumentError      ValueError           a permutation, group or index that no collective can follow
     ├── DivergentOutputError         ValueError           out_axes=None for a result that differs between replicas
+    ├── OrderedCallbackError         ValueError           a callback with ordered=True, in a mapped function
+    ├── CallbackError                RuntimeError         a callback of the user's raised an exception in a replica
     ├── ShardsError                  ValueError           the shards of device_put_sharded do not fit together
     ├── SimulationError              RuntimeError         simulate_devices after JAX has started
     └── MismatchError                AssertionError       replicax.testing found a difference
@@ -112,6 +114,14 @@ class CollectiveArgumentError(ReplicaxError, ValueError):
 
 class DivergentOutputError(ReplicaxError, ValueError):
     """``out_axes=None`` for a result that differs, or may differ, between replicas."""
+
+
+class OrderedCallbackError(ReplicaxError, ValueError):
+    """A mapped function calls back into Python with ``ordered=True``, and nothing orders the calls of replicas."""
+
+
+class CallbackError(ReplicaxError, RuntimeError):
+    """A callback of the user's raised an exception in a replica; JAX shows it as text in an error of its own."""
 
 
 class ShardsError(ReplicaxError, ValueError):

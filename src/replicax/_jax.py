@@ -418,6 +418,13 @@ def with_results(jaxpr: Jaxpr, outvars: Sequence[Any]) -> Jaxpr:
     return _close(body(jaxpr).replace(outvars=list(outvars), debug_info=debug_info), ())
 
 
+def open_constants(jaxpr: Jaxpr, count: int) -> Jaxpr:
+    """The open jaxpr whose constants are the first ``count`` arguments of one that closes over nothing."""
+    debug_info = body(jaxpr).debug_info._replace(arg_names=None, result_paths=None)
+    invars = body(jaxpr).invars
+    return body(jaxpr).replace(constvars=invars[:count], invars=invars[count:], debug_info=debug_info)
+
+
 def inline(jaxpr: Jaxpr, wanted: Callable[[Equation], bool]) -> Jaxpr:
     """The open jaxpr with the equations of the ``jit`` that are ``wanted`` in their places, to any depth."""
     values: dict[Any, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -18,6 +19,7 @@ from jax.tree_util import keystr
 from replicax import _cpp, _jax, _primitives
 from replicax._axes import Spec, match_out_axes
 from replicax._blocks import unfolded
+from replicax._callbacks import guard, raise_after, refuse_ordered
 from replicax._errors import (
     DivergentOutputError,
     NestedMapError,
@@ -432,27 +434,33 @@ def lower(
         DivergentOutputError: ``out_axes`` is None where the result differs between replicas.
         UnsupportedCollectiveError: the program communicates in a way that replicax has no rule for.
         NestedMapError: the program has a ``jax.pmap`` or ``jax.shard_map`` in it.
+        OrderedCallbackError: the program calls back into Python with ``ordered=True``.
         UnsupportedDtypeError: the program takes or returns numbers of two bits, and has to be padded.
     """
     _refuse_device_maps(replica, name)
+    refuse_ordered(replica.jaxpr, name)
     _refuse_two_bits([x.dtype for x in (*types, *jax.tree.leaves(replica.out))], layout)
     flat_out_axes = match_out_axes(out_axes, replica.out)
-    passed = [k for k, const in enumerate(replica.consts) if _has_to_be_passed(const)]
-    closed = tuple(replica.consts[k] for k in passed)
+    running, watched = replica, guard(replica.jaxpr, replica.consts, layout.axis, name)
+    if watched is not None:
+        running = dataclasses.replace(replica, jaxpr=watched[0], consts=watched[1])
+    results = [*flat_out_axes, *[None] * (watched is not None)]
+    passed = [k for k, const in enumerate(running.consts) if _has_to_be_passed(const)]
+    closed = tuple(running.consts[k] for k in passed)
     all_axes = (*in_axes, *[None] * len(closed))
-    in_places, out_places = _places(replica.jaxpr, layout, flat_out_axes)
+    in_places, out_places = _places(running.jaxpr, layout, results)
     in_splits = [*map(_split, in_places, in_axes), *[()] * len(closed)]
-    out_splits = list(map(_split, out_places, flat_out_axes))
+    out_splits = list(map(_split, out_places, results))[: len(flat_out_axes)]
     rewriter = Rewriter(layout.scope)
     varying = [NOWHERE if a is None else frozenset({layout.axis}) for a in in_axes]
     if agreeing and None in flat_out_axes:
         where = rewriter.analysis.results(replica.jaxpr, varying)
         _check_broadcast_results(replica, flat_out_axes, where, layout.axis)
     by_replica = "custom_vjp_call" in replica.primitives or not agreeing
-    one_replica = _one_replica(replica, rewriter, varying, passed, flat_out_axes, in_places, out_places, by_replica)
-    one_device = over_lanes(one_replica, layout.axis, all_axes, flat_out_axes)
+    one_replica = _one_replica(running, rewriter, varying, passed, results, in_places, out_places, by_replica)
+    one_device = over_lanes(one_replica, layout.axis, all_axes, results)
     function = _over_devices(
-        one_device,
+        one_device if watched is None else _raising(one_device),
         layout,
         list(map(layout.spec, all_axes, in_splits)),
         list(map(layout.spec, flat_out_axes, out_splits)),
@@ -505,6 +513,7 @@ def record(
         NestedMapError: likewise.
     """
     _refuse_device_maps(replica, name)
+    refuse_ordered(replica.jaxpr, name)
     flat_out_axes = match_out_axes(out_axes, replica.out)
     first = [False] * len(flat_out_axes)
     if None in flat_out_axes:
@@ -632,6 +641,17 @@ def _split(place: _Place, axis: int | None) -> Splits:
         return ()
     dim, inner = place
     return ((dim + (axis is not None and axis <= dim), inner.device_axis),)
+
+
+def _raising(one_device: OneReplica) -> OneReplica:
+    """The same without its last result, the number of a failure, which is raised."""
+
+    def raising(*blocks: Any) -> Sequence[Any]:
+        *results, failed = one_device(*blocks)
+        raise_after(results, failed)
+        return results
+
+    return raising
 
 
 def _over_devices(

@@ -14,15 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from replicax import _jax, _primitives
+from replicax import _callback_primitives, _jax, _primitives
 from replicax._blocks import any_lane, lane_by_lane
+from replicax._callbacks import call_guarded
 from replicax._collectives import REGISTRY, any_replica, equal_value, is_replica, where_replica
 from replicax._errors import UnsupportedCollectiveError
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxis, Scope
 from replicax._levels import Part, over_lanes, own_block, whole
 from replicax._sums import find_sums, in_sight
-from replicax._varying import NOWHERE, Analysis, Varying, mapped
+from replicax._varying import NOWHERE, Analysis, Varying, mapped, union
 
 
 class Rewriter:
@@ -104,6 +105,8 @@ class Rewriter:
 
     def _equation(self, eqn: Equation, args: list[Any], where: Callable[[], list[Varying]]) -> list[Any]:
         """An equation that has to change; ``where`` finds out where its operands vary."""
+        if _callback_primitives.is_guarded(eqn):
+            return call_guarded(self.scope, eqn, args, union(where()[1:]))
         if not _primitives.is_nested_map(eqn) and not any(True for _ in _jax.sub_jaxprs(eqn)):
             return self._leaf(eqn, args)
         varying = where()
@@ -176,7 +179,7 @@ class Rewriter:
         return self._seen[id(jaxpr)][1]
 
     def _change(self, eqn: Equation) -> bool:
-        if _primitives.is_nested_map(eqn) or _jax.derivative_rules(eqn):
+        if _primitives.is_nested_map(eqn) or _jax.derivative_rules(eqn) or _callback_primitives.is_guarded(eqn):
             return True
         subs = list(_jax.sub_jaxprs(eqn))
         if subs:

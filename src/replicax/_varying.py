@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from replicax import _jax, _primitives
+from replicax import _callback_primitives, _jax, _primitives
 from replicax._collectives import REGISTRY, Result
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxis, Scope
@@ -68,6 +68,8 @@ class Analysis:
 
     def equation(self, eqn: Equation, args: Sequence[Varying]) -> list[Varying]:
         """Where each result of an equation varies."""
+        if _callback_primitives.is_guarded(eqn):  # an earlier failure makes no difference to its results
+            return [*[union(args[1:])] * (len(eqn.outvars) - 1), union(args)]
         subs = list(_jax.sub_jaxprs(eqn))
         if _primitives.is_nested_map(eqn):
             inside = self.inside(eqn)

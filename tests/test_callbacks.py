@@ -1,0 +1,358 @@
+"""A callback that fails in one replica ends the run of all, with what the user's Python raised; the next one works."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax._src import dispatch
+from jax.experimental import io_callback
+
+import replicax
+from replicax import pmap
+
+LAYOUTS = [(8, 8), (12, 8), (5, 3), (4, 1)]
+NUMBER = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+@pytest.fixture(autouse=True)
+def _no_errors_left():
+    """JAX keeps the error of a run with side effects, and raises it at every later ``effects_barrier``."""
+    yield
+    dispatch.runtime_tokens.clear()
+
+
+class Picky:
+    """The sine of a number, but for those that it refuses."""
+
+    def __init__(self, *refused):
+        self.refused = refused
+
+    def __call__(self, x, function=np.sin):
+        if float(x) in self.refused:
+            raise ZeroDivisionError(f"not {float(x):g}")
+        return np.float32(function(x))
+
+
+def pure(callback, x):
+    return jax.pure_callback(callback, NUMBER, x, vmap_method="sequential")
+
+
+def run(fun, n, d, x=None):
+    x = jnp.arange(n, dtype=jnp.float32) if x is None else x
+    return jax.block_until_ready(pmap(fun, "i", devices=jax.devices()[:d])(x))
+
+
+# Each takes the callback and one replica's number, and communicates after it.
+PROGRAMS = {
+    "pure_callback": lambda c, x: lax.psum(pure(c, x), "i"),
+    "io_callback": lambda c, x: lax.psum(io_callback(c, NUMBER, x), "i"),
+    "debug.callback": lambda c, x: (jax.debug.callback(c, x), lax.psum(x, "i"))[1],
+    "debug.callback behind": lambda c, x: (lax.psum(x, "i"), jax.debug.callback(c, x))[0],
+    "jit": lambda c, x: jax.jit(lambda x: lax.psum(pure(c, x), "i"))(x),
+    "scan": lambda c, x: lax.scan(lambda s, t: (lax.psum(s, "i") + t * pure(c, x), s), x, jnp.arange(3.0))[0],
+    "fori_loop": lambda c, x: lax.fori_loop(0, 3, lambda _, s: lax.pmean(s, "i") + pure(c, x), x),
+    "branch": lambda c, x: lax.cond(x > 2, lambda: lax.psum(pure(c, x), "i"), lambda: lax.psum(x, "i")),
+    "index of a branch": lambda c, x: lax.cond(
+        pure(c, x) > 0.1, lambda: lax.psum(x, "i"), lambda: lax.psum(2 * x, "i")
+    ),
+    "checkpoint": lambda c, x: jax.checkpoint(lambda x: lax.psum(jnp.sin(pure(c, x)), "i"))(x),
+    "pmax": lambda c, x: lax.pmax(pure(c, x), "i"),
+    "all_gather": lambda c, x: lax.all_gather(pure(c, x), "i"),
+}
+
+
+@pytest.mark.parametrize(("n", "d"), [(8, 8), (5, 3)])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_user_sees_the_exception_and_its_replica_and_the_next_call_works(program, n, d):
+    callback = Picky()
+    fun = functools.partial(PROGRAMS[program], callback)
+    expected = jax.vmap(fun, axis_name="i")(jnp.arange(n, dtype=jnp.float32))
+    mapped = pmap(fun, "i", devices=jax.devices()[:d])
+    x = jnp.arange(n, dtype=jnp.float32)
+    np.testing.assert_allclose(mapped(x), expected, rtol=1e-5)
+    callback.refused = (3,)
+    message = r"CallbackError: A callback of \S+ raised ZeroDivisionError in replica 3 of 'i': not 3"
+    with pytest.raises(RuntimeError, match=message) as caught:
+        jax.block_until_ready(mapped(x))
+    assert "test_callbacks.py" in str(caught.value)  # where the user's Python raised it
+    callback.refused = ()
+    np.testing.assert_allclose(mapped(x), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "d"), LAYOUTS)
+def test_loops_whose_predicates_read_a_callback_stop(n, d):
+    refusing = Picky(0.0)  # whose zeros would keep each of these going
+
+    def alone(x):
+        return lax.while_loop(lambda s: pure(refusing, 0 * s) < 1, lambda s: s + 1, x)
+
+    def together(x):
+        return lax.while_loop(lambda s: lax.psum(pure(refusing, x), "i") < 1e9, lambda s: lax.pmean(s, "i"), x)
+
+    def not_all(x):
+        return lax.while_loop(lambda s: pure(refusing, x) < 2, lambda s: lax.psum(s, "i"), x)
+
+    for fun in alone, together, not_all:
+        with pytest.raises(RuntimeError, match=r"raised ZeroDivisionError in replica \d+ of 'i': not 0"):
+            run(fun, n, d)
+
+
+@pytest.mark.parametrize(("n", "d"), LAYOUTS)
+def test_a_choice_by_a_callback_that_every_device_makes_for_itself(n, d):
+    calls = []
+
+    def flaky(x):
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("the disk")
+        return np.float32(x)
+
+    def fun(x):
+        chosen = pure(flaky, jnp.float32(1))
+        y = lax.cond(chosen > 0, lambda: lax.psum(x, "i"), lambda: lax.ppermute(x, "i", [(0, 1)]))
+        return lax.while_loop(lambda s: s[0] < chosen, lambda s: (s[0] + 1, lax.psum(s[1], "i")), (0.0, y))[1]
+
+    with pytest.raises(RuntimeError, match=r"raised OSError in replicas? \d+.* of 'i': the disk"):
+        run(fun, n, d)
+    x = np.arange(n, dtype=np.float32)
+    np.testing.assert_allclose(run(fun, n, d), np.full(n, n * x.sum()), rtol=1e-5)
+
+
+def test_a_vectorized_callback_names_the_range_of_replicas():
+    def refuse(x):
+        if (np.asarray(x) == 3).any():
+            raise ValueError("a three")
+        return np.sin(x)
+
+    def fun(x, method="expand_dims"):
+        return lax.psum(jax.pure_callback(refuse, NUMBER, x, vmap_method=method), "i")
+
+    for method in "expand_dims", "broadcast_all", "legacy_vectorized":
+        with pytest.raises(RuntimeError, match="raised ValueError in replicas 2 to 3 of 'i': a three"):
+            run(functools.partial(fun, method=method), 16, 8)
+        expected = jax.vmap(functools.partial(fun, method=method), axis_name="i")(jnp.arange(16.0) + 4)
+        got = run(functools.partial(fun, method=method), 16, 8, jnp.arange(16.0) + 4)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_maps_inside_maps_name_both_replicas():
+    refusing = Picky(11.0)
+
+    def fun(row):
+        return pmap(lambda x: lax.psum(pure(refusing, x), ("i", "j")), "j")(row)
+
+    with pytest.raises(RuntimeError, match="in replica 2 of 'i', replica 3 of 'j': not 11"):
+        run(fun, 3, 8, jnp.arange(12.0).reshape(3, 4))
+    x = jnp.arange(12.0).reshape(3, 4) + 20
+    np.testing.assert_allclose(run(fun, 3, 8, x), np.full((3, 4), np.sin(x).sum()), rtol=1e-5)
+
+
+def test_runs_that_nobody_waits_for_are_kept_apart():
+    mapped = pmap(lambda x: lax.psum(pure(Picky(3.0), x), "i"), "i")
+    runs = [mapped(jnp.arange(8.0) + 4 * (k != 5)) for k in range(12)]
+    for k, y in enumerate(runs):
+        if k == 5:
+            with pytest.raises(RuntimeError, match="not 3"):
+                np.asarray(y)
+        else:
+            np.testing.assert_allclose(y, np.full(8, np.sin(np.arange(8) + 4.0).sum()), rtol=1e-5)
+
+
+def test_no_part_of_a_failed_run_is_handed_out():
+    out = pmap(lambda x: (lax.psum(pure(Picky(3.0), x), "i"), x + 1), "i")(jnp.arange(8.0))
+    for x in out:
+        for shard in x.addressable_shards:
+            with pytest.raises(RuntimeError, match="not 3"):
+                np.asarray(shard.data)
+
+
+def test_a_device_calls_back_no_more_after_a_failure():
+    seen = []
+
+    def fun(x):
+        y = pure(Picky(3.0), x)
+        jax.debug.callback(lambda i: seen.append(int(i)), lax.axis_index("i"))
+        return lax.psum(y, "i")
+
+    with pytest.raises(RuntimeError, match="not 3"):
+        run(fun, 8, 8)
+    assert 3 not in seen
+
+
+@pytest.mark.parametrize(
+    ("returned", "what"),
+    [
+        (lambda x: np.ones(3, np.float32), r"its result 0 is float32\[3\], and result_shape_dtypes says float32\[\]"),
+        (lambda x: np.int32(1), r"its result 0 is int32\[\], and result_shape_dtypes says float32\[\]"),
+        (lambda x: (x, x), "it returned 2 results, and result_shape_dtypes has 1"),
+    ],
+)
+def test_a_callback_that_returns_what_it_did_not_promise(returned, what):
+    with pytest.raises(RuntimeError, match=f"raised TypeError in replica \\d of 'i': {what}"):
+        run(lambda x: lax.psum(pure(returned, x), "i"), 8, 8)
+
+
+def test_an_exception_whose_text_cannot_be_had():
+    class BrokenError(Exception):
+        def __str__(self):
+            raise ValueError("no text")
+
+    def refuse(x):
+        raise BrokenError
+
+    with pytest.raises(RuntimeError, match=r"raised BrokenError in replica \d of 'i': \(its text cannot be had\)"):
+        run(lambda x: lax.psum(pure(refuse, x), "i"), 8, 8)
+
+
+def test_an_exception_without_text():
+    def refuse(x):
+        raise KeyError
+
+    with pytest.raises(RuntimeError, match=r"raised KeyError in replica \d of 'i'$"):
+        run(lambda x: lax.psum(pure(refuse, x), "i"), 8, 8)
+
+
+def test_a_map_without_a_name():
+    with pytest.raises(RuntimeError, match="raised ZeroDivisionError in replica 3: not 3"):
+        jax.block_until_ready(pmap(lambda x: pure(Picky(3.0), x))(jnp.arange(8.0)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Transformations from outside
+
+
+@jax.custom_jvp
+def by_jvp(x):
+    return pure(sine, x)
+
+
+@jax.custom_vjp
+def by_vjp(x):
+    return pure(sine, x)
+
+
+sine = Picky()
+by_jvp.defjvp(lambda p, t: (by_jvp(*p), pure(functools.partial(sine, function=np.cos), p[0]) * t[0]))
+by_vjp.defvjp(lambda x: (by_vjp(x), x), lambda x, ct: (jnp.cos(x) * ct,))
+
+
+@pytest.mark.parametrize(("n", "d"), LAYOUTS)
+@pytest.mark.parametrize("function", [by_jvp, by_vjp])
+def test_functions_with_derivative_rules_that_call_back(function, n, d):
+    def fun(x):
+        return lax.psum(function(x), "i") * x
+
+    mapped = pmap(fun, "i", devices=jax.devices()[:d])
+    vmapped = jax.vmap(fun, axis_name="i")
+    x = jnp.arange(n, dtype=jnp.float32)
+    ways = [
+        lambda f: f(x),
+        lambda f: jax.jit(f)(x),
+        lambda f: jax.grad(lambda x: (f(x) ** 2).sum())(x),
+        lambda f: jax.vmap(f)(jnp.stack([x, 2 * x])),
+    ]
+    for way in ways:
+        sine.refused = ()
+        np.testing.assert_allclose(way(mapped), way(vmapped), rtol=1e-4, atol=1e-4)
+        sine.refused = (3.0,)
+        with pytest.raises(RuntimeError, match="in replica 3 of 'i': not 3"):
+            jax.block_until_ready(way(mapped))
+    sine.refused = ()
+
+
+def test_debug_callbacks_under_derivatives_and_checkpoint():
+    seen = []
+
+    def fun(x):
+        jax.debug.callback(lambda v: seen.append(float(v)), x)
+        return lax.psum(jnp.sin(x), "i")
+
+    x = jnp.arange(12.0)
+    mapped = pmap(fun, "i")
+    for wrapped in mapped, jax.checkpoint(mapped):
+        got = jax.grad(lambda x, wrapped=wrapped: wrapped(x).sum())(x)
+        np.testing.assert_allclose(got, 12 * np.cos(x), rtol=1e-5)
+        jax.effects_barrier()
+        assert set(seen) == set(range(12))
+        seen.clear()
+
+
+def test_without_jit():
+    with jax.disable_jit(), pytest.raises(RuntimeError, match="not 3"):
+        run(lambda x: lax.psum(pure(Picky(3.0), x), "i"), 8, 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Order, interrupts
+
+
+@pytest.mark.parametrize(("n", "d"), [(8, 8), (12, 8), (4, 1)])
+def test_ordered_callbacks_are_refused_by_name(n, d):
+    ordered = {
+        r"jax\.experimental\.io_callback": lambda x: io_callback(np.sin, NUMBER, x, ordered=True),
+        r"jax\.debug\.print": lambda x: jax.debug.print("{}", x, ordered=True),
+        r"jax\.debug\.callback": lambda x: lax.scan(
+            lambda s, _: (s, jax.debug.callback(np.sin, x, ordered=True)), x, None, length=2
+        ),
+    }
+    for name, fun in ordered.items():
+        with pytest.raises(replicax.OrderedCallbackError, match=rf"<lambda> calls {name} with ordered=True"):
+            run(fun, n, d)
+        with pytest.raises(replicax.OrderedCallbackError, match=rf"<lambda> calls {name} with ordered=True"):
+            run(lambda x, fun=fun: pmap(fun, "j")(x), n, d, jnp.ones((n, 2)))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_an_interrupt_while_devices_wait_for_each_other_does_not_lose_the_session(devices):
+    script = """
+        import signal, sys, time
+        import jax, jax.numpy as jnp, numpy as np
+        import replicax
+
+        replicax.simulate_devices(int(sys.argv[1]))
+
+        def slow(x):
+            if x == 3:
+                print("calling", flush=True)
+                for _ in range(20 if slowly else 1):
+                    time.sleep(0.05)
+            return np.float32(x)
+
+        def fun(x):
+            y = jax.pure_callback(slow, jax.ShapeDtypeStruct((), "float32"), x, vmap_method="sequential")
+            return jax.lax.psum(y, "i")
+
+        slowly = False
+        mapped = replicax.pmap(fun, "i")
+        np.asarray(mapped(jnp.arange(8.0)))
+        print("ready", flush=True)
+        slowly = True
+        try:
+            np.asarray(mapped(jnp.arange(8.0)))
+        except BaseException as error:
+            print("KeyboardInterrupt" in type(error).__name__ + str(error), flush=True)
+        slowly = False
+        print(np.asarray(mapped(jnp.arange(8.0)))[0], flush=True)
+    """
+    environment = {**os.environ, "NPROC": "64"}
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), str(devices)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        while process.stdout.readline() != "ready\n":
+            assert process.poll() is None, process.stderr.read()
+        assert process.stdout.readline() == "calling\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=50)
+    assert out.split() == ["True", "calling", "28.0"], err
