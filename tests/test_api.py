@@ -13,7 +13,8 @@ PUBLIC = {
     "AheadOfTimeError", "ArgumentNameError", "AxisSpecError", "AxisSpecTypeError", "CallbackError",
     "CollectiveArgumentError",
     "DeletedArrayError", "DevicesError", "DivergentOutputError", "MappedFunction", "MappedSizeError", "MismatchError",
-    "NestedMapError", "NotAFunctionError", "NotAnArrayError", "OptionTypeError", "OrderedCallbackError",
+    "NestedMapError", "NotAFunctionError", "NotAnArrayError", "NumberTooLargeError", "OptionTypeError",
+    "OrderedCallbackError",
     "ReplicaxError", "ShardsError",
     "SimulationError", "StaticArgumentError", "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError",
     "UnsupportedDtypeError", "UnsupportedTransformationError", "fetch", "local_replicas",
@@ -42,6 +43,13 @@ def test_the_public_names():
     assert {name for name in vars(replicax.compat) if not name.startswith("_")} == {
         "device_put_replicated", "device_put_sharded", "install", "installed", "pmap", "uninstall",
     }  # fmt: skip
+
+
+def test_star_imports_take_the_public_names():
+    assert set(replicax.__all__) == PUBLIC | MODULES
+    for module in (replicax, replicax.compat, replicax.testing):
+        public = {name for name in vars(module) if not name.startswith("_")}
+        assert set(module.__all__) == public - (set() if module is replicax else MODULES)
 
 
 def test_every_public_name_is_documented():
@@ -98,5 +106,5 @@ def test_init_modules_only_re_export():
     for path in SOURCE.rglob("__init__.py"):
         for node in ast.parse(path.read_text()).body:
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            version = isinstance(node, ast.Assign) and node.targets[0].id == "__version__"
+            version = isinstance(node, ast.Assign) and node.targets[0].id in ("__version__", "__all__")
             assert isinstance(node, ast.ImportFrom) or docstring or version

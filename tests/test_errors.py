@@ -1,7 +1,10 @@
 """Every fault of the user's: its class, the builtin that jax.pmap raises for it, and what the message says."""
 
+import contextlib
 import functools
+import pathlib
 import re
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +36,32 @@ def donated_before(fun):
 def passed_twice(fun):
     x = pmap(lambda x: x)(x8)
     return fun({"a": x}, x)
+
+
+def on_devices():
+    return pmap(lambda x: x)(x8)
+
+
+def deleted():
+    x = on_devices()
+    x.delete()
+    return x
+
+
+class Incomparable:
+    def __hash__(self):
+        return 1
+
+    def __eq__(self, other):
+        raise RuntimeError("never")
+
+
+def warm(fun, good, bad):
+    """Two calls that are right, if that can be had, and one that is not."""
+    for _ in range(2):
+        with contextlib.suppress(replicax.StaticArgumentError):
+            fun(*good())
+    return fun(*bad)
 
 
 #: Name: (thunk, class, builtin, pieces that the message has).
@@ -89,7 +118,8 @@ FAULTS = {
     ),
     "in_axes of another structure": (
         call(add, x8, {"w": x8}, in_axes=(0, {"v": 0})),
-        replicax.AxisSpecError, ValueError, ["in_axes does not fit the tuple of arguments", "in_axes[1]"],
+        replicax.AxisSpecError, ValueError,
+        ["in_axes does not fit the tuple of arguments", "in_axes[1] is a dict with the keys 'v', for what is a dict w"],
     ),
     "in_axes no int": (
         call(add, x8, x8, in_axes=(0, {"w": 1.5, "v": "a"})),
@@ -103,7 +133,8 @@ FAULTS = {
     ),
     "out_axes of another structure": (
         call(lambda x: (x, x), x8, out_axes=(0, 0, 0)),
-        replicax.AxisSpecError, ValueError, ["out_axes does not fit the result", "out_axes"],
+        replicax.AxisSpecError, ValueError,
+        ["out_axes does not fit the result", "out_axes is a tuple of length 3, for what is a tuple of length 2"],
     ),
     "out_axes out of range": (
         call(lambda x: {"a": x, "b": [x]}, x8, out_axes=2),
@@ -180,11 +211,61 @@ FAULTS = {
     ),
     "an array donated before": (
         lambda: donated_before(pmap(lambda state: state + 1, donate_argnums=0)),
-        replicax.DeletedArrayError, RuntimeError, ["state was donated before", "x + 0"],
+        replicax.DeletedArrayError, RuntimeError,
+        ["state has no buffer any more: it was donated to an earlier call, or deleted", "x + 0"],
     ),
     "an array donated and passed twice": (
         lambda: passed_twice(pmap(add, donate_argnums=0)),
         replicax.DeletedArrayError, RuntimeError, ["left['a'] is donated, and passed"],
+    ),
+    "an array deleted by the user": (
+        lambda: pmap(add)(deleted(), x8),
+        replicax.DeletedArrayError, RuntimeError, ["left has no buffer any more", "or deleted"],
+    ),
+    "an array deleted by the user, warm": (
+        lambda: warm(pmap(add), lambda: (on_devices(), x8), (deleted(), x8)),
+        replicax.DeletedArrayError, RuntimeError, ["left has no buffer any more", "or deleted"],
+    ),
+    "an array donated and passed twice, warm": (
+        lambda: warm(pmap(add, donate_argnums=0), lambda: (on_devices(), on_devices()), [on_devices()] * 2),
+        replicax.DeletedArrayError, RuntimeError, ["left is donated, and passed twice"],
+    ),
+    "fetch what was deleted": (
+        lambda: replicax.fetch({"a": deleted(), "b": x8}),
+        replicax.DeletedArrayError, RuntimeError, ["fetch cannot read", "tree['a'] has no buffer any more"],
+    ),
+    "unreplicate what was deleted": (
+        lambda: replicax.unreplicate([x8, deleted()]),
+        replicax.DeletedArrayError, RuntimeError, ["unreplicate cannot read", "tree[1] has no buffer any more"],
+    ),
+    "local_replicas of what was deleted": (
+        lambda: replicax.local_replicas(deleted()),
+        replicax.DeletedArrayError, RuntimeError, ["local_replicas cannot read", "tree has no buffer any more"],
+    ),
+    "an int too large": (
+        call(add, x8, [1, 2**40] * 4, in_axes=(0, None)),
+        replicax.NumberTooLargeError, OverflowError, ["right[1] is 1099511627776", "jax_enable_x64"],
+    ),
+    "no name in a collective": (
+        call(lambda x: lax.psum(x, None), x8),
+        replicax.UnboundAxisError, NameError, ["was given axis_name=None", "psum(x, 'i')", "axis_name='i'"],
+    ),
+    "static arguments that cannot be compared": (
+        lambda: warm(pmap(add, static_broadcasted_argnums=1), lambda: (x8, Incomparable()), (x8, Incomparable())),
+        replicax.StaticArgumentError, ValueError, ["right, of type Incomparable, raised RuntimeError: never", "__eq__"],
+    ),
+    "a donated position that the function lacks": (
+        call(add, x8, x8, donate_argnums=(0, 5)),
+        replicax.ArgumentNameError, ValueError,
+        ["donate_argnums=(0, 5) names position 5", "takes 2 positional", "from 0 to 1"],
+    ),
+    "a negative donated position that the function lacks": (
+        call(add, x8, x8, donate_argnums=-3), replicax.ArgumentNameError, ValueError, ["names position -3"],
+    ),
+    "one size against a tree of many": (
+        call(lambda p, x: x, {f"w{i}": x8 for i in range(160)}, np.ones(12)),
+        replicax.MappedSizeError, ValueError,
+        ["160 arrays of p: axis 0 has size 8 (p['w0'] of shape (8,), ...)", "x of shape (12,): axis 0 has size 12"],
     ),
     "a type in place of an array": (
         call(add, x8, jax.ShapeDtypeStruct((8,), "float32")),
@@ -316,6 +397,7 @@ def test_fault(fault):
     missing = [piece for piece in pieces if piece not in message]
     assert not missing, message
     assert not INTERNAL.search(message), message
+    assert len(message.splitlines()) <= 12, message
     assert message.rstrip().endswith((".", ")")), "a message ends with what to write instead"
 
 
@@ -364,3 +446,67 @@ def test_out_axes_none_returns_what_all_replicas_have():
             jnp.arange(float(n))
         )
         assert (total.shape, float(total), int(count)) == ((), n * (n - 1) / 2, n)
+
+
+def test_many_faults_are_told_in_few_lines():
+    with pytest.raises(replicax.NotAnArrayError) as caught:
+        pmap(add)(x8, {f"w{i}": "text" for i in range(100)})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 12
+    assert lines[-2] == "  * and 91 more"
+
+
+def test_an_exception_whose_own_text_fails_passes_as_it_is():
+    class TextlessError(ValueError):
+        def __str__(self):
+            raise KeyError("no text")
+
+    class TextlessNameError(NameError):
+        def __str__(self):
+            raise KeyError("no text")
+
+    for kind in TextlessError, TextlessNameError:
+
+        def fun(x, kind=kind):
+            raise kind
+
+        with pytest.raises(kind):
+            pmap(fun, static_broadcasted_argnums=())(x8)
+
+
+def frames_of_ours(thunk):
+    try:
+        thunk()
+    except ZeroDivisionError as error:
+        files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+        assert files[-1] == __file__  # where it was raised
+        return [file for file in files if file.startswith(SOURCE)]
+    raise AssertionError("nothing was raised")
+
+
+SOURCE = str(pathlib.Path(replicax.__file__).parent)
+
+
+def test_an_exception_of_the_users_shows_their_code_and_not_ours():
+    def fails(x):
+        return x / (1 // 0) if x.ndim else x
+
+    def nests(x):
+        return pmap(lambda y: pmap(fails)(y))(x)
+
+    cold = pmap(fails)
+    warmed, donating, static = (
+        pmap(fails), pmap(fails, donate_argnums=0), pmap(lambda x, n: fails(x), static_broadcasted_argnums=1)
+    )  # fmt: skip
+    for _ in range(3):
+        warmed(x8), donating(on_devices()), static(x8, 1)
+    many = pmap(lambda xs: fails(xs[0]))
+    for _ in range(3):
+        many([x8] * 30)
+    wrong = np.ones((8, 2))
+    for thunk in (
+        lambda: cold(wrong), lambda: warmed(wrong), lambda: donating(wrong), lambda: static(wrong, 1),
+        lambda: many([wrong] * 30), lambda: nests(np.ones((2, 2, 2, 2))), lambda: jax.jit(cold)(wrong),
+        lambda: cold.lower(wrong), lambda: cold.eval_shape(wrong), lambda: replicax.compat.pmap(fails)(wrong),
+    ):  # fmt: skip
+        assert len(frames_of_ours(thunk)) <= 2

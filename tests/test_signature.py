@@ -223,12 +223,6 @@ def test_a_mapped_function_is_no_base_class():
         type("Mine", (type(pmap(triple)),), {})
 
 
-def test_a_number_that_is_too_large_is_named():
-    with pytest.raises(OverflowError) as caught:
-        pmap(lambda w, x: w * x, in_axes=(None, 0))(2**40, x8)
-    assert "It is the argument w." in str(caught.value.__notes__)
-
-
 @pytest.mark.parametrize("n", [2, 5, 6, 8, 10, 13])
 def test_jacobians_from_outside(n):
     x = np.arange(float(n), dtype=np.float32)

@@ -17,6 +17,7 @@ from replicax._errors import MismatchError as MismatchError
 from replicax._errors import NestedMapError as NestedMapError
 from replicax._errors import NotAFunctionError as NotAFunctionError
 from replicax._errors import NotAnArrayError as NotAnArrayError
+from replicax._errors import NumberTooLargeError as NumberTooLargeError
 from replicax._errors import OptionTypeError as OptionTypeError
 from replicax._errors import OrderedCallbackError as OrderedCallbackError
 from replicax._errors import ReplicaxError as ReplicaxError
@@ -38,3 +39,43 @@ from replicax._replicas import unreplicate as unreplicate
 from replicax._report import show_replicas as show_replicas
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AheadOfTimeError",
+    "ArgumentNameError",
+    "AxisSpecError",
+    "AxisSpecTypeError",
+    "CallbackError",
+    "CollectiveArgumentError",
+    "DeletedArrayError",
+    "DevicesError",
+    "DivergentOutputError",
+    "MappedFunction",
+    "MappedSizeError",
+    "MismatchError",
+    "NestedMapError",
+    "NotAFunctionError",
+    "NotAnArrayError",
+    "NumberTooLargeError",
+    "OptionTypeError",
+    "OrderedCallbackError",
+    "ReplicaxError",
+    "ShardsError",
+    "SimulationError",
+    "StaticArgumentError",
+    "UnboundAxisError",
+    "UnknownBackendError",
+    "UnsupportedCollectiveError",
+    "UnsupportedDtypeError",
+    "UnsupportedTransformationError",
+    "compat",
+    "fetch",
+    "local_replicas",
+    "pmap",
+    "replicate",
+    "shard",
+    "show_replicas",
+    "simulate_devices",
+    "testing",
+    "unreplicate",
+]

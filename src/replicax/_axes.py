@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from jax.tree_util import keystr
 
 from replicax import _jax
 from replicax._errors import (
+    MOST,
     ArgumentNameError,
     AxisSpecError,
     AxisSpecTypeError,
@@ -160,6 +162,12 @@ def choose(which: str, fun: Callable[..., Any], argnums: int | Iterable[int], ar
     if parameters is None:
         return Chosen(positions, positions, names)
     _refuse_unknown_names(which, fun, names, parameters)
+    if which == "donate" and (unknown := [i for i in positions if not _takes(parameters, i)]):
+        raise ArgumentNameError(
+            f"donate_argnums={argnums!r} names position {', '.join(map(str, unknown))}, and "
+            f"{getattr(fun, '__name__', repr(fun))} takes {_positional(parameters)} positional argument(s). Name "
+            f"positions from 0 to {_positional(parameters) - 1}, or use donate_argnames."
+        )
     pairs = [
         (i, p.name)
         for i, p in enumerate(parameters)
@@ -172,6 +180,22 @@ def choose(which: str, fun: Callable[..., Any], argnums: int | Iterable[int], ar
         names=tuple(dict.fromkeys((*names, *(name for _, name in pairs if name in by_name)))),
         aliases=tuple(pairs),
     )
+
+
+def takes_position(fun: Callable[..., Any], position: int) -> bool:
+    """Whether a function may have a positional argument there; yes where there is no telling."""
+    parameters = _parameters(fun)
+    return parameters is None or _takes(parameters, position)
+
+
+def _takes(parameters: Sequence[inspect.Parameter], position: int) -> bool:
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return True
+    return -_positional(parameters) <= position < _positional(parameters)
+
+
+def _positional(parameters: Sequence[inspect.Parameter]) -> int:
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 def _refuse_unknown_names(
@@ -254,15 +278,36 @@ def broadcast_prefix(which: str, what: str, spec: Any, tree: Any) -> list[int | 
     try:
         jax.tree.map(repeat, spec, tree, is_leaf=is_none)
     except ValueError:
-        faults = _jax.prefix_faults(f"pmap {which}", spec, tree, is_none)
         raise AxisSpecError(
             report(
                 f"{which} does not fit {what}: it must be an axis, or a tree of them with the same structure.",
-                [fault.replace("\n", "\n    ") for fault in faults],
+                _prefix_faults(which, spec, tree),
                 f"Write one int or None for a whole subtree, or one for each entry, following how {what} nests.",
             )
         ) from None
     return axes
+
+
+def _prefix_faults(where: str, spec: Any, tree: Any) -> list[str]:
+    """Where a specification does not nest as the tree that it is about."""
+    if is_none(spec) or (ours := _jax.one_level(spec)) is None:
+        return []
+    theirs = _jax.one_level(tree)
+    if theirs is None or type(spec) is not type(tree) or ours[1] != theirs[1] or len(ours[0]) != len(theirs[0]):
+        return [f"{where} is {_kind(spec)}, for what is {_kind(tree)}"]
+    keys = ours[1] if isinstance(spec, dict) else range(len(ours[0]))
+    pairs = zip(keys, ours[0], theirs[0], strict=True)
+    return [fault for key, one, other in pairs for fault in _prefix_faults(f"{where}[{key!r}]", one, other)]
+
+
+def _kind(tree: Any) -> str:
+    if tree is None:
+        return "None"
+    if isinstance(tree, dict):
+        return f"a dict with the keys {', '.join(map(repr, tree))}" if tree else "an empty dict"
+    if isinstance(tree, tuple | list):
+        return f"a {type(tree).__name__} of length {len(tree)}"
+    return "an array" if _jax.one_level(tree) is None else f"a {type(tree).__name__}"
 
 
 def normalize(
@@ -301,6 +346,25 @@ def normalize(
     return normal
 
 
+def _by_argument(mapped: Sequence[tuple[Leaf, int, int]]) -> list[str]:
+    """The sizes of the mapped axes: one line for each array, or, of many, one for all alike of one argument."""
+    if len(mapped) <= MOST - 1:  # and one for axis_size
+        return [f"{leaf}: axis {axis} has size {size}" for leaf, axis, size in mapped]
+    alike: dict[tuple[str, int, int], list[Leaf]] = {}
+    for leaf, axis, size in mapped:
+        alike.setdefault((_ARGUMENT.split(leaf.name, maxsplit=1)[0], axis, size), []).append(leaf)
+    return [
+        f"{leaves[0]}: axis {axis} has size {size}"
+        if len(leaves) == 1
+        else f"{len(leaves)} arrays of {root}: axis {axis} has size {size} ({leaves[0]}, ...)"
+        for (root, axis, size), leaves in sorted(alike.items(), key=lambda item: len(item[1]))
+    ]
+
+
+#: Where the name of an argument ends, and the path in it begins.
+_ARGUMENT = re.compile(r"(?=[.\[])")
+
+
 def mapped_size(axes: Sequence[int | None], leaves: Sequence[Leaf], axis_size: int | None) -> int:
     """The number of replicas, which all mapped arguments and ``axis_size`` have to agree on.
 
@@ -311,7 +375,7 @@ def mapped_size(axes: Sequence[int | None], leaves: Sequence[Leaf], axis_size: i
     sizes = {size for _, _, size in mapped} | ({axis_size} if axis_size is not None else set())
     if len(sizes) == 1 and (size := next(iter(sizes))) > 0:
         return size
-    faults = [f"{leaf}: axis {axis} has size {size}" for leaf, axis, size in mapped]
+    faults = _by_argument(mapped)
     if not sizes:
         raise MappedSizeError(
             report(

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax._src import tree_util
+from jax._src import traceback_util, tree_util
 from jax._src.interpreters import pxla
 from jax._src.lib import _jax as jaxlib
+
+from replicax._errors import text_of
 
 
 def entry(
@@ -36,7 +38,7 @@ def entry(
         made = jaxlib.pjit(
             name,
             owner,
-            lambda *args, **kwargs: (*slow(args, kwargs), False),
+            traceback_util.api_boundary(lambda *args, **kwargs: (*slow(args, kwargs), False)),
             *static,
             pxla.JitGlobalCppCacheKeys(),
             tree_util.dispatch_registry,
@@ -78,7 +80,7 @@ ArrayImpl = jaxlib.ArrayImpl
 
 def names_no_argument(error: ValueError) -> bool:
     """Whether C++ refuses a static argument that has no hash or cannot be compared, or what is donated twice."""
-    text = str(error)
+    text = text_of(error)
     return text.startswith(("Non-hashable static", "static arguments should be comparable")) or _TWICE in text
 
 

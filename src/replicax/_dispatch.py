@@ -28,10 +28,12 @@ from replicax._errors import (
     DevicesError,
     NestedMapError,
     NotAnArrayError,
+    NumberTooLargeError,
     OptionTypeError,
     StaticArgumentError,
     UnknownBackendError,
     report,
+    text_of,
 )
 from replicax._layout import layout, replicas_of
 from replicax._lowering import Program, Recorded, describe_type, lower, record, trace_replica
@@ -136,10 +138,10 @@ class Entrance(Generic[R]):
     def __init__(self, dispatcher: Dispatcher, fun: Callable[..., R]) -> None:
         self._dispatcher, self._fun = dispatcher, fun
         self._entry, in_python = dispatcher.entry(fun), functools.partial(dispatcher.in_python, fun)
-        if dispatcher.donates or dispatcher.options.static.positions or dispatcher.options.static.names:
-            self._entry = _explaining(self._entry, in_python)
-        if dispatcher.donates and _cpp.TAKEN_ARRAYS_CRASH:
+        if dispatcher.donates:
             self._entry = _guarding(self._entry, in_python)
+        elif dispatcher.options.static.positions or dispatcher.options.static.names:
+            self._entry = _explaining(self._entry, in_python)
         self._copying = _copying(self._entry)
         self._careful = functools.partial(dispatcher.careful, fun, self._entry, self._copying)
         dispatcher.open(self)
@@ -210,6 +212,7 @@ class Dispatcher:
         """Runs ``fun`` once for each replica, in Python alone."""
         return self._call(fun, args, kwargs)[0]
 
+    @_jax.api_boundary
     def _call(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Runs ``fun`` once for each replica; the result, and what C++ has to know to run such a call, if it can."""
         with _jax.own_mesh((args, kwargs)):
@@ -274,8 +277,8 @@ class Dispatcher:
         leaves, key = self._key(fun, call, abstract=abstract)
         try:
             program = None if jax.config.jax_disable_jit else self._programs.get(key)
-        except TypeError:
-            _refuse_unhashable(fun, call)
+        except Exception:
+            _refuse_static(fun, call)
             raise
         if program is None:
             program = self._build(key, fun, call, leaves)
@@ -324,6 +327,7 @@ class Dispatcher:
         call = self.split(fun, args, kwargs)
         return program, call, self._signature(fun, call, leaves)
 
+    @_jax.api_boundary
     def eval_shape(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The types of the results of a call with these arguments or types."""
         with _jax.own_mesh():
@@ -335,6 +339,7 @@ class Dispatcher:
         types = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False)) for x in out]
         return jax.tree.unflatten(program.out_tree, types)
 
+    @_jax.api_boundary
     def explain(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Whether a call has its program already, and if not, why none of the others fits."""
         call = self.split(fun, args, kwargs)
@@ -495,7 +500,7 @@ def _copying(entry: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _explaining(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs calls with static or donated arguments, which C++ refuses without their names: that is left to Python."""
+    """Runs calls with static arguments, which C++ refuses without their names: that is left to Python."""
 
     def explaining(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -509,14 +514,23 @@ def _explaining(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Cal
 
 
 def _guarding(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs calls that donate where JAX ends the process if an array is taken twice: see ``TAKEN_ARRAYS_CRASH``."""
+    """Runs calls that donate, but those with an array twice: XLA ends the process, or prints all that it knows of it.
+
+    For arrays that were taken see ``TAKEN_ARRAYS_CRASH``.
+    """
 
     def guarding(*args: Any, **kwargs: Any) -> Any:
         leaves = _cpp.flatten((args, kwargs), None)[0]
         if len(set(map(id, leaves))) < len(leaves):
             return in_python(*args, **kwargs)
-        result = entry(*args, **kwargs)
-        delete_taken(leaves)
+        try:
+            result = entry(*args, **kwargs)
+        except ValueError as error:
+            if not _cpp.names_no_argument(error):
+                raise
+            result = in_python(*args, **kwargs)
+        if _cpp.TAKEN_ARRAYS_CRASH:
+            delete_taken(leaves)
         return result
 
     return guarding
@@ -556,9 +570,11 @@ def _types_of_arrays(fun: Callable[..., Any], call: Call, leaves: Sequence[Any],
     for name, x in zip(name_leaves(fun, call.by_position(), call.kwargs), leaves, strict=True):
         try:
             known = _jax.is_array_type(x) or isinstance(x, bool) or (abstract and isinstance(x, jax.ShapeDtypeStruct))
-        except OverflowError as error:
-            error.add_note(f"It is the argument {name}. Pass a NumPy array of a type that holds it.")
-            raise
+        except OverflowError:
+            raise NumberTooLargeError(
+                f"{name} is {x}, which is too large for a 32-bit int. Enable 64-bit types with "
+                f"jax.config.update('jax_enable_x64', True), or pass a float."
+            ) from None
         if not known:
             faults.append(f"{name} {describe_type(x)}")
     if not faults:
@@ -573,21 +589,38 @@ def _types_of_arrays(fun: Callable[..., Any], call: Call, leaves: Sequence[Any],
     )
 
 
-def _refuse_unhashable(fun: Callable[..., Any], call: Call) -> None:
-    names, faults = parameter_names(fun, [i for i, _, _ in call.static if isinstance(i, int)]), []
-    for where, _, value in call.static:
+def _refuse_static(fun: Callable[..., Any], call: Call) -> None:
+    """Refuses static arguments that cannot be looked up, if there are any."""
+    names = parameter_names(fun, [i for i, _, _ in call.static if isinstance(i, int)])
+    unhashable, incomparable = [], []
+    for where, kind, value in call.static:
+        name = names[where] if isinstance(where, int) else where
         try:
             hash(value)
-        except (TypeError, ValueError):
-            name = names[where] if isinstance(where, int) else where
-            faults.append(f"{name} is of type {type(value).__name__}")
-    raise StaticArgumentError(
-        report(
-            "Non-hashable static arguments are not supported, since each new value is compiled for anew:",
-            faults,
-            "Pass a hashable value, such as a tuple for a list, or do not name the argument as static.",
+        except Exception:
+            unhashable.append(f"{name} is of type {kind.__name__}")
+            continue
+        try:
+            bool(value == value)
+        except Exception as error:
+            what = f"{type(error).__name__}: {text_of(error)}".removesuffix(": ")
+            incomparable.append(f"{name}, of type {kind.__name__}, raised {what}")
+    if unhashable:
+        raise StaticArgumentError(
+            report(
+                "Non-hashable static arguments are not supported, since each new value is compiled for anew:",
+                unhashable,
+                "Pass a hashable value, such as a tuple for a list, or do not name the argument as static.",
+            )
         )
-    )
+    if incomparable:
+        raise StaticArgumentError(
+            report(
+                "Static arguments are compared with ==, to find the program compiled for them, and this failed:",
+                incomparable,
+                "Give the type an __eq__ that returns True or False, and a __hash__ that goes with it.",
+            )
+        )
 
 
 def _refuse_inner_devices(options: Options, name: str) -> None:

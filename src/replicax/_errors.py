@@ -12,7 +12,8 @@ has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written
     ├── NotAFunctionError            TypeError            what was to be mapped is no function
     ├── NestedMapError               ValueError           jax.pmap or jax.shard_map inside a mapped function
     ├── OptionTypeError              TypeError            an option of pmap is of the wrong type
-    ├── DeletedArrayError            RuntimeError         an argument was donated before, or is donated twice
+    ├── DeletedArrayError            RuntimeError         an array was donated before, deleted, or is donated twice
+    ├── NumberTooLargeError          OverflowError        an int does not fit into the type that JAX gives it
     ├── StaticArgumentError          ValueError           a static argument is missing, unhashable or donated
     ├── ArgumentNameError            ValueError           an option names a parameter that the function lacks
     ├── AheadOfTimeError             TypeError            a compiled program was called in another way than it can be
@@ -73,15 +74,19 @@ class OptionTypeError(ReplicaxError, TypeError):
 
 
 class DeletedArrayError(ReplicaxError, RuntimeError):
-    """An argument's buffer is gone, because it was donated to an earlier call, or would be given away twice."""
+    """An array's buffer is gone, because it was donated to an earlier call or deleted; or it is donated twice."""
+
+
+class NumberTooLargeError(ReplicaxError, OverflowError):
+    """An int among the arguments does not fit into the type that JAX gives it."""
 
 
 class StaticArgumentError(ReplicaxError, ValueError):
-    """A static argument is missing or unhashable, or is to be donated too."""
+    """A static argument is missing, unhashable or not comparable, or is to be donated too."""
 
 
 class ArgumentNameError(ReplicaxError, ValueError):
-    """``static_broadcasted_argnames`` or ``donate_argnames`` names a parameter that the function does not have."""
+    """An option for static or donated arguments names a parameter that the function does not have."""
 
 
 class AheadOfTimeError(ReplicaxError, TypeError):
@@ -150,6 +155,21 @@ def as_int(which: str, value: object) -> int:
         ) from None
 
 
+def text_of(error: BaseException) -> str:
+    """An exception's text; none where its own ``__str__`` fails."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
 def report(headline: str, faults: Sequence[str], remedy: str) -> str:
-    """One message for all offending leaves: what was given, one line a fault, and what to write instead."""
-    return "\n".join([headline, *(f"  * {fault}" for fault in faults), remedy])
+    """One message for all offending arguments: what was given, one line a fault, and what to write instead."""
+    shown = [f"  * {fault}" for fault in faults[: MOST if len(faults) <= MOST else MOST - 1]]
+    if len(faults) > len(shown):
+        shown.append(f"  * and {len(faults) - len(shown)} more")
+    return "\n".join([headline, *shown, remedy])
+
+
+#: A message shows at most so many faults.
+MOST = 10

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from replicax._errors import CallbackError
+from replicax._errors import CallbackError, text_of
 from replicax._layout import LogicalAxis
 
 #: No failure.
@@ -132,9 +132,6 @@ def raise_failure(number: Any, *_: Any) -> None:
     failure = _failures.get(failed)
     if failure is None:
         raise CallbackError("A callback raised an exception, and so many others have since that it was not kept.")
-    try:
-        text = str(failure.error)
-    except Exception:
-        text = "(its text cannot be had)"
+    text = text_of(failure.error)
     raised = failure.what.format(type(failure.error).__name__)
     raise CallbackError(f"{raised}: {text}" if text else raised).with_traceback(failure.error.__traceback__)

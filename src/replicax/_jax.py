@@ -13,11 +13,11 @@ import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import ad_util, config, core, dispatch, source_info_util, tree_util
+from jax._src import ad_util, config, core, dispatch, source_info_util, traceback_util, tree_util
 from jax._src import linear_util as lu
 from jax._src.ad_checkpoint import remat_p
 from jax._src.interpreters import ad, batching
@@ -26,6 +26,8 @@ from jax._src.lax import lax as lax_internal
 from jax._src.lib import _jax as jaxlib
 from jax._src.sharding_impls import UNSPECIFIED
 from jax.extend import core as extend_core
+
+from replicax._errors import text_of
 
 Jaxpr = Any
 Equation = Any
@@ -193,18 +195,19 @@ def refuse_leaked_tracers(values: Sequence[Any]) -> None:
 
 def unbound_axis_name(error: NameError) -> str | None:
     """The axis name that JAX says nobody bound, or None when ``error`` is about something else."""
-    found = re.search(r"unbound axis name: (.*?)(?:\. |\.?$)", str(error))
+    found = re.search(r"unbound axis name: (.*?)(?:\. |\.?$)", text_of(error))
     return found and found.group(1)
 
 
 def is_about_shard_map_types(error: AssertionError) -> bool:
     """Whether JAX failed on a type that says over which axes of a mesh a value varies, since here is no mesh."""
-    return str(error).startswith("ManualAxisType(")
+    return text_of(error).startswith("ManualAxisType(")
 
 
-def prefix_faults(which: str, prefix: Any, tree: Any, is_leaf: Callable[[Any], bool]) -> list[str]:
-    """Where ``prefix`` is no tree prefix of ``tree``, in JAX's words."""
-    return [str(error(which)) for error in tree_util.prefix_errors(prefix, tree, is_leaf=is_leaf)]
+def one_level(tree: Any) -> tuple[list[Any], Any] | None:
+    """The children of a tree's root, and what else it is made of (the keys of a dict); None for a leaf."""
+    found = tree_util.default_registry.flatten_one_level(tree)
+    return found and (list(found[0]), found[1])
 
 
 def structure_faults(one: Any, other: Any) -> Iterator[tuple[tuple[Any, ...], str, str]]:
@@ -244,6 +247,16 @@ def executable_parts(compiled: jax.stages.Compiled) -> tuple[Any, Any]:
     """What a ``jax.stages.Compiled`` is made of: the executable, and the constants that it takes first."""
     return compiled._executable, compiled._params.const_args
 
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def api_boundary(fun: F) -> F:
+    """A function that users call: the traceback of what it raises has their frames, and neither ours nor JAX's."""
+    return traceback_util.api_boundary(fun)
+
+
+traceback_util.register_exclusion(os.path.dirname(__file__) + os.sep)
 
 # Source lines that JAX remembers are the user's, not those of this package.
 source_info_util.register_exclusion(os.path.dirname(__file__) + os.sep)

@@ -28,6 +28,7 @@ from replicax._errors import (
     UnsupportedCollectiveError,
     UnsupportedDtypeError,
     report,
+    text_of,
 )
 from replicax._layout import Layout, LogicalAxis, Scope, Splits
 from replicax._levels import OneReplica, Part, comes_in_parts, equal_on, over_lanes, own_on, own_rows, pad_rows
@@ -157,8 +158,9 @@ REFUSALS = {
 
 def _explain(error: Exception) -> None:
     """Adds to an error of JAX's what it is about, where its own words do not say."""
+    said = text_of(error)
     for theirs, ours in REFUSALS.items():
-        if theirs in str(error):
+        if theirs in said:
             error.add_note(ours)
 
 
@@ -186,6 +188,11 @@ def describe_type(x: object) -> str:
 
 
 def _unbound(unbound: str, name: Hashable) -> UnboundAxisError:
+    if unbound == "None":
+        return UnboundAxisError(
+            "unbound axis name: None. A collective in the mapped function was given axis_name=None. Give it the name "
+            "of the mapped axis, as in jax.lax.psum(x, 'i') with pmap(f, axis_name='i')."
+        )
     names = [repr(n) for n in (*_jax.axes_in_scope(), name) if n is not ANONYMOUS]
     if names:
         known = f"The names in scope are {', '.join(names)}. Use one of them in the collective, or name"

@@ -12,7 +12,7 @@ from jax.tree_util import keystr
 
 from replicax import _cpp, _jax
 from replicax._dispatch import check_devices
-from replicax._errors import AxisSpecError, MappedSizeError, NotAnArrayError, as_int, report
+from replicax._errors import AxisSpecError, DeletedArrayError, MappedSizeError, NotAnArrayError, as_int, report
 from replicax._layout import layout
 from replicax._lowering import describe_type
 from replicax._pmap import pmap
@@ -110,6 +110,7 @@ def unreplicate(tree: Tree) -> Tree:
 
     Raises:
         AxisSpecError: naming every leaf that has no leading axis, or none of its replicas in this process.
+        DeletedArrayError: naming every array without a buffer.
 
     Example:
         >>> import numpy as np, replicax
@@ -147,6 +148,7 @@ def local_replicas(tree: Tree) -> list[Tree]:
 
     Raises:
         AxisSpecError: naming every leaf that has no leading axis.
+        DeletedArrayError: naming every array without a buffer.
         MappedSizeError: the leaves differ in their number of replicas.
 
     Example:
@@ -183,6 +185,7 @@ def fetch(tree: Tree) -> Tree:
 
     Raises:
         NotAnArrayError: naming every leaf that is no array.
+        DeletedArrayError: naming every array without a buffer.
 
     Example:
         >>> import numpy as np, replicax
@@ -191,6 +194,7 @@ def fetch(tree: Tree) -> Tree:
     """
     leaves, treedef = jax.tree.flatten(tree)
     check_arrays("fetch", tree, leaves)
+    _check_deleted("fetch", tree, leaves)
     return jax.tree.unflatten(treedef, list(map(_whole, leaves, _parts_of_all(leaves))))
 
 
@@ -314,8 +318,33 @@ def _has_value(x: Any) -> bool:
     return (isinstance(x, jax.Array | bool) or _jax.is_array_type(x)) and not isinstance(x, jax.core.Tracer)
 
 
+def _check_deleted(caller: str, tree: Any, leaves: Sequence[Any]) -> None:
+    """Refuses arrays without a buffer.
+
+    Raises:
+        DeletedArrayError: naming each.
+    """
+    if any(_is_deleted(x) for x in leaves):
+        raise DeletedArrayError(
+            report(
+                f"{caller} cannot read these arrays:",
+                [
+                    f"tree{keystr(path)} has no buffer any more: it was donated, or deleted"
+                    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+                    if _is_deleted(x)
+                ],
+                "Read the result of the call that an array was donated to.",
+            )
+        )
+
+
+def _is_deleted(x: Any) -> bool:
+    return _is_array(x) and x.is_deleted()
+
+
 def _check_leading_axis(caller: str, tree: Any, leaves: Sequence[Any]) -> None:
     check_arrays(caller, tree, leaves)
+    _check_deleted(caller, tree, leaves)
     if all((x.shape if type(x) is _cpp.ArrayImpl else np.shape(x))[:1] > (0,) for x in leaves):
         return
     faults = [

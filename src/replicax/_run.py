@@ -68,7 +68,11 @@ def _shares(x: jax.Array, copy: jax.Array) -> bool:
 def _check_donated(program: Program, leaves: Sequence[Any], names: Callable[[], Sequence[str]]) -> None:
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
     times = Counter(map(id, arrays.values()))
-    faults = {i: "was donated before, and its buffer is gone" for i, x in arrays.items() if x.is_deleted()}
+    faults = {
+        i: "has no buffer any more: it was donated to an earlier call, or deleted"
+        for i, x in arrays.items()
+        if x.is_deleted()
+    }
     for i in program.taken:  # where it has to be moved, it is the copy that the program takes
         x = arrays.get(i)
         if x is not None and i not in faults and times[id(x)] > 1 and _lies(x, program.in_shardings[i]):

@@ -137,6 +137,7 @@ class Plan:
         return call
 
 
+@_jax.api_boundary
 def trace(dispatcher: Dispatcher, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     """Traces a map for arguments, or types of arguments.
 

@@ -6,3 +6,5 @@ from replicax.compat._functions import pmap as pmap
 from replicax.compat._install import install as install
 from replicax.compat._install import installed as installed
 from replicax.compat._install import uninstall as uninstall
+
+__all__ = ["device_put_replicated", "device_put_sharded", "install", "installed", "pmap", "uninstall"]

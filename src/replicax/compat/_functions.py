@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
 from replicax import _jax
+from replicax._axes import takes_position
 from replicax._dispatch import check_devices
 from replicax._errors import OptionTypeError, ShardsError, report
 from replicax._pmap import MappedFunction
@@ -72,9 +73,15 @@ def pmap(
         devices=devices,
         backend=backend,
         axis_size=axis_size,
-        donate_argnums=donate_argnums,
+        donate_argnums=_that_exist(fun, donate_argnums),
     )
     return MappedFunction(fun, dataclasses.replace(checked.options, agreeing=False))
+
+
+def _that_exist(fun: Callable[..., Any], positions: int | Iterable[int]) -> Any:
+    """The donated positions without those that the function does not have, which ``jax.pmap`` ignores."""
+    numbers = tuple(positions) if isinstance(positions, Iterable) else (positions,)
+    return tuple(i for i in numbers if not isinstance(i, int) or takes_position(fun, i))
 
 
 def device_put_replicated(x: Tree, devices: Sequence[jax.Device]) -> Tree:

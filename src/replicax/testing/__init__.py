@@ -3,3 +3,5 @@
 from replicax._errors import MismatchError as MismatchError
 from replicax.testing._check import check as check
 from replicax.testing._lockstep import lockstep as lockstep
+
+__all__ = ["MismatchError", "check", "lockstep"]
