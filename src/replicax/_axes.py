@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,13 +197,19 @@ def one_replica_type(aval: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeD
     return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
 
 
-def match_in_axes(spec: Spec, args: Mapping[int, Any], arity: int, leaves: Sequence[Leaf]) -> list[int | None]:
+def match_in_axes(
+    spec: Spec, args: Mapping[int, Any], names: Mapping[int, str], static: Collection[int | str], leaves: Sequence[Leaf]
+) -> list[int | None]:
     """The mapped axis of each leaf of the arguments, as a non-negative position.
+
+    As in ``jax.pmap``, ``in_axes`` has an entry for a static argument, too, which is not used; and where the function
+    has static arguments, entries may be left over.
 
     Args:
         spec: ``in_axes``: one axis for all positional arguments, or a tuple with an entry for each.
         args: The positional arguments by position, those that are static left out.
-        arity: The number of positional arguments, static ones included.
+        names: What the user calls each positional argument, static ones included.
+        static: The positions of the function's static arguments, and the names of those passed by name.
         leaves: The leaves of those and then of the keyword arguments, which are always mapped along axis 0.
 
     Raises:
@@ -211,11 +217,14 @@ def match_in_axes(spec: Spec, args: Mapping[int, Any], arity: int, leaves: Seque
     """
     in_axes = spec.tree
     per_argument = isinstance(in_axes, tuple | list)
-    if per_argument and not max(args, default=-1) < len(in_axes) <= arity:
+    arity = len(names)
+    if per_argument and (len(in_axes) <= max(args, default=-1) or (len(in_axes) > arity and not static)):
+        called = f"in_axes={in_axes!r} is of length {len(in_axes)}, and the function was called with {arity} positional"
+        if static:
+            raise AxisSpecError(_entries(called, in_axes, names, static))
         raise AxisSpecError(
-            f"in_axes={in_axes!r} is of length {len(in_axes)}, and the function was called with {arity} positional "
-            f"argument(s). Give one entry for each positional argument (each argument passed by keyword is mapped "
-            f"along axis 0), or a single int for all of them."
+            f"{called} argument(s). Give one entry for each positional argument (each argument passed by keyword is "
+            f"mapped along axis 0), or a single int for all of them."
         )
     if not arity and not per_argument and not isinstance(in_axes, int | None):
         raise AxisSpecError(
@@ -226,6 +235,22 @@ def match_in_axes(spec: Spec, args: Mapping[int, Any], arity: int, leaves: Seque
     axes = broadcast_prefix("in_axes", "the tuple of arguments", entries, tuple(args.values()))
     axes += [0] * (len(leaves) - len(axes))
     return normalize("in_axes", "argument", axes, leaves, extra=0)
+
+
+def _entries(called: str, in_axes: Sequence[Any], names: Mapping[int, str], static: Collection[int | str]) -> str:
+    """Which entry of ``in_axes`` belongs to which argument, where it has too few and some arguments are static."""
+    lines, dynamic = [], [i for i in names if i not in static]
+    for i, name in names.items():
+        entry = f"in_axes[{i}] is {in_axes[i]!r}" if i < len(in_axes) else "no entry"
+        lines.append(f"{name}{' (static)' if i in static else ''}: {entry}")
+    meant = dict(zip(dynamic, in_axes, strict=True)) if len(dynamic) == len(in_axes) else dict.fromkeys(dynamic, 0)
+    example = tuple(meant.get(i) for i in names)
+    return report(
+        f"{called} argument(s), static ones among them:",
+        lines,
+        f"Give one entry for each positional argument; that of a static argument is not used, and None will do. Write "
+        f"in_axes={example!r}, or a single int for all of them.",
+    )
 
 
 def match_out_axes(spec: Spec, out: Any) -> list[int | None]:

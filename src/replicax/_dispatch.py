@@ -396,11 +396,8 @@ class Dispatcher:
         names = name_leaves(fun, args, call.kwargs)
         named = [Leaf(name, _type(x)) for name, x in zip(names, leaves, strict=True)]
         static = {where for where, _, _ in call.static} | {*options.static.positions}
-        arity = len(args) + sum(isinstance(where, int) for where, _, _ in call.static)
-        while arity in static:  # passed by name, or left out: in_axes may have an entry for it
-            arity += 1
-        in_axes = match_in_axes(options.in_axes, args, arity, named)
-        every = parameter_names(fun, [*args, *(where for where, _, _ in call.static if isinstance(where, int))])
+        every = parameter_names(fun, sorted([*args, *(i for i, _, _ in call.static if isinstance(i, int))]))
+        in_axes = match_in_axes(options.in_axes, args, every, static, named)
         return Signature(
             size=mapped_size(in_axes, named, options.axis_size),
             leaves=tuple(named),

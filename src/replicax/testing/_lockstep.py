@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from replicax import _jax
-from replicax._axes import Leaf, check_spec, mapped_size, match_in_axes, match_out_axes, name_leaves
+from replicax._axes import Leaf, check_spec, mapped_size, match_in_axes, match_out_axes, name_leaves, parameter_names
 from replicax._errors import DivergentOutputError, UnsupportedCollectiveError
 
 
@@ -57,7 +57,7 @@ def lockstep(
             Leaf(name, jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)))
             for name, x in zip(names, leaves, strict=True)
         ]
-        axes = match_in_axes(in_spec, dict(enumerate(args)), len(args), named)
+        axes = match_in_axes(in_spec, dict(enumerate(args)), parameter_names(fun, range(len(args))), (), named)
         size = mapped_size(axes, named, axis_size)
         stacked = [
             jnp.broadcast_to(x, (size, *jnp.shape(x))) if axis is None else jnp.moveaxis(jnp.asarray(x), axis, 0)
