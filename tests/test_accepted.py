@@ -1,10 +1,13 @@
 """What JAX's own maps take or what a program may hold, and a map took for something else, or refused without saying."""
 
+import contextlib
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import replicax
 from replicax import pmap
@@ -56,3 +59,44 @@ def test_in_axes_without_an_entry_for_a_static_argument():
     close(right(x, "train", x, x, 1.0), 3 * x + 1)
     with pytest.raises(replicax.AxisSpecError, match=r"in_axes=\(0, None, 0, 0, 0\), or"):
         pmap(lambda x, mode, y, z, w: x, in_axes=(0, 0), static_broadcasted_argnums=1)(x, "train", x, x, x)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Arrays whose types say how they are split, where replicas do not divide over devices
+
+
+def centered(x):
+    return x * lax.axis_index("i") + lax.pmean(x, "i")
+
+
+#: Replicas, devices that hold them on a mesh with Explicit axes, devices of the map: all are padded.
+SPLIT = [(22, 2, 8), (20, 4, 8), (15, 5, 8), (10, 2, 4), (21, 7, 4)]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("n", "held", "used"), SPLIT)
+def test_rows_split_by_an_explicit_mesh_where_the_map_pads(n, held, used, axis):
+    mesh = Mesh(np.array(jax.devices()[:held]), ("a",), axis_types=(AxisType.Explicit,))
+    host = np.moveaxis(rows(n, 3), 0, axis)
+    x = jax.device_put(host, NamedSharding(mesh, P(*[None] * axis, "a")))
+    mapped = pmap(centered, axis_name="i", in_axes=axis, devices=jax.devices()[:used])
+    right = jax.vmap(centered, axis_name="i", in_axes=axis)
+    for _ in range(2):  # the second call is a warm one
+        close(mapped(x), right(host))
+    with jax.set_mesh(mesh):
+        close(mapped(x), right(host))
+    close(mapped.lower(x).compile()(x), right(host))
+    close(jax.grad(lambda x: mapped(x).sum())(x), jax.grad(lambda x: right(x).sum())(host))
+    close(pmap(centered, "i", in_axes=axis, donate_argnums=0, devices=jax.devices()[:used])(x + 0), right(host))
+
+
+@pytest.mark.parametrize("n", [22, 12])
+def test_under_jit_rows_split_by_an_explicit_mesh_of_all_devices(n):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    x = jax.device_put(rows(n, 3), NamedSharding(mesh, P("b")))
+    mapped, right = pmap(centered, "i"), jax.vmap(centered, axis_name="i")
+    for scope in (contextlib.nullcontext(), jax.set_mesh(mesh)):
+        with scope:
+            close(jax.jit(lambda x: mapped(x) + x)(x), right(rows(n, 3)) + rows(n, 3))
+            close(jax.jit(jax.grad(lambda x: mapped(x).sum()))(x), jax.grad(lambda x: right(x).sum())(rows(n, 3)))
+            close(mapped(x), right(rows(n, 3)))

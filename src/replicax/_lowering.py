@@ -349,7 +349,9 @@ class Program:
         return list(self._pads[which, whole](leaves))
 
     def _add_rows(self, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
-        return lambda xs: [pad_rows(x, axis, self.layout.axis.padding) for x, axis in zip(xs, axes, strict=True)]
+        rows = self.layout.axis.padding
+        # One row more has no type on a mesh with Explicit axes that split the rows.
+        return lambda xs: [pad_rows(_primitives.retype(x, None), a, rows) for x, a in zip(xs, axes, strict=True)]
 
     def _take_rows(self, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
         """Each device takes its own rows of what it has whole, where XLA would have devices send each other parts."""
