@@ -3,6 +3,7 @@
 import contextlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
@@ -100,3 +101,80 @@ def test_under_jit_rows_split_by_an_explicit_mesh_of_all_devices(n):
             close(jax.jit(lambda x: mapped(x) + x)(x), right(rows(n, 3)) + rows(n, 3))
             close(jax.jit(jax.grad(lambda x: mapped(x).sum()))(x), jax.grad(lambda x: right(x).sum())(rows(n, 3)))
             close(mapped(x), right(rows(n, 3)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# References
+
+
+def keep(ref, x):
+    ref[...] = x
+    return x
+
+
+def test_references_among_the_arguments_are_refused_by_name():
+    ref = jax.new_ref(jnp.zeros(13))
+    x = rows(13)
+    for call in (
+        lambda: pmap(keep)(ref, x),
+        lambda: pmap(keep, in_axes=(None, 0))(ref, x),
+        lambda: jax.jit(pmap(keep))(ref, x),
+        lambda: jax.grad(lambda x: pmap(keep)(ref, x).sum())(x),
+        lambda: pmap(keep).lower(ref, x),
+    ):
+        with pytest.raises(replicax.NotAnArrayError) as caught:
+            call()
+        assert str(caught.value).splitlines() == [
+            "pmap maps arrays, and these arguments are references to arrays (jax.Ref):",
+            "  * ref of shape (13,)",
+            "Pass the values and return the new ones, as in ref = jax.new_ref(pmap(f)(ref[...])). A reference that the "
+            "mapped function makes itself, with jax.new_ref, may be read and written there.",
+        ]
+    for _ in range(2):
+        ref = jax.new_ref(pmap(lambda value, x: value + x)(ref[...], x))
+    close(ref[...], 2 * x)
+
+
+def test_references_that_a_function_closes_over_are_refused():
+    ref = jax.new_ref(jnp.zeros((2,)))
+
+    def adds(x):
+        return lax.fori_loop(0, 3, lambda _, y: y + ref[...].sum(), x)
+
+    def writes(x):
+        ref[...] = jnp.ones(2)
+        return x
+
+    def of_the_outer(row):
+        own = jax.new_ref(row[:2])
+        return pmap(lambda x: x + own[...].sum())(row)
+
+    for fun, name in ((adds, "adds"), (writes, "writes"), (of_the_outer, "<lambda>")):
+        with pytest.raises(replicax.NotAnArrayError) as caught:
+            pmap(fun)(rows(13, 3))
+        assert str(caught.value).splitlines() == [
+            f"{name} reads or writes references to arrays (jax.Ref) that are not its own:",
+            "  * one of shape (2,) and dtype float32",
+            "Pass the value, ref[...], as an argument (with None in in_axes every replica gets it whole), and return "
+            "what is to be written. A reference that the mapped function makes itself, with jax.new_ref, may be read "
+            "and written there.",
+        ]
+    close(ref[...], np.zeros(2))
+
+
+def test_a_reference_as_a_result_is_refused():
+    with pytest.raises(replicax.NotAnArrayError, match=r"result\['a'\] is a reference to an array.*value is ref\["):
+        pmap(lambda x: {"a": jax.new_ref(x)})(rows(8))
+
+
+@pytest.mark.parametrize("n", [8, 13])
+def test_references_of_its_own(n):
+    def step(ref, i):
+        ref[...] = ref[...] * i + lax.pmean(ref[...], "i")
+
+    def fun(x):
+        ref = jax.new_ref(x)
+        lax.fori_loop(0, 3, lambda i, _: step(ref, i), None)
+        return ref[...]
+
+    close(pmap(fun, "i")(rows(n, 2)), jax.vmap(fun, axis_name="i")(rows(n, 2)))

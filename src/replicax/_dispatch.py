@@ -36,6 +36,7 @@ from replicax._errors import (
 from replicax._layout import layout, replicas_of
 from replicax._lowering import Program, Recorded, describe_type, lower, record, trace_replica
 from replicax._packing import comes_packed, may_be_packed, packed
+from replicax._references import refuse_passed
 from replicax._run import delete_taken, run, stage
 from replicax._signature import Signature
 from replicax._transfer import is_small, native, own, put
@@ -549,8 +550,9 @@ def _type(x: Any) -> jax.ShapeDtypeStruct:
 
 def _types_of_arrays(fun: Callable[..., Any], call: Call, leaves: Sequence[Any], *, abstract: bool) -> Hashable:
     """What the usual look at all of them at once has not found: the types of some that are arrays nevertheless."""
-    faults = []
-    for name, x in zip(name_leaves(fun, call.by_position(), call.kwargs), leaves, strict=True):
+    faults, names = [], name_leaves(fun, call.by_position(), call.kwargs)
+    refuse_passed(names, leaves)
+    for name, x in zip(names, leaves, strict=True):
         try:
             known = _jax.is_array_type(x) or isinstance(x, bool) or (abstract and isinstance(x, jax.ShapeDtypeStruct))
         except OverflowError as error:

@@ -25,6 +25,7 @@ from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
 from jax._src.lib import _jax as jaxlib
 from jax._src.sharding_impls import UNSPECIFIED
+from jax._src.state.types import AbstractRef
 from jax.extend import core as extend_core
 
 Jaxpr = Any
@@ -89,6 +90,8 @@ def trace_context() -> Hashable:
 def typeof(x: Any) -> Any:
     """The type of an array or a scalar, as JAX would take it now; TypeError or ValueError for anything else."""
     aval = core.shaped_abstractify(x)
+    if isinstance(aval, AbstractRef):
+        raise TypeError(f"{type(x).__name__} is no array")
     if isinstance(x, jax.Array) and not config.enable_x64.value and aval.dtype.name in _WIDE:
         return aval.update(dtype=_WIDE[aval.dtype.name])  # made while 64-bit types were enabled
     return aval
@@ -623,6 +626,11 @@ def is_array_type(x: object) -> bool:
     except TypeError:
         return False
     return True
+
+
+def is_reference(x: object) -> bool:
+    """Whether ``x`` is a ``jax.Ref``, or a tracer of one."""
+    return is_array_type(x) and isinstance(core.typeof(x), AbstractRef)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from replicax._errors import (
 )
 from replicax._layout import Layout, LogicalAxis, Scope, Splits
 from replicax._levels import OneReplica, Part, comes_in_parts, equal_on, over_lanes, own_on, own_rows, pad_rows
+from replicax._references import refuse_closed_over
 from replicax._rewrite import Rewriter, one_value
 from replicax._varying import NOWHERE, Analysis, Varying
 
@@ -125,6 +126,7 @@ def trace_replica(
     except (NotImplementedError, TypeError, ValueError) as error:
         _explain(error)
         raise
+    refuse_closed_over(getattr(fun, "__name__", "The mapped function"), consts)
     return Replica(jaxpr, consts, out)
 
 
@@ -166,7 +168,7 @@ def _check_results(out: Any) -> None:
     faults = [
         f"result{keystr(path)} {describe_type(x)}"
         for path, x in jax.tree_util.tree_leaves_with_path(out)
-        if not _jax.is_array_type(x) and not isinstance(x, bool)
+        if (not _jax.is_array_type(x) and not isinstance(x, bool)) or _jax.is_reference(x)
     ]
     if faults:
         raise NotAnArrayError(
@@ -182,6 +184,8 @@ def describe_type(x: object) -> str:
     """What a message says of something that is no array."""
     if isinstance(x, np.ndarray):
         return f"is a NumPy array of dtype {x.dtype}"
+    if _jax.is_reference(x):
+        return "is a reference to an array (jax.Ref), whose value is ref[...]"
     return f"is of type {type(x).__name__}" + (f": {x!r:.60}" if isinstance(x, str | bytes) else "")
 
 
