@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.sparse import BCOO, BCSR
+from jax.interpreters import batching
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import replicax
 from replicax import pmap
+from replicax.testing import lockstep
 
 
 def close(ours, right):
@@ -178,3 +181,146 @@ def test_references_of_its_own(n):
         return ref[...]
 
     close(pmap(fun, "i")(rows(n, 2)), jax.vmap(fun, axis_name="i")(rows(n, 2)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Types with rules of their own for vmap
+
+
+def matrices(n):
+    dense = np.where(rows(n, 4, 3) > 0, rows(n, 4, 3), 0)
+    return BCOO.fromdense(jnp.asarray(dense), n_batch=1)
+
+
+def same(ours, right):
+    """Also in structure, which has the shape of a sparse matrix in it."""
+    assert jax.tree.structure(ours) == jax.tree.structure(right)
+    close(ours, right)
+
+
+SPARSE = {
+    "mapped": (lambda m, v: m @ v, (0, None), 0),
+    "made dense": (lambda m, v: m.todense() * v, (0, None), 0),
+    "a result": (lambda m, v: (m * 2, [m.T]), (0, None), 0),
+    "a result of several axes": (lambda m, v: {"a": m, "b": v * m.sum()}, (0, None), {"a": 0, "b": 1}),
+    "a communicated one": (lambda m, v: m.todense() + lax.psum(m.todense(), "i"), (0, None), 0),
+}
+
+
+@pytest.mark.parametrize("case", SPARSE)
+@pytest.mark.parametrize("n", [8, 13])
+def test_sparse_matrices(n, case):
+    fun, in_axes, out_axes = SPARSE[case]
+    mapped = pmap(fun, "i", in_axes=in_axes, out_axes=out_axes)
+    right = jax.vmap(fun, in_axes, out_axes, axis_name="i")(matrices(n), rows(3))
+    for _ in range(2):
+        same(mapped(matrices(n), rows(3)), right)
+    same(jax.jit(mapped)(matrices(n), rows(3)), right)
+    same(mapped.lower(matrices(n), rows(3)).compile()(matrices(n), rows(3)), right)
+    same(lockstep(fun, axis_name="i", in_axes=in_axes, out_axes=out_axes)(matrices(n), rows(3)), right)
+
+
+def test_sparse_matrices_that_all_replicas_get_whole_and_in_keywords():
+    one = BCOO.fromdense(jnp.asarray(np.eye(4, 3, dtype=np.float32)))
+    fun = lambda m, v, scale=None: (m @ v, m) if scale is None else (scale @ v, m)
+    same(
+        pmap(fun, in_axes=(None, 0), out_axes=(0, None))(one, rows(13, 3)),
+        jax.vmap(fun, (None, 0), (0, None))(one, rows(13, 3)),
+    )
+    same(
+        pmap(fun, in_axes=(None, 0), out_axes=(0, None))(one, rows(13, 3), scale=matrices(13)),
+        jax.vmap(fun, (None, 0), (0, None))(one, rows(13, 3), scale=matrices(13)),
+    )
+    rowwise = BCSR.from_bcoo(matrices(8))
+    same(pmap(lambda m: m)(rowwise), jax.vmap(lambda m: m)(rowwise))
+
+
+def test_derivatives_by_and_maps_inside_maps_of_sparse_matrices():
+    def loss(map_, m):
+        return jnp.sin(map_(lambda m: (m @ jnp.ones(3)).sum())(m)).sum()
+
+    m = matrices(13)
+    by_data = lambda map_: jax.grad(lambda data: loss(map_, BCOO((data, m.indices), shape=m.shape)))(m.data)
+    close(by_data(pmap), by_data(jax.vmap))
+    wide = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), (matrices(8).data, matrices(8).indices))
+    wide = BCOO(wide, shape=(2, 4, 4, 3))
+    twice = lambda map_: map_(map_(lambda m: (m * 3, m.todense())))(wide)
+    same(twice(pmap), twice(jax.vmap))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: pmap(lambda m: m, in_axes=1)(matrices(8)), "in_axes has 1 for a BCOO: Cannot map in_axis=1"),
+        (lambda: pmap(lambda m: m, out_axes=1)(matrices(8)), "out_axes has 1 for a BCOO: BCOO: cannot add out_axis=1"),
+    ],
+)
+def test_axes_that_a_sparse_matrix_cannot_have(call, says):
+    with pytest.raises(replicax.AxisSpecError) as caught:
+        call()
+    assert str(caught.value).startswith(says)
+    assert str(caught.value).endswith("Write an entry that jax.vmap takes, too.")
+
+
+def test_axes_for_the_arrays_of_a_sparse_matrix():
+    with pytest.raises(replicax.AxisSpecTypeError, match=r"in_axes\[0\] is a BCOO, where one int stands for all of it"):
+        pmap(lambda m: m, in_axes=(jax.tree.map(lambda _: 0, matrices(8)),))
+
+
+@jax.tree_util.register_pytree_node_class
+class Pair:
+    """Two arrays, of which the second has its mapped axis last."""
+
+    def __init__(self, left, right):
+        self.left, self.right = left, right
+
+    def tree_flatten(self):
+        return (self.left, self.right), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+class Sides:
+    """What stands for an axis of a Pair: which of its arrays are mapped."""
+
+    def __init__(self, left, right):
+        self.left, self.right = left, right
+
+
+@jax.tree_util.register_pytree_node_class
+class Doubled(Pair):
+    """One whose rule computes."""
+
+
+batching.register_vmappable(
+    Pair,
+    Sides,
+    int,
+    lambda cont, _, x, spec: Pair(cont(x.left, spec.left), cont(x.right, spec.right)),
+    lambda cont, size, x, spec: Pair(cont(size, x.left, spec.left), cont(size, x.right, spec.right)),
+    None,
+)
+batching.register_vmappable(
+    Doubled, int, int, lambda cont, _, x, axis: Doubled(cont(x.left * 2, axis), x.right),
+    lambda cont, size, x, axis: x, None,
+)  # fmt: skip
+
+
+def test_a_type_with_specifications_of_its_own():
+    fun = lambda pair, x: (Pair(pair.right * x, pair.left), pair.left + x)
+    n = 13
+    for inside, outside, right in ((Sides(0, 1), Sides(1, 0), rows(4, n)), (Sides(0, None), Sides(0, 0), rows(4))):
+        pair = Pair(rows(n, 4), right)
+        options = {"in_axes": (inside, 0), "out_axes": (outside, 0)}
+        same(pmap(fun, **options)(pair, rows(n)), jax.vmap(fun, **options)(pair, rows(n)))
+    with pytest.raises(
+        replicax.AxisSpecError, match=r"in_axes has <.*Sides.*>, of type Sides, for an array\. Write an"
+    ):
+        pmap(fun, in_axes=(0, Sides(0, 0)))(rows(n), rows(n))
+
+
+def test_a_type_whose_rule_computes_is_refused():
+    with pytest.raises(replicax.NotAnArrayError, match=r"Doubled has for jax\.vmap computes.*Pass its arrays"):
+        pmap(lambda x: x.left)(Doubled(rows(8), rows(8)))

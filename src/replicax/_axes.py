@@ -21,6 +21,7 @@ from replicax._errors import (
     as_int,
     report,
 )
+from replicax._vmappable import all_of, one_of
 
 
 def is_none(x: object) -> bool:
@@ -30,9 +31,12 @@ def is_none(x: object) -> bool:
 
 @dataclass(frozen=True)
 class Spec:
-    """``in_axes`` or ``out_axes``: a pytree of ints and None, hashable."""
+    """``in_axes`` or ``out_axes``: a pytree of ints and None, hashable.
 
-    leaves: tuple[int | None, ...]
+    Types with rules of their own for ``vmap`` may have entries of a kind of their own, too.
+    """
+
+    leaves: tuple[Any, ...]
     treedef: Any
 
     @property
@@ -49,8 +53,11 @@ def check_spec(which: str, spec: Any) -> Spec:
     """
     faults = []
 
-    def leaf(path: Any, axis: Any) -> int | None:
-        if axis is None:
+    def leaf(path: Any, axis: Any) -> Any:
+        if axis is None or (_jax.is_map_spec(axis) and not isinstance(axis, int)):
+            return axis
+        if _jax.is_vmappable(axis):
+            faults.append(f"{which}{keystr(path)} is a {type(axis).__name__}, where one int stands for all of it")
             return None
         try:
             if isinstance(axis, bool):
@@ -60,7 +67,7 @@ def check_spec(which: str, spec: Any) -> Spec:
             faults.append(f"{which}{keystr(path)} is {axis!r}, of type {type(axis).__name__}")
             return None
 
-    checked = jax.tree_util.tree_map_with_path(leaf, spec, is_leaf=is_none)
+    checked = jax.tree_util.tree_map_with_path(leaf, spec, is_leaf=lambda x: is_none(x) or _jax.is_vmappable(x))
     if faults:
         raise AxisSpecTypeError(
             report(
@@ -72,7 +79,7 @@ def check_spec(which: str, spec: Any) -> Spec:
     return Spec(*_flatten(checked))
 
 
-def _flatten(spec: Any) -> tuple[tuple[int | None, ...], Any]:
+def _flatten(spec: Any) -> tuple[tuple[Any, ...], Any]:
     leaves, treedef = jax.tree.flatten(spec, is_leaf=is_none)
     return tuple(leaves), treedef
 
@@ -198,9 +205,14 @@ def one_replica_type(aval: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeD
 
 
 def match_in_axes(
-    spec: Spec, args: Mapping[int, Any], names: Mapping[int, str], static: Collection[int | str], leaves: Sequence[Leaf]
-) -> list[int | None]:
-    """The mapped axis of each leaf of the arguments, as a non-negative position.
+    spec: Spec,
+    args: Mapping[int, Any],
+    kwargs: Mapping[str, Any],
+    names: Mapping[int, str],
+    static: Collection[int | str],
+    leaves: Sequence[Leaf],
+) -> tuple[list[int | None], Any]:
+    """The mapped axis of each leaf of the arguments, as a non-negative position, and how those of one replica nest.
 
     As in ``jax.pmap``, ``in_axes`` has an entry for a static argument, too, which is not used; and where the function
     has static arguments, entries may be left over.
@@ -208,9 +220,10 @@ def match_in_axes(
     Args:
         spec: ``in_axes``: one axis for all positional arguments, or a tuple with an entry for each.
         args: The positional arguments by position, those that are static left out.
+        kwargs: The keyword arguments, which are always mapped along axis 0.
         names: What the user calls each positional argument, static ones included.
         static: The positions of the function's static arguments, and the names of those passed by name.
-        leaves: The leaves of those and then of the keyword arguments, which are always mapped along axis 0.
+        leaves: The leaves of both.
 
     Raises:
         AxisSpecError: ``in_axes`` is no prefix of the arguments, or a leaf lacks its mapped axis.
@@ -232,9 +245,10 @@ def match_in_axes(
             f"passed by keyword are mapped along axis 0: leave in_axes out, or pass them by position."
         )
     entries = tuple(in_axes[i] if per_argument else in_axes for i in args)
-    axes = broadcast_prefix("in_axes", "the tuple of arguments", entries, tuple(args.values()))
-    axes += [0] * (len(leaves) - len(axes))
-    return normalize("in_axes", "argument", axes, leaves, extra=0)
+    axes, own = broadcast_prefix("in_axes", "the tuple of arguments", entries, tuple(args.values()), one_of)
+    of_kwargs, own_kwargs = broadcast_prefix("in_axes", "the keyword arguments", 0, dict(kwargs), one_of)
+    axes = normalize("in_axes", "argument", [*axes, *of_kwargs], leaves, extra=0)
+    return axes, jax.tree.structure((own, own_kwargs))
 
 
 def _entries(called: str, in_axes: Sequence[Any], names: Mapping[int, str], static: Collection[int | str]) -> str:
@@ -253,31 +267,56 @@ def _entries(called: str, in_axes: Sequence[Any], names: Mapping[int, str], stat
     )
 
 
-def match_out_axes(spec: Spec, out: Any) -> list[int | None]:
-    """The mapped axis of each leaf of the result, as a non-negative position.
+def match_out_axes(spec: Spec, out: Any, size: int) -> tuple[list[int | None], Any]:
+    """The mapped axis of each leaf of the result, as a non-negative position, and how those of all replicas nest.
 
     Args:
         spec: ``out_axes``.
         out: The result of one replica: a tree of ``jax.ShapeDtypeStruct``.
+        size: The number of replicas.
 
     Raises:
         AxisSpecError: ``out_axes`` is no prefix of the result, or a leaf cannot have that axis.
     """
-    axes = broadcast_prefix("out_axes", "the result", spec.tree, out)
+    axes, whole = broadcast_prefix("out_axes", "the result", spec.tree, out, lambda own, axis: all_of(own, axis, size))
     paths = jax.tree_util.tree_leaves_with_path(out)
     leaves = [Leaf(f"result{keystr(path)}", aval) for path, aval in paths]
-    return normalize("out_axes", "result", axes, leaves, extra=1)
+    return normalize("out_axes", "result", axes, leaves, extra=1), jax.tree.structure(whole)
 
 
-def broadcast_prefix(which: str, what: str, spec: Any, tree: Any) -> list[int | None]:
-    """The entry of a prefix tree for each leaf of ``tree``."""
+def broadcast_prefix(
+    which: str, what: str, spec: Any, tree: Any, mapped: Callable[[Any, Any], tuple[list[int | None], Any]]
+) -> tuple[list[int | None], Any]:
+    """The axis in a prefix tree for each leaf of ``tree``.
+
+    Args:
+        which: ``in_axes`` or ``out_axes``.
+        what: What the tree is.
+        spec: The prefix tree.
+        tree: The tree.
+        mapped: For what has rules of its own for ``vmap``, given its entry: the axis of each leaf of it, and what the
+            map makes of it.
+
+    Returns:
+        The axes, and the tree with what the map makes of such values in their places.
+    """
     axes: list[int | None] = []
+    values: list[Any] = []
 
-    def repeat(axis: int | None, subtree: Any) -> None:
-        axes.extend([axis] * jax.tree.structure(subtree).num_leaves)
+    def repeat(axis: Any, subtree: Any) -> None:
+        for x in jax.tree.leaves(subtree, is_leaf=_jax.is_vmappable):
+            if not _jax.is_vmappable(x) and not isinstance(axis, int | None):
+                raise AxisSpecError(
+                    f"{which} has {axis!r}, of type {type(axis).__name__}, for an array. Write an int or None."
+                )
+            own_axes, own = mapped(x, axis) if _jax.is_vmappable(x) and axis is not None else ([axis], x)
+            axes.extend([None] * jax.tree.structure(x).num_leaves if axis is None else own_axes)
+            values.append(own)
 
     try:
         jax.tree.map(repeat, spec, tree, is_leaf=is_none)
+    except AxisSpecError:
+        raise
     except ValueError:
         faults = _jax.prefix_faults(f"pmap {which}", spec, tree, is_none)
         raise AxisSpecError(
@@ -287,7 +326,7 @@ def broadcast_prefix(which: str, what: str, spec: Any, tree: Any) -> list[int | 
                 f"Write one int or None for a whole subtree, or one for each entry, following how {what} nests.",
             )
         ) from None
-    return axes
+    return axes, jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_jax.is_vmappable), values)
 
 
 def normalize(

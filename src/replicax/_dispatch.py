@@ -398,12 +398,13 @@ class Dispatcher:
         named = [Leaf(name, _type(x)) for name, x in zip(names, leaves, strict=True)]
         static = {where for where, _, _ in call.static} | {*options.static.positions}
         every = parameter_names(fun, sorted([*args, *(i for i, _, _ in call.static if isinstance(i, int))]))
-        in_axes = match_in_axes(options.in_axes, args, every, static, named)
+        in_axes, own_tree = match_in_axes(options.in_axes, args, call.kwargs, every, static, named)
         return Signature(
             size=mapped_size(in_axes, named, options.axis_size),
             leaves=tuple(named),
             in_axes=tuple(in_axes),
             tree=jax.tree.structure((call.dynamic, call.kwargs)),
+            own_tree=own_tree,
             roots={(0, k): every[i] for k, i in enumerate(args)} | {(1, name): name for name in call.kwargs},
             static={every[i] if isinstance(i, int) else i: value for i, _, value in call.static},
             settings=_jax.settings(),
@@ -421,7 +422,7 @@ class Dispatcher:
         devices = options.resolve_devices()
         avals = [leaf.aval for leaf in signature.leaves]
         one = [one_replica_type(aval, axis) for aval, axis in zip(avals, signature.in_axes, strict=True)]
-        one_dynamic, one_kwargs = jax.tree.unflatten(signature.tree, one)
+        one_dynamic, one_kwargs = jax.tree.unflatten(signature.own_tree, one)
         by_position = dict(zip(call.positions, one_dynamic, strict=True))
         static = {where: value for where, _, value in call.static}
         by_position |= {i: value for i, value in static.items() if isinstance(i, int)}

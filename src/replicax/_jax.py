@@ -628,9 +628,31 @@ def is_array_type(x: object) -> bool:
     return True
 
 
+def is_vmappable(x: object) -> bool:
+    """Whether ``x`` is of a type with rules of its own for ``vmap``."""
+    return type(x) in batching.vmappables
+
+
+def is_map_spec(x: object) -> bool:
+    """Whether ``x`` is what such a type takes in the place of an axis."""
+    return type(x) in batching.spec_types and type(x) not in (batching.Sum, batching.Infer)
+
+
+def vmap_rules(kind: type) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The rules of such a type: from the value of all to that of one, and back."""
+    return batching.to_elt_handlers[kind], batching.from_elt_handlers[kind]
+
+
+def passed_on(fun: Callable[..., Sequence[Any]], types: Sequence[Any]) -> list[int | None]:
+    """Which argument each result of ``fun`` is; None for one that it computes."""
+    jaxpr = body(jax.make_jaxpr(fun)(*types))
+    position = {var: k for k, var in enumerate(jaxpr.invars)}
+    return [None if is_literal(var) else position.get(var) for var in jaxpr.outvars]
+
+
 def is_reference(x: object) -> bool:
     """Whether ``x`` is a ``jax.Ref``, or a tracer of one."""
-    return is_array_type(x) and isinstance(core.typeof(x), AbstractRef)
+    return isinstance(x, core.Ref | core.Tracer) and isinstance(core.typeof(x), AbstractRef)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -446,7 +446,7 @@ def lower(
     _refuse_device_maps(replica, name)
     refuse_ordered(replica.jaxpr, name)
     _refuse_two_bits([x.dtype for x in (*types, *jax.tree.leaves(replica.out))], layout)
-    flat_out_axes = match_out_axes(out_axes, replica.out)
+    flat_out_axes, out_tree = match_out_axes(out_axes, replica.out, layout.size)
     running, watched = replica, guard(replica.jaxpr, replica.consts, layout.axis, name)
     if watched is not None:
         running = dataclasses.replace(replica, jaxpr=watched[0], consts=watched[1])
@@ -480,7 +480,7 @@ def lower(
         out_axes=flat_out_axes,
         in_splits=in_splits,
         out_splits=out_splits,
-        out_tree=jax.tree.structure(replica.out),
+        out_tree=out_tree,
         function=function,
         donated=tuple(donated),
         closed=closed,
@@ -520,7 +520,7 @@ def record(
     """
     _refuse_device_maps(replica, name)
     refuse_ordered(replica.jaxpr, name)
-    flat_out_axes = match_out_axes(out_axes, replica.out)
+    flat_out_axes, out_tree = match_out_axes(out_axes, replica.out, axis.size)
     first = [False] * len(flat_out_axes)
     if None in flat_out_axes:
         varying = [NOWHERE if a is None else frozenset({axis}) for a in in_axes]
@@ -540,7 +540,7 @@ def record(
         )
         return [y[0] if f else y for y, f in zip(results, first, strict=True)]
 
-    return Recorded(tuple(replica.consts), jax.tree.structure(replica.out), staged, name)
+    return Recorded(tuple(replica.consts), out_tree, staged, name)
 
 
 def _one_replica(

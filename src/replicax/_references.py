@@ -41,7 +41,7 @@ def refuse_closed_over(name: str, consts: Sequence[Any]) -> None:
             report(
                 f"{name} reads or writes references to arrays (jax.Ref) that are not its own:",
                 faults,
-                "Pass the value, ref[...], as an argument (with None in in_axes every replica gets it whole), and return "
-                f"what is to be written. {OWN}",
+                "Pass the value, ref[...], as an argument (with None in in_axes every replica gets it whole), and "
+                f"return what is to be written. {OWN}",
             )
         )
