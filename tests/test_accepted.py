@@ -1,6 +1,7 @@
 """What JAX's own maps take or what a program may hold, and a map took for something else, or refused without saying."""
 
 import contextlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -324,3 +325,50 @@ def test_a_type_with_specifications_of_its_own():
 def test_a_type_whose_rule_computes_is_refused():
     with pytest.raises(replicax.NotAnArrayError, match=r"Doubled has for jax\.vmap computes.*Pass its arrays"):
         pmap(lambda x: x.left)(Doubled(rows(8), rows(8)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A result on fewer devices than a program that it is passed to
+
+
+def shared(x):
+    return x / lax.psum(x, "i")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda mapped, x: jax.jit(mapped)(x),
+        lambda mapped, x: jax.jit(lambda x: mapped(x) + 1)(x),
+        lambda mapped, x: lax.scan(lambda x, _: (mapped(x), None), x, None, 2),
+        lambda mapped, x: lax.cond(True, mapped, mapped, x),
+    ],
+)
+def test_devices_that_do_not_go_together_are_explained(run):
+    """JAX checks the arguments of a jit before a map is run, and says where the map comes from, which says the rest."""
+    mapped = pmap(shared, "i")
+    line = shared.__code__.co_firstlineno
+    fewer = mapped(np.arange(1.0, 13.0))
+    with pytest.raises(ValueError, match="Received incompatible devices") as caught:
+        run(mapped, fewer)
+    assert f"test_accepted.py:{line} (shared, mapped by replicax.pmap, which takes all of its 8" in str(caught.value)
+    assert str(caught.value).endswith(
+        " devices under jit. To pass what a map has left on fewer, map all with the same devices, as in pmap(f, "
+        "devices=jax.devices()[:6]); or pass replicax.fetch(x))"
+    )
+    run(mapped, replicax.fetch(fewer))
+    on_six = pmap(shared, "i", devices=jax.devices()[:6])
+    run(on_six, fewer)
+
+
+def test_devices_that_do_not_go_together_for_a_map_on_all():
+    with pytest.raises(ValueError, match=r"the same devices, as many as the smallest of them uses; or pass"):
+        jax.jit(lambda x: pmap(jnp.sin)(x[:8]))(pmap(jnp.cos)(np.ones(12)))
+
+
+def test_equations_inside_a_map_keep_their_source_lines():
+    jaxpr = jax.make_jaxpr(pmap(shared, "i"))(np.ones(12))
+    text = jaxpr.pretty_print(source_info=True)
+    line = shared.__code__.co_firstlineno + 1
+    assert re.search(rf" = div .*test_accepted.py:{line}:\d+ \(shared\)", text)
+    assert text.count("mapped by replicax.pmap") == 1

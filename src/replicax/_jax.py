@@ -507,6 +507,31 @@ def equation_context(eqn: Equation) -> Iterator[None]:
         yield
 
 
+def described_source(jaxpr: Jaxpr, description: str) -> Any:
+    """A traceback that JAX's errors quote as ``file:line (description)``, with where the jaxpr's function begins.
+
+    JAX checks devices before it runs anything of ours, and says of an equation no more than where it comes from.
+    """
+    found = re.search(r" at (.*):(\d+)$", body(jaxpr).debug_info.func_src_info or "")
+    users = found is not None and source_info_util.is_user_filename(found[1])  # JAX skips files of its own
+    file, line = (found[1], int(found[2])) if found is not None and users else ("<replicax.pmap>", 1)
+    code = compile("get()", file, "eval")
+    code = code.replace(co_name=description, co_qualname=description, co_firstlineno=line)
+    return eval(code, {"get": jaxlib.Traceback.get_traceback})
+
+
+@contextlib.contextmanager
+def source(traceback: Any) -> Iterator[None]:
+    """What is bound inside comes from there; with None, from where it is bound."""
+    state = source_info_util._source_info_context
+    before = state.context
+    state.context = before.replace(traceback=traceback)
+    try:
+        yield
+    finally:
+        state.context = before
+
+
 def bind(eqn: Equation, args: Sequence[Any]) -> list[Any]:
     """Binds an equation as it is."""
     return _bind(eqn, args, eqn.primitive.get_bind_params(eqn.params))

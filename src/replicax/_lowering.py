@@ -468,6 +468,7 @@ def lower(
     function = _over_devices(
         one_device if watched is None else _raising(one_device),
         layout,
+        _jax.described_source(replica.jaxpr, _advice(name, layout)),
         list(map(layout.spec, all_axes, in_splits)),
         list(map(layout.spec, flat_out_axes, out_splits)),
         flat_out_axes,
@@ -663,6 +664,7 @@ def _raising(one_device: OneReplica) -> OneReplica:
 def _over_devices(
     one_device: OneReplica,
     layout: Layout,
+    source: Any,
     ins: Sequence[PartitionSpec],
     outs: Sequence[PartitionSpec],
     out_axes: Sequence[int | None],
@@ -672,6 +674,7 @@ def _over_devices(
     Args:
         one_device: What each of them runs.
         layout: Where the replicas lie.
+        source: Where an error of JAX's about its devices is to say that it comes from.
         ins: How each argument is split.
         outs: How each result is split.
         out_axes: The mapped axis of each result.
@@ -681,18 +684,32 @@ def _over_devices(
         return [name for name in layout.scope.copies if name not in spec]
 
     def alike(*blocks: Any) -> tuple[Any, ...]:
-        given = (equal_on(x, missing(spec)) for x, spec in zip(blocks, ins, strict=True))
-        return tuple(own_on(y, missing(spec)) for y, spec in zip(one_device(*given), outs, strict=True))
+        with _jax.source(None):
+            given = (equal_on(x, missing(spec)) for x, spec in zip(blocks, ins, strict=True))
+            return tuple(own_on(y, missing(spec)) for y, spec in zip(one_device(*given), outs, strict=True))
 
     mapped = jax.shard_map(alike, mesh=layout.mesh, in_specs=tuple(ins), out_specs=tuple(outs), check_vma=False)
 
     def all_replicas(*args: Any) -> tuple[Any, ...]:
+        with _jax.source(source):
+            results = mapped(*args)
         return tuple(
             out if a is None or not layout.axis.padding else lax.slice_in_dim(out, 0, layout.size, axis=a)
-            for out, a in zip(mapped(*args), out_axes, strict=True)
+            for out, a in zip(results, out_axes, strict=True)
         )
 
     return all_replicas
+
+
+def _advice(name: str, layout: Layout) -> str:
+    """What JAX says of a map where an argument of the program that it is in lies on other devices than the map."""
+    every = layout.mesh.size
+    used = -(-layout.size // -(-layout.size // every))
+    which = f"as in pmap(f, devices=jax.devices()[:{used}])" if used < every else "as many as the smallest of them uses"
+    return (
+        f"{name}, mapped by replicax.pmap, which takes all of its {every} devices under jit. To pass what a map has "
+        f"left on fewer, map all with the same devices, {which}; or pass replicax.fetch(x)"
+    )
 
 
 def _check_broadcast_results(
