@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from replicax._errors import (
     as_int,
     report,
 )
+from replicax._vmappable import all_of, one_of
 
 
 def is_none(x: object) -> bool:
@@ -32,9 +33,12 @@ def is_none(x: object) -> bool:
 
 @dataclass(frozen=True)
 class Spec:
-    """``in_axes`` or ``out_axes``: a pytree of ints and None, hashable."""
+    """``in_axes`` or ``out_axes``: a pytree of ints and None, hashable.
 
-    leaves: tuple[int | None, ...]
+    Types with rules of their own for ``vmap`` may have entries of a kind of their own, too.
+    """
+
+    leaves: tuple[Any, ...]
     treedef: Any
 
     @property
@@ -51,8 +55,11 @@ def check_spec(which: str, spec: Any) -> Spec:
     """
     faults = []
 
-    def leaf(path: Any, axis: Any) -> int | None:
-        if axis is None:
+    def leaf(path: Any, axis: Any) -> Any:
+        if axis is None or (_jax.is_map_spec(axis) and not isinstance(axis, int)):
+            return axis
+        if _jax.is_vmappable(axis):
+            faults.append(f"{which}{keystr(path)} is a {type(axis).__name__}, where one int stands for all of it")
             return None
         try:
             if isinstance(axis, bool):
@@ -62,7 +69,7 @@ def check_spec(which: str, spec: Any) -> Spec:
             faults.append(f"{which}{keystr(path)} is {axis!r}, of type {type(axis).__name__}")
             return None
 
-    checked = jax.tree_util.tree_map_with_path(leaf, spec, is_leaf=is_none)
+    checked = jax.tree_util.tree_map_with_path(leaf, spec, is_leaf=lambda x: is_none(x) or _jax.is_vmappable(x))
     if faults:
         raise AxisSpecTypeError(
             report(
@@ -74,7 +81,7 @@ def check_spec(which: str, spec: Any) -> Spec:
     return Spec(*_flatten(checked))
 
 
-def _flatten(spec: Any) -> tuple[tuple[int | None, ...], Any]:
+def _flatten(spec: Any) -> tuple[tuple[Any, ...], Any]:
     leaves, treedef = jax.tree.flatten(spec, is_leaf=is_none)
     return tuple(leaves), treedef
 
@@ -221,25 +228,40 @@ def one_replica_type(aval: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeD
     return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
 
 
-def match_in_axes(spec: Spec, args: Mapping[int, Any], arity: int, leaves: Sequence[Leaf]) -> list[int | None]:
-    """The mapped axis of each leaf of the arguments, as a non-negative position.
+def match_in_axes(
+    spec: Spec,
+    args: Mapping[int, Any],
+    kwargs: Mapping[str, Any],
+    names: Mapping[int, str],
+    static: Collection[int | str],
+    leaves: Sequence[Leaf],
+) -> tuple[list[int | None], Any]:
+    """The mapped axis of each leaf of the arguments, as a non-negative position, and how those of one replica nest.
+
+    As in ``jax.pmap``, ``in_axes`` has an entry for a static argument, too, which is not used; and where the function
+    has static arguments, entries may be left over.
 
     Args:
         spec: ``in_axes``: one axis for all positional arguments, or a tuple with an entry for each.
         args: The positional arguments by position, those that are static left out.
-        arity: The number of positional arguments, static ones included.
-        leaves: The leaves of those and then of the keyword arguments, which are always mapped along axis 0.
+        kwargs: The keyword arguments, which are always mapped along axis 0.
+        names: What the user calls each positional argument, static ones included.
+        static: The positions of the function's static arguments, and the names of those passed by name.
+        leaves: The leaves of both.
 
     Raises:
         AxisSpecError: ``in_axes`` is no prefix of the arguments, or a leaf lacks its mapped axis.
     """
     in_axes = spec.tree
     per_argument = isinstance(in_axes, tuple | list)
-    if per_argument and not max(args, default=-1) < len(in_axes) <= arity:
+    arity = len(names)
+    if per_argument and (len(in_axes) <= max(args, default=-1) or (len(in_axes) > arity and not static)):
+        called = f"in_axes={in_axes!r} is of length {len(in_axes)}, and the function was called with {arity} positional"
+        if static:
+            raise AxisSpecError(_entries(called, in_axes, names, static))
         raise AxisSpecError(
-            f"in_axes={in_axes!r} is of length {len(in_axes)}, and the function was called with {arity} positional "
-            f"argument(s). Give one entry for each positional argument (each argument passed by keyword is mapped "
-            f"along axis 0), or a single int for all of them."
+            f"{called} argument(s). Give one entry for each positional argument (each argument passed by keyword is "
+            f"mapped along axis 0), or a single int for all of them."
         )
     if not arity and not per_argument and not isinstance(in_axes, int | None):
         raise AxisSpecError(
@@ -247,36 +269,78 @@ def match_in_axes(spec: Spec, args: Mapping[int, Any], arity: int, leaves: Seque
             f"passed by keyword are mapped along axis 0: leave in_axes out, or pass them by position."
         )
     entries = tuple(in_axes[i] if per_argument else in_axes for i in args)
-    axes = broadcast_prefix("in_axes", "the tuple of arguments", entries, tuple(args.values()))
-    axes += [0] * (len(leaves) - len(axes))
-    return normalize("in_axes", "argument", axes, leaves, extra=0)
+    axes, own = broadcast_prefix("in_axes", "the tuple of arguments", entries, tuple(args.values()), one_of)
+    of_kwargs, own_kwargs = broadcast_prefix("in_axes", "the keyword arguments", 0, dict(kwargs), one_of)
+    axes = normalize("in_axes", "argument", [*axes, *of_kwargs], leaves, extra=0)
+    return axes, jax.tree.structure((own, own_kwargs))
 
 
-def match_out_axes(spec: Spec, out: Any) -> list[int | None]:
-    """The mapped axis of each leaf of the result, as a non-negative position.
+def _entries(called: str, in_axes: Sequence[Any], names: Mapping[int, str], static: Collection[int | str]) -> str:
+    """Which entry of ``in_axes`` belongs to which argument, where it has too few and some arguments are static."""
+    lines, dynamic = [], [i for i in names if i not in static]
+    for i, name in names.items():
+        entry = f"in_axes[{i}] is {in_axes[i]!r}" if i < len(in_axes) else "no entry"
+        lines.append(f"{name}{' (static)' if i in static else ''}: {entry}")
+    meant = dict(zip(dynamic, in_axes, strict=True)) if len(dynamic) == len(in_axes) else dict.fromkeys(dynamic, 0)
+    example = tuple(meant.get(i) for i in names)
+    return report(
+        f"{called} argument(s), static ones among them:",
+        lines,
+        f"Give one entry for each positional argument; that of a static argument is not used, and None will do. Write "
+        f"in_axes={example!r}, or a single int for all of them.",
+    )
+
+
+def match_out_axes(spec: Spec, out: Any, size: int) -> tuple[list[int | None], Any]:
+    """The mapped axis of each leaf of the result, as a non-negative position, and how those of all replicas nest.
 
     Args:
         spec: ``out_axes``.
         out: The result of one replica: a tree of ``jax.ShapeDtypeStruct``.
+        size: The number of replicas.
 
     Raises:
         AxisSpecError: ``out_axes`` is no prefix of the result, or a leaf cannot have that axis.
     """
-    axes = broadcast_prefix("out_axes", "the result", spec.tree, out)
+    axes, whole = broadcast_prefix("out_axes", "the result", spec.tree, out, lambda own, axis: all_of(own, axis, size))
     paths = jax.tree_util.tree_leaves_with_path(out)
     leaves = [Leaf(f"result{keystr(path)}", aval) for path, aval in paths]
-    return normalize("out_axes", "result", axes, leaves, extra=1)
+    return normalize("out_axes", "result", axes, leaves, extra=1), jax.tree.structure(whole)
 
 
-def broadcast_prefix(which: str, what: str, spec: Any, tree: Any) -> list[int | None]:
-    """The entry of a prefix tree for each leaf of ``tree``."""
+def broadcast_prefix(
+    which: str, what: str, spec: Any, tree: Any, mapped: Callable[[Any, Any], tuple[list[int | None], Any]]
+) -> tuple[list[int | None], Any]:
+    """The axis in a prefix tree for each leaf of ``tree``.
+
+    Args:
+        which: ``in_axes`` or ``out_axes``.
+        what: What the tree is.
+        spec: The prefix tree.
+        tree: The tree.
+        mapped: For what has rules of its own for ``vmap``, given its entry: the axis of each leaf of it, and what the
+            map makes of it.
+
+    Returns:
+        The axes, and the tree with what the map makes of such values in their places.
+    """
     axes: list[int | None] = []
+    values: list[Any] = []
 
-    def repeat(axis: int | None, subtree: Any) -> None:
-        axes.extend([axis] * jax.tree.structure(subtree).num_leaves)
+    def repeat(axis: Any, subtree: Any) -> None:
+        for x in jax.tree.leaves(subtree, is_leaf=_jax.is_vmappable):
+            if not _jax.is_vmappable(x) and not isinstance(axis, int | None):
+                raise AxisSpecError(
+                    f"{which} has {axis!r}, of type {type(axis).__name__}, for an array. Write an int or None."
+                )
+            own_axes, own = mapped(x, axis) if _jax.is_vmappable(x) and axis is not None else ([axis], x)
+            axes.extend([None] * jax.tree.structure(x).num_leaves if axis is None else own_axes)
+            values.append(own)
 
     try:
         jax.tree.map(repeat, spec, tree, is_leaf=is_none)
+    except AxisSpecError:
+        raise
     except ValueError:
         raise AxisSpecError(
             report(
@@ -285,7 +349,7 @@ def broadcast_prefix(which: str, what: str, spec: Any, tree: Any) -> list[int | 
                 f"Write one int or None for a whole subtree, or one for each entry, following how {what} nests.",
             )
         ) from None
-    return axes
+    return axes, jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_jax.is_vmappable), values)
 
 
 def _prefix_faults(where: str, spec: Any, tree: Any) -> list[str]:

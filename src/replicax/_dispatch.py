@@ -38,6 +38,7 @@ from replicax._errors import (
 from replicax._layout import layout, replicas_of
 from replicax._lowering import Program, Recorded, describe_type, lower, record, trace_replica
 from replicax._packing import comes_packed, may_be_packed, packed
+from replicax._references import refuse_passed
 from replicax._run import delete_taken, run, stage
 from replicax._signature import Signature
 from replicax._transfer import is_small, native, own, put
@@ -401,16 +402,14 @@ class Dispatcher:
         names = name_leaves(fun, args, call.kwargs)
         named = [Leaf(name, _type(x)) for name, x in zip(names, leaves, strict=True)]
         static = {where for where, _, _ in call.static} | {*options.static.positions}
-        arity = len(args) + sum(isinstance(where, int) for where, _, _ in call.static)
-        while arity in static:  # passed by name, or left out: in_axes may have an entry for it
-            arity += 1
-        in_axes = match_in_axes(options.in_axes, args, arity, named)
-        every = parameter_names(fun, [*args, *(where for where, _, _ in call.static if isinstance(where, int))])
+        every = parameter_names(fun, sorted([*args, *(i for i, _, _ in call.static if isinstance(i, int))]))
+        in_axes, own_tree = match_in_axes(options.in_axes, args, call.kwargs, every, static, named)
         return Signature(
             size=mapped_size(in_axes, named, options.axis_size),
             leaves=tuple(named),
             in_axes=tuple(in_axes),
             tree=jax.tree.structure((call.dynamic, call.kwargs)),
+            own_tree=own_tree,
             roots={(0, k): every[i] for k, i in enumerate(args)} | {(1, name): name for name in call.kwargs},
             static={every[i] if isinstance(i, int) else i: value for i, _, value in call.static},
             settings=_jax.settings(),
@@ -428,7 +427,7 @@ class Dispatcher:
         devices = options.resolve_devices()
         avals = [leaf.aval for leaf in signature.leaves]
         one = [one_replica_type(aval, axis) for aval, axis in zip(avals, signature.in_axes, strict=True)]
-        one_dynamic, one_kwargs = jax.tree.unflatten(signature.tree, one)
+        one_dynamic, one_kwargs = jax.tree.unflatten(signature.own_tree, one)
         by_position = dict(zip(call.positions, one_dynamic, strict=True))
         static = {where: value for where, _, value in call.static}
         by_position |= {i: value for i, value in static.items() if isinstance(i, int)}
@@ -566,8 +565,9 @@ def _type(x: Any) -> jax.ShapeDtypeStruct:
 
 def _types_of_arrays(fun: Callable[..., Any], call: Call, leaves: Sequence[Any], *, abstract: bool) -> Hashable:
     """What the usual look at all of them at once has not found: the types of some that are arrays nevertheless."""
-    faults = []
-    for name, x in zip(name_leaves(fun, call.by_position(), call.kwargs), leaves, strict=True):
+    faults, names = [], name_leaves(fun, call.by_position(), call.kwargs)
+    refuse_passed(names, leaves)
+    for name, x in zip(names, leaves, strict=True):
         try:
             known = _jax.is_array_type(x) or isinstance(x, bool) or (abstract and isinstance(x, jax.ShapeDtypeStruct))
         except OverflowError:

@@ -25,6 +25,7 @@ from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
 from jax._src.lib import _jax as jaxlib
 from jax._src.sharding_impls import UNSPECIFIED
+from jax._src.state.types import AbstractRef
 from jax.extend import core as extend_core
 
 from replicax._errors import text_of
@@ -91,6 +92,8 @@ def trace_context() -> Hashable:
 def typeof(x: Any) -> Any:
     """The type of an array or a scalar, as JAX would take it now; TypeError or ValueError for anything else."""
     aval = core.shaped_abstractify(x)
+    if isinstance(aval, AbstractRef):
+        raise TypeError(f"{type(x).__name__} is no array")
     if isinstance(x, jax.Array) and not config.enable_x64.value and aval.dtype.name in _WIDE:
         return aval.update(dtype=_WIDE[aval.dtype.name])  # made while 64-bit types were enabled
     return aval
@@ -517,6 +520,31 @@ def equation_context(eqn: Equation) -> Iterator[None]:
         yield
 
 
+def described_source(jaxpr: Jaxpr, description: str) -> Any:
+    """A traceback that JAX's errors quote as ``file:line (description)``, with where the jaxpr's function begins.
+
+    JAX checks devices before it runs anything of ours, and says of an equation no more than where it comes from.
+    """
+    found = re.search(r" at (.*):(\d+)$", body(jaxpr).debug_info.func_src_info or "")
+    users = found is not None and source_info_util.is_user_filename(found[1])  # JAX skips files of its own
+    file, line = (found[1], int(found[2])) if found is not None and users else ("<replicax.pmap>", 1)
+    code = compile("get()", file, "eval")
+    code = code.replace(co_name=description, co_qualname=description, co_firstlineno=line)
+    return eval(code, {"get": jaxlib.Traceback.get_traceback})
+
+
+@contextlib.contextmanager
+def source(traceback: Any) -> Iterator[None]:
+    """What is bound inside comes from there; with None, from where it is bound."""
+    state = source_info_util._source_info_context
+    before = state.context
+    state.context = before.replace(traceback=traceback)
+    try:
+        yield
+    finally:
+        state.context = before
+
+
 def bind(eqn: Equation, args: Sequence[Any]) -> list[Any]:
     """Binds an equation as it is."""
     return _bind(eqn, args, eqn.primitive.get_bind_params(eqn.params))
@@ -636,6 +664,33 @@ def is_array_type(x: object) -> bool:
     except TypeError:
         return False
     return True
+
+
+def is_vmappable(x: object) -> bool:
+    """Whether ``x`` is of a type with rules of its own for ``vmap``."""
+    return type(x) in batching.vmappables
+
+
+def is_map_spec(x: object) -> bool:
+    """Whether ``x`` is what such a type takes in the place of an axis."""
+    return type(x) in batching.spec_types and type(x) not in (batching.Sum, batching.Infer)
+
+
+def vmap_rules(kind: type) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The rules of such a type: from the value of all to that of one, and back."""
+    return batching.to_elt_handlers[kind], batching.from_elt_handlers[kind]
+
+
+def passed_on(fun: Callable[..., Sequence[Any]], types: Sequence[Any]) -> list[int | None]:
+    """Which argument each result of ``fun`` is; None for one that it computes."""
+    jaxpr = body(jax.make_jaxpr(fun)(*types))
+    position = {var: k for k, var in enumerate(jaxpr.invars)}
+    return [None if is_literal(var) else position.get(var) for var in jaxpr.outvars]
+
+
+def is_reference(x: object) -> bool:
+    """Whether ``x`` is a ``jax.Ref``, or a tracer of one."""
+    return isinstance(x, core.Ref | core.Tracer) and isinstance(core.typeof(x), AbstractRef)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from replicax._errors import (
 )
 from replicax._layout import Layout, LogicalAxis, Scope, Splits
 from replicax._levels import OneReplica, Part, comes_in_parts, equal_on, over_lanes, own_on, own_rows, pad_rows
+from replicax._references import refuse_closed_over
 from replicax._rewrite import Rewriter, one_value
 from replicax._varying import NOWHERE, Analysis, Varying
 
@@ -126,6 +127,7 @@ def trace_replica(
     except (NotImplementedError, TypeError, ValueError) as error:
         _explain(error)
         raise
+    refuse_closed_over(getattr(fun, "__name__", "The mapped function"), consts)
     return Replica(jaxpr, consts, out)
 
 
@@ -168,7 +170,7 @@ def _check_results(out: Any) -> None:
     faults = [
         f"result{keystr(path)} {describe_type(x)}"
         for path, x in jax.tree_util.tree_leaves_with_path(out)
-        if not _jax.is_array_type(x) and not isinstance(x, bool)
+        if (not _jax.is_array_type(x) and not isinstance(x, bool)) or _jax.is_reference(x)
     ]
     if faults:
         raise NotAnArrayError(
@@ -184,6 +186,8 @@ def describe_type(x: object) -> str:
     """What a message says of something that is no array."""
     if isinstance(x, np.ndarray):
         return f"is a NumPy array of dtype {x.dtype}"
+    if _jax.is_reference(x):
+        return "is a reference to an array (jax.Ref), whose value is ref[...]"
     return f"is of type {type(x).__name__}" + (f": {x!r:.60}" if isinstance(x, str | bytes) else "")
 
 
@@ -356,7 +360,9 @@ class Program:
         return list(self._pads[which, whole](leaves))
 
     def _add_rows(self, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
-        return lambda xs: [pad_rows(x, axis, self.layout.axis.padding) for x, axis in zip(xs, axes, strict=True)]
+        rows = self.layout.axis.padding
+        # One row more has no type on a mesh with Explicit axes that split the rows.
+        return lambda xs: [pad_rows(_primitives.retype(x, None), a, rows) for x, a in zip(xs, axes, strict=True)]
 
     def _take_rows(self, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
         """Each device takes its own rows of what it has whole, where XLA would have devices send each other parts."""
@@ -447,7 +453,7 @@ def lower(
     _refuse_device_maps(replica, name)
     refuse_ordered(replica.jaxpr, name)
     _refuse_two_bits([x.dtype for x in (*types, *jax.tree.leaves(replica.out))], layout)
-    flat_out_axes = match_out_axes(out_axes, replica.out)
+    flat_out_axes, out_tree = match_out_axes(out_axes, replica.out, layout.size)
     running, watched = replica, guard(replica.jaxpr, replica.consts, layout.axis, name)
     if watched is not None:
         running = dataclasses.replace(replica, jaxpr=watched[0], consts=watched[1])
@@ -469,6 +475,7 @@ def lower(
     function = _over_devices(
         one_device if watched is None else _raising(one_device),
         layout,
+        _jax.described_source(replica.jaxpr, _advice(name, layout)),
         list(map(layout.spec, all_axes, in_splits)),
         list(map(layout.spec, flat_out_axes, out_splits)),
         flat_out_axes,
@@ -481,7 +488,7 @@ def lower(
         out_axes=flat_out_axes,
         in_splits=in_splits,
         out_splits=out_splits,
-        out_tree=jax.tree.structure(replica.out),
+        out_tree=out_tree,
         function=function,
         donated=tuple(donated),
         closed=closed,
@@ -521,7 +528,7 @@ def record(
     """
     _refuse_device_maps(replica, name)
     refuse_ordered(replica.jaxpr, name)
-    flat_out_axes = match_out_axes(out_axes, replica.out)
+    flat_out_axes, out_tree = match_out_axes(out_axes, replica.out, axis.size)
     first = [False] * len(flat_out_axes)
     if None in flat_out_axes:
         varying = [NOWHERE if a is None else frozenset({axis}) for a in in_axes]
@@ -541,7 +548,7 @@ def record(
         )
         return [y[0] if f else y for y, f in zip(results, first, strict=True)]
 
-    return Recorded(tuple(replica.consts), jax.tree.structure(replica.out), staged, name)
+    return Recorded(tuple(replica.consts), out_tree, staged, name)
 
 
 def _one_replica(
@@ -664,6 +671,7 @@ def _raising(one_device: OneReplica) -> OneReplica:
 def _over_devices(
     one_device: OneReplica,
     layout: Layout,
+    source: Any,
     ins: Sequence[PartitionSpec],
     outs: Sequence[PartitionSpec],
     out_axes: Sequence[int | None],
@@ -673,6 +681,7 @@ def _over_devices(
     Args:
         one_device: What each of them runs.
         layout: Where the replicas lie.
+        source: Where an error of JAX's about its devices is to say that it comes from.
         ins: How each argument is split.
         outs: How each result is split.
         out_axes: The mapped axis of each result.
@@ -682,18 +691,32 @@ def _over_devices(
         return [name for name in layout.scope.copies if name not in spec]
 
     def alike(*blocks: Any) -> tuple[Any, ...]:
-        given = (equal_on(x, missing(spec)) for x, spec in zip(blocks, ins, strict=True))
-        return tuple(own_on(y, missing(spec)) for y, spec in zip(one_device(*given), outs, strict=True))
+        with _jax.source(None):
+            given = (equal_on(x, missing(spec)) for x, spec in zip(blocks, ins, strict=True))
+            return tuple(own_on(y, missing(spec)) for y, spec in zip(one_device(*given), outs, strict=True))
 
     mapped = jax.shard_map(alike, mesh=layout.mesh, in_specs=tuple(ins), out_specs=tuple(outs), check_vma=False)
 
     def all_replicas(*args: Any) -> tuple[Any, ...]:
+        with _jax.source(source):
+            results = mapped(*args)
         return tuple(
             out if a is None or not layout.axis.padding else lax.slice_in_dim(out, 0, layout.size, axis=a)
-            for out, a in zip(mapped(*args), out_axes, strict=True)
+            for out, a in zip(results, out_axes, strict=True)
         )
 
     return all_replicas
+
+
+def _advice(name: str, layout: Layout) -> str:
+    """What JAX says of a map where an argument of the program that it is in lies on other devices than the map."""
+    every = layout.mesh.size
+    used = -(-layout.size // -(-layout.size // every))
+    which = f"as in pmap(f, devices=jax.devices()[:{used}])" if used < every else "as many as the smallest of them uses"
+    return (
+        f"{name}, mapped by replicax.pmap, which takes all of its {every} devices under jit. To pass what a map has "
+        f"left on fewer, map all with the same devices, {which}; or pass replicax.fetch(x)"
+    )
 
 
 def _check_broadcast_results(

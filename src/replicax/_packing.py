@@ -220,10 +220,10 @@ def _pack(program: Program, leaves: Sequence[Any], which: Sequence[int]) -> Pack
     arguments = [*(own_types[i] for i in kept), *own_rows]
     traced = trace_replica(unpacked, arguments, {}, (), axis.name, axis.size)
     lowered = lower(
-        Replica(traced.jaxpr, traced.consts, replica.out),
+        Replica(traced.jaxpr, traced.consts, jax.tree.leaves(replica.out)),
         program.layout,
         [*(program.in_axes[i] for i in kept), *(0 if group.mapped else None for group in groups)],
-        check_spec("out_axes", jax.tree.unflatten(program.out_tree, program.out_axes)),
+        check_spec("out_axes", list(program.out_axes)),
         [*(program.types[i] for i in kept), *rows],
         [kept.index(i) for i in program.donated if i in kept],
         program.name,

@@ -128,7 +128,9 @@ def _put(program: Program, x: Any, wanted: jax.sharding.NamedSharding, axis: int
     return put(x, wanted, axis, program.layout.padded_size)
 
 
-_pad_where_it_lies = jax.jit(pad_rows, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _pad_where_it_lies(x: jax.Array, axis: int, rows: int) -> jax.Array:
+    return pad_rows(_primitives.retype(x, None), axis, rows)
 
 
 def _lies(x: jax.Array, wanted: jax.sharding.NamedSharding) -> bool:
@@ -169,4 +171,7 @@ def _settle(program: Program, x: Any, axis: int | None) -> Any:
     here = value.sharding if value.committed else None
     if batched and isinstance(here, jax.sharding.NamedSharding):
         here = jax.sharding.NamedSharding(here.mesh, jax.sharding.PartitionSpec())
+    typed = _primitives.split_over(x)
+    if typed is not None and value.sharding.device_set != program.device_set:
+        x = _primitives.retype(x, None)  # no type of the program can name a mesh of other devices
     return _primitives.move(x, here, program.layout.result_sharding(axis))

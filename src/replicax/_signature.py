@@ -22,6 +22,7 @@ class Signature:
         leaves: The arrays among the arguments.
         in_axes: The mapped axis of each.
         tree: How they nest.
+        own_tree: How those of one replica nest: differently where a type knows the shape of the whole.
         roots: What the user calls each argument that they nest in, by its path in that tree.
         static: The values of the static arguments, by name.
         settings: The settings of JAX's that programs depend on.
@@ -32,6 +33,7 @@ class Signature:
     leaves: tuple[Leaf, ...]
     in_axes: tuple[int | None, ...]
     tree: Any
+    own_tree: Any
     roots: Mapping[Hashable, str]
     static: Mapping[str, Any]
     settings: Mapping[str, Any]

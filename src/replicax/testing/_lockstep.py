@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from replicax import _jax
-from replicax._axes import Leaf, check_spec, mapped_size, match_in_axes, match_out_axes, name_leaves
+from replicax._axes import Leaf, check_spec, mapped_size, match_in_axes, match_out_axes, name_leaves, parameter_names
 from replicax._errors import DivergentOutputError, UnsupportedCollectiveError
 
 
@@ -51,29 +51,31 @@ def lockstep(
     in_spec, out_spec = check_spec("in_axes", in_axes), check_spec("out_axes", out_axes)
 
     def mapped(*args: Any, **kwargs: Any) -> Any:
-        leaves, treedef = jax.tree.flatten((args, kwargs))
+        leaves = jax.tree.leaves((args, kwargs))
         names = name_leaves(fun, dict(enumerate(args)), kwargs)
         named = [
             Leaf(name, jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)))
             for name, x in zip(names, leaves, strict=True)
         ]
-        axes = match_in_axes(in_spec, dict(enumerate(args)), len(args), named)
+        at = dict(enumerate(args))
+        axes, own_tree = match_in_axes(in_spec, at, kwargs, parameter_names(fun, at), (), named)
         size = mapped_size(axes, named, axis_size)
         stacked = [
             jnp.broadcast_to(x, (size, *jnp.shape(x))) if axis is None else jnp.moveaxis(jnp.asarray(x), axis, 0)
             for x, axis in zip(leaves, axes, strict=True)
         ]
-        one_args, one_kwargs = jax.tree.unflatten(treedef, [x[0] for x in stacked])
+        one_args, one_kwargs = jax.tree.unflatten(own_tree, [x[0] for x in stacked])
         name = object() if axis_name is None else axis_name
         jaxpr, consts, out = _jax.trace(fun, one_args, one_kwargs, (), {name: size})
         results = _Interpreter(name, size).run(
             jaxpr, [jnp.broadcast_to(c, (size, *jnp.shape(c))) for c in consts], stacked
         )
+        out_axes_each, out_tree = match_out_axes(out_spec, out, size)
         placed = [
             _only(x) if axis is None else jnp.moveaxis(x, 0, axis)
-            for x, axis in zip(results, match_out_axes(out_spec, out), strict=True)
+            for x, axis in zip(results, out_axes_each, strict=True)
         ]
-        return jax.tree.unflatten(jax.tree.structure(out), placed)
+        return jax.tree.unflatten(out_tree, placed)
 
     return mapped
 
