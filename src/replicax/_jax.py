@@ -602,9 +602,15 @@ def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, li
         return [x for x, dyn in zip(leaves, dynamic_out, strict=True) if dyn]
 
     dbg = lu.DebugInfo("replicax derivative rule", "derivative rule", None, None)
-    with replica_traced():
-        jaxpr = _close(*_trace_flat(flat, [core.typeof(x) for x in arrays], dbg))
+    # As in the trace of the replica, no type says on which mesh its value is: equinox compares the two.
+    with replica_traced(), jax.sharding.use_abstract_mesh(NO_MESH):
+        jaxpr = _close(*_trace_flat(flat, list(map(_plain_type, arrays)), dbg))
     return jaxpr, arrays, restore[0]
+
+
+def _plain_type(x: Any) -> Any:
+    aval = core.typeof(x)
+    return aval.update(sharding=None) if isinstance(aval, core.ShapedArray) else aval
 
 
 def is_array_type(x: object) -> bool:
