@@ -215,9 +215,9 @@ def test_a_checkpointed_loop_of_equinox(n, d):
 
     def steps(scale, count):
         step = lambda c: (c[0] + 1, jnp.sin(c[1] * scale))
-        return loops.while_loop(
-            lambda c: c[0] < count, step, (jnp.int32(0), scale), kind="checkpointed", max_steps=16
-        )[1]
+        return loops.while_loop(lambda c: c[0] < count, step, (jnp.int32(0), scale), kind="checkpointed", max_steps=16)[
+            1
+        ]
 
     counts, options = jnp.arange(n) % 5 + 2, {"in_axes": (None, 0)}
     mapped = pmap(steps, devices=jax.devices()[:d], **options)

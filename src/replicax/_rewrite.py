@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from replicax import _jax, _primitives
-from replicax._blocks import any_lane, lane_by_lane
+from replicax._blocks import any_lane, lane_by_lane, one_by_one
 from replicax._collectives import REGISTRY, any_replica, equal_value, is_replica, where_replica
 from replicax._errors import UnsupportedCollectiveError
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxis, Scope
 from replicax._levels import Part, over_lanes, own_block, whole
 from replicax._sums import find_sums, in_sight
-from replicax._varying import NOWHERE, Analysis, Varying, mapped
+from replicax._varying import NOWHERE, Analysis, Varying, mapped, union
 
 
 class Rewriter:
@@ -104,6 +104,8 @@ class Rewriter:
 
     def _equation(self, eqn: Equation, args: list[Any], where: Callable[[], list[Varying]]) -> list[Any]:
         """An equation that has to change; ``where`` finds out where its operands vary."""
+        if _jax.draws_batches(eqn):
+            return self._draw(eqn, args, union(where()))
         if not _primitives.is_nested_map(eqn) and not any(True for _ in _jax.sub_jaxprs(eqn)):
             return self._leaf(eqn, args)
         varying = where()
@@ -135,6 +137,11 @@ class Rewriter:
         if _jax.has_side_effect(eqn):
             return self._guarded(eqn, args)
         return args  # nothing to await: the rule of what was started gave the result itself
+
+    def _draw(self, eqn: Equation, args: list[Any], varying: Varying) -> list[Any]:
+        """Random numbers of each replica's own key, however many replicas a device runs."""
+        lanes = [axis for axis in self.scope.axes if axis in varying and axis.lane_axis is not None]
+        return one_by_one(lanes, lambda *own: _jax.bind(eqn, own), *_jax.operands(eqn, args))
 
     def _nested(self, eqn: Equation, args: list[Any], varying: list[Varying]) -> list[Any]:
         """A map inside: its replicas are lanes too, on the devices that this level has left to the next."""
@@ -185,6 +192,7 @@ class Rewriter:
             any(name in self.scope for name in _jax.named_axes(eqn))
             or (self._doubled and _jax.has_side_effect(eqn))
             or _jax.awaits_collective(eqn)
+            or (self._vectorized and _jax.draws_batches(eqn))
         )
 
     def _axes_inside(self, eqn: Equation) -> frozenset[LogicalAxis]:
@@ -215,6 +223,11 @@ class Rewriter:
     def _doubled(self) -> bool:
         """Whether a replica runs more than once: in padding lanes, or on the devices of maps inside."""
         return any(axis.padding for axis in self.scope.axes) or bool(self.scope.copies)
+
+    @cached_property
+    def _vectorized(self) -> bool:
+        """Whether a device runs several replicas at once."""
+        return any(axis.lane_axis is not None for axis in self.scope.axes)
 
     # How it is bound again -------------------------------------------------------------------------------------
 
