@@ -250,10 +250,10 @@ class Dispatcher:
                     return False
             elif (program.layout.axis.padding and axis is not None) or jax.dtypes.float0 == getattr(x, "dtype", None):
                 return False
-            elif isinstance(x, np.ndarray) and not several:
-                if not is_small(x):
+            elif isinstance(x, np.ndarray | np.generic) and not several:
+                if isinstance(x, np.ndarray) and not is_small(x):
                     return False
-                on_host = True
+                on_host = True  # to C++ a scalar of NumPy's is an array without axes
         if on_host and not self._copies:
             self._copies = True
             self._direct()
@@ -555,9 +555,13 @@ def _types_of_arrays(fun: Callable[..., Any], call: Call, leaves: Sequence[Any],
     faults = []
     for name, x in zip(name_leaves(fun, call.by_position(), call.kwargs), leaves, strict=True):
         try:
-            known = _jax.is_array_type(x) or isinstance(x, bool) or (abstract and isinstance(x, jax.ShapeDtypeStruct))
-        except OverflowError as error:
-            error.add_note(f"It is the argument {name}. Pass a NumPy array of a type that holds it.")
+            _jax.typeof(x)
+            known = abstract or not isinstance(x, jax.ShapeDtypeStruct)
+        except TypeError:
+            known = False
+        except (OverflowError, ValueError) as error:
+            too_large = isinstance(error, OverflowError)
+            error.add_note(f"It is the argument {name}." + " Pass a NumPy array of a type that holds it." * too_large)
             raise
         if not known:
             faults.append(f"{name} {describe_type(x)}")
