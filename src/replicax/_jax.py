@@ -314,14 +314,25 @@ def equations(jaxpr: Jaxpr, most: int) -> int:
 
 def named_axes(eqn: Equation) -> tuple[AxisName, ...]:
     """The mapped axes that an equation without sub-jaxprs names; empty when it communicates over none."""
+    names = _axis_parameters(eqn)
+    if eqn.effects:
+        names.extend(effect.name for effect in eqn.effects if isinstance(effect, core.NamedAxisEffect))
+    return tuple(dict.fromkeys(name for name in names if not isinstance(name, int))) if names else ()
+
+
+def repeated_axes(eqn: Equation) -> tuple[AxisName, ...]:
+    """The mapped axes that a collective names more than once."""
+    names = _axis_parameters(eqn)
+    return tuple(dict.fromkeys(name for name in names if not isinstance(name, int) and names.count(name) > 1))
+
+
+def _axis_parameters(eqn: Equation) -> list[AxisName]:
     names: list[AxisName] = []
     for key in ("axes", "axis_name"):
         if key in eqn.params:
             value = eqn.params[key]
             names.extend(value if isinstance(value, tuple | list) else (value,))
-    if eqn.effects:
-        names.extend(effect.name for effect in eqn.effects if isinstance(effect, core.NamedAxisEffect))
-    return tuple(dict.fromkeys(name for name in names if not isinstance(name, int))) if names else ()
+    return names
 
 
 def loop_counts(eqn: Equation) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from jax import lax
 from replicax import _jax, _primitives
 from replicax._blocks import any_lane, lane_by_lane, one_by_one
 from replicax._collectives import REGISTRY, any_replica, equal_value, is_replica, where_replica
-from replicax._errors import UnsupportedCollectiveError
+from replicax._errors import CollectiveArgumentError, UnsupportedCollectiveError
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxis, Scope
 from replicax._levels import Part, over_lanes, own_block, whole
@@ -188,6 +188,8 @@ class Rewriter:
         subs = list(_jax.sub_jaxprs(eqn))
         if subs:
             return any(any(self._changes(sub)) for sub in subs)
+        if repeated := [name for name in _jax.repeated_axes(eqn) if name in self.scope]:
+            raise CollectiveArgumentError(_repeated(_jax.equation_name(eqn), repeated[0]))
         return (
             any(name in self.scope for name in _jax.named_axes(eqn))
             or (self._doubled and _jax.has_side_effect(eqn))
@@ -366,6 +368,15 @@ REASONS = {
     "psend": "JAX has one-sided sends on GPUs alone, and without a rule for vmap. Send and receive with ppermute.",
     "precv": "JAX has one-sided receives on GPUs alone, and without a rule for vmap. Send and receive with ppermute.",
 }
+
+
+def _repeated(primitive: str, name: Hashable) -> str:
+    called = {"psum": "psum, or pmean,", "reduce_scatter": "psum_scatter", "ppermute": "ppermute, or pshuffle,"}
+    primitive = primitive.removesuffix("_start").removesuffix("_invariant")
+    return (
+        f"{called.get(primitive, primitive)} names the mapped axis {name!r} more than once, and a replica has one "
+        f"place along it. Name each axis once, as in {name!r} or ({name!r}, 'another')."
+    )
 
 
 def _unsupported(primitive: str, names: Sequence[Hashable]) -> str:
