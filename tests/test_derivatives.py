@@ -184,3 +184,45 @@ def test_the_derivative_of_a_closed_over_array_under_jit(d):
     mapped = pmap(lambda x: x * 2, devices=jax.devices()[:d])
     out = jax.jit(lambda scale: jax.grad(lambda x: (scale * mapped(x)).sum())(jnp.arange(6.0)))(3.0)
     np.testing.assert_allclose(out, np.full(6, 6.0))
+
+
+@pytest.mark.parametrize(("n", "d"), [(8, 8), (12, 8), (5, 3)])
+def test_the_types_in_a_rule_are_plain(n, d):
+    """Whether a rule is traced with its map, or when JAX calls it; libraries compare the two."""
+    meshes = []
+
+    def seen(x, *other):
+        meshes.append([jax.typeof(y).sharding.mesh for y in (x, jnp.sin(x), *other)])
+        return x
+
+    rule = jax.custom_vjp(lambda x: jnp.sin(seen(x)))
+    rule.defvjp(lambda x: (jnp.sin(seen(x)), x), lambda x, ct: (ct * jnp.cos(seen(x, ct)),))
+    forward = jax.custom_jvp(lambda x: rule(seen(x)))
+    forward.defjvp(lambda primals, tangents: (rule(*primals), jnp.cos(seen(*primals, *tangents)) * tangents[0]))
+    for fun in (rule, forward):
+        derivative = jax.grad(lambda x, fun=fun: pmap(fun, devices=jax.devices()[:d])(x).sum())
+        for run in (derivative, jax.jit(derivative)):
+            meshes.clear()
+            np.testing.assert_allclose(run(rows(n)), np.cos(rows(n)), rtol=1e-5)
+            assert len(meshes) > 1
+            assert all(mesh.empty for each in meshes for mesh in each)
+
+
+@pytest.mark.parametrize(("n", "d"), [(8, 8), (12, 8), (5, 3)])
+def test_a_checkpointed_loop_of_equinox(n, d):
+    """That of every diffrax solve; its reverse rule compares the types that it is called with."""
+    loops = pytest.importorskip("equinox.internal", reason="equinox is not installed: pip install '.[clients]'")
+
+    def steps(scale, count):
+        step = lambda c: (c[0] + 1, jnp.sin(c[1] * scale))
+        return loops.while_loop(lambda c: c[0] < count, step, (jnp.int32(0), scale), kind="checkpointed", max_steps=16)[
+            1
+        ]
+
+    counts, options = jnp.arange(n) % 5 + 2, {"in_axes": (None, 0)}
+    mapped = pmap(steps, devices=jax.devices()[:d], **options)
+    nested = pmap(lambda s, k: pmap(lambda k: steps(s, k))(jnp.stack([k, k + 1])), devices=jax.devices()[:d], **options)
+    nested_right = jax.vmap(lambda s, k: jax.vmap(lambda k: steps(s, k))(jnp.stack([k, k + 1])), **options)
+    for ours, right in ((mapped, jax.vmap(steps, **options)), (nested, nested_right)):
+        derivative, expected = (jax.grad(lambda s, f=f: (f(s, counts) ** 2).sum())(1.3) for f in (ours, right))
+        np.testing.assert_allclose(derivative, expected, rtol=1e-5)

@@ -7,6 +7,7 @@ over devices. Both cost nothing: ``vmap`` only names a dimension.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -40,6 +41,16 @@ def lane_by_lane(axes: Iterable[LogicalAxis], x: Any) -> Any:
     for axis in axes:
         x = x if axis.lane_axis is None else _primitives.each_lane(x, axis.lane_axis)
     return x
+
+
+def one_by_one(axes: Sequence[LogicalAxis], function: Callable[..., Sequence[Any]], *args: Any) -> list[Any]:
+    """``function`` of the operands of one lane after the other, where that of all at once is another."""
+    if not axes:
+        return list(function(*args))
+    axis, *rest = axes
+    blocks = [on_data(functools.partial(block, axis), x) for x in args]
+    results = lax.map(lambda lane: one_by_one(rest, function, *lane), blocks)
+    return [on_data(functools.partial(own_lane, axis), x) for x in results]
 
 
 def on_device(axis: LogicalAxis, table: Table) -> Any:

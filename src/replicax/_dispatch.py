@@ -254,10 +254,10 @@ class Dispatcher:
                     return False
             elif (program.layout.axis.padding and axis is not None) or jax.dtypes.float0 == getattr(x, "dtype", None):
                 return False
-            elif isinstance(x, np.ndarray) and not several:
-                if not is_small(x):
+            elif isinstance(x, np.ndarray | np.generic) and not several:
+                if isinstance(x, np.ndarray) and not is_small(x):
                     return False
-                on_host = True
+                on_host = True  # to C++ a scalar of NumPy's is an array without axes
         if on_host and not self._copies:
             self._copies = True
             self._direct()
@@ -569,12 +569,18 @@ def _types_of_arrays(fun: Callable[..., Any], call: Call, leaves: Sequence[Any],
     refuse_passed(names, leaves)
     for name, x in zip(names, leaves, strict=True):
         try:
-            known = _jax.is_array_type(x) or isinstance(x, bool) or (abstract and isinstance(x, jax.ShapeDtypeStruct))
+            _jax.typeof(x)
+            known = abstract or not isinstance(x, jax.ShapeDtypeStruct)
+        except TypeError:
+            known = False
         except OverflowError:
             raise NumberTooLargeError(
                 f"{name} is {x}, which is too large for a 32-bit int. Enable 64-bit types with "
                 f"jax.config.update('jax_enable_x64', True), or pass a float."
             ) from None
+        except ValueError as error:
+            error.add_note(f"It is the argument {name}.")
+            raise
         if not known:
             faults.append(f"{name} {describe_type(x)}")
     if not faults:

@@ -91,9 +91,10 @@ def trace_context() -> Hashable:
 
 def typeof(x: Any) -> Any:
     """The type of an array or a scalar, as JAX would take it now; TypeError or ValueError for anything else."""
-    aval = core.shaped_abstractify(x)
-    if isinstance(aval, AbstractRef):
-        raise TypeError(f"{type(x).__name__} is no array")
+    is_type = isinstance(x, jax.ShapeDtypeStruct | core.AbstractValue)
+    aval = core.shaped_abstractify(x) if is_type else core.typeof(x)  # the first takes whatever has a dtype
+    if not isinstance(aval, core.ShapedArray):
+        raise TypeError(f"{type(x).__name__} is no array")  # a jax.Ref
     if isinstance(x, jax.Array) and not config.enable_x64.value and aval.dtype.name in _WIDE:
         return aval.update(dtype=_WIDE[aval.dtype.name])  # made while 64-bit types were enabled
     return aval
@@ -327,14 +328,25 @@ def equations(jaxpr: Jaxpr, most: int) -> int:
 
 def named_axes(eqn: Equation) -> tuple[AxisName, ...]:
     """The mapped axes that an equation without sub-jaxprs names; empty when it communicates over none."""
+    names = _axis_parameters(eqn)
+    if eqn.effects:
+        names.extend(effect.name for effect in eqn.effects if isinstance(effect, core.NamedAxisEffect))
+    return tuple(dict.fromkeys(name for name in names if not isinstance(name, int))) if names else ()
+
+
+def repeated_axes(eqn: Equation) -> tuple[AxisName, ...]:
+    """The mapped axes that a collective names more than once."""
+    names = _axis_parameters(eqn)
+    return tuple(dict.fromkeys(name for name in names if not isinstance(name, int) and names.count(name) > 1))
+
+
+def _axis_parameters(eqn: Equation) -> list[AxisName]:
     names: list[AxisName] = []
     for key in ("axes", "axis_name"):
         if key in eqn.params:
             value = eqn.params[key]
             names.extend(value if isinstance(value, tuple | list) else (value,))
-    if eqn.effects:
-        names.extend(effect.name for effect in eqn.effects if isinstance(effect, core.NamedAxisEffect))
-    return tuple(dict.fromkeys(name for name in names if not isinstance(name, int))) if names else ()
+    return names
 
 
 def loop_counts(eqn: Equation) -> tuple[int, int]:
@@ -650,9 +662,15 @@ def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, li
         return [x for x, dyn in zip(leaves, dynamic_out, strict=True) if dyn]
 
     dbg = lu.DebugInfo("replicax derivative rule", "derivative rule", None, None)
-    with replica_traced():
-        jaxpr = _close(*_trace_flat(flat, [core.typeof(x) for x in arrays], dbg))
+    # As in the trace of the replica, no type says on which mesh its value is: equinox compares the two.
+    with replica_traced(), jax.sharding.use_abstract_mesh(NO_MESH):
+        jaxpr = _close(*_trace_flat(flat, list(map(_plain_type, arrays)), dbg))
     return jaxpr, arrays, restore[0]
+
+
+def _plain_type(x: Any) -> Any:
+    aval = core.typeof(x)
+    return aval.update(sharding=None) if isinstance(aval, core.ShapedArray) else aval
 
 
 def is_array_type(x: object) -> bool:
@@ -691,6 +709,45 @@ def passed_on(fun: Callable[..., Sequence[Any]], types: Sequence[Any]) -> list[i
 def is_reference(x: object) -> bool:
     """Whether ``x`` is a ``jax.Ref``, or a tracer of one."""
     return isinstance(x, core.Ref | core.Tracer) and isinstance(core.typeof(x), AbstractRef)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Random numbers
+
+
+def draws_batches(eqn: Equation) -> bool:
+    """Whether ``vmap`` makes one draw of the equation, with the first key, where each key of the batch has its own.
+
+    It does so of ``lax.rng_bit_generator``, which keys with the implementations ``rbg`` and ``unsafe_rbg`` draw with,
+    the latter also when they are split or folded: see ``jax._src.lax.control_flow.loops``.
+    """
+    name = eqn.primitive.name
+    if name not in _DRAWS:
+        return name == "rng_bit_generator"
+    dtypes: list[Any] = [atom.aval.dtype for atom in (*eqn.invars, *eqn.outvars)]
+    return any(_batches(dtype._impl, _DRAWS[name]) for dtype in dtypes if hasattr(dtype, "_impl"))
+
+
+#: What each primitive on typed keys does with a key.
+_DRAWS = {
+    "random_bits": "random_bits",
+    "random_split": "split",
+    "random_fold_in": "fold_in",
+    "random_seed": "seed",
+    "random_gamma": "split",
+}
+
+
+@functools.cache
+def _batches(impl: Any, step: str) -> bool:
+    key, number = jax.ShapeDtypeStruct(impl.key_shape, np.uint32), jax.ShapeDtypeStruct((), np.uint32)
+    steps = {
+        "random_bits": lambda: jax.make_jaxpr(lambda key: impl.random_bits(key, 32, (1,)))(key),
+        "split": lambda: jax.make_jaxpr(lambda key: impl.split(key, (1,)))(key),
+        "fold_in": lambda: jax.make_jaxpr(impl.fold_in)(key, number),
+        "seed": lambda: jax.make_jaxpr(impl.seed)(number),
+    }
+    return "rng_bit_generator" in primitives(steps[step]())
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from replicax import _callback_primitives, _jax, _primitives
-from replicax._blocks import any_lane, lane_by_lane
+from replicax._blocks import any_lane, lane_by_lane, one_by_one
 from replicax._callbacks import call_guarded
 from replicax._collectives import REGISTRY, any_replica, equal_value, is_replica, where_replica
-from replicax._errors import UnsupportedCollectiveError
+from replicax._errors import CollectiveArgumentError, UnsupportedCollectiveError
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxis, Scope
 from replicax._levels import Part, over_lanes, own_block, whole
@@ -107,6 +107,8 @@ class Rewriter:
         """An equation that has to change; ``where`` finds out where its operands vary."""
         if _callback_primitives.is_guarded(eqn):
             return call_guarded(self.scope, eqn, args, union(where()[1:]))
+        if _jax.draws_batches(eqn):
+            return self._draw(eqn, args, union(where()))
         if not _primitives.is_nested_map(eqn) and not any(True for _ in _jax.sub_jaxprs(eqn)):
             return self._leaf(eqn, args)
         varying = where()
@@ -138,6 +140,11 @@ class Rewriter:
         if _jax.has_side_effect(eqn):
             return self._guarded(eqn, args)
         return args  # nothing to await: the rule of what was started gave the result itself
+
+    def _draw(self, eqn: Equation, args: list[Any], varying: Varying) -> list[Any]:
+        """Random numbers of each replica's own key, however many replicas a device runs."""
+        lanes = [axis for axis in self.scope.axes if axis in varying and axis.lane_axis is not None]
+        return one_by_one(lanes, lambda *own: _jax.bind(eqn, own), *_jax.operands(eqn, args))
 
     def _nested(self, eqn: Equation, args: list[Any], varying: list[Varying]) -> list[Any]:
         """A map inside: its replicas are lanes too, on the devices that this level has left to the next."""
@@ -184,10 +191,13 @@ class Rewriter:
         subs = list(_jax.sub_jaxprs(eqn))
         if subs:
             return any(any(self._changes(sub)) for sub in subs)
+        if repeated := [name for name in _jax.repeated_axes(eqn) if name in self.scope]:
+            raise CollectiveArgumentError(_repeated(_jax.equation_name(eqn), repeated[0]))
         return (
             any(name in self.scope for name in _jax.named_axes(eqn))
             or (self._doubled and _jax.has_side_effect(eqn))
             or _jax.awaits_collective(eqn)
+            or (self._vectorized and _jax.draws_batches(eqn))
         )
 
     def _axes_inside(self, eqn: Equation) -> frozenset[LogicalAxis]:
@@ -218,6 +228,11 @@ class Rewriter:
     def _doubled(self) -> bool:
         """Whether a replica runs more than once: in padding lanes, or on the devices of maps inside."""
         return any(axis.padding for axis in self.scope.axes) or bool(self.scope.copies)
+
+    @cached_property
+    def _vectorized(self) -> bool:
+        """Whether a device runs several replicas at once."""
+        return any(axis.lane_axis is not None for axis in self.scope.axes)
 
     # How it is bound again -------------------------------------------------------------------------------------
 
@@ -356,6 +371,15 @@ REASONS = {
     "psend": "JAX has one-sided sends on GPUs alone, and without a rule for vmap. Send and receive with ppermute.",
     "precv": "JAX has one-sided receives on GPUs alone, and without a rule for vmap. Send and receive with ppermute.",
 }
+
+
+def _repeated(primitive: str, name: Hashable) -> str:
+    called = {"psum": "psum, or pmean,", "reduce_scatter": "psum_scatter", "ppermute": "ppermute, or pshuffle,"}
+    primitive = primitive.removesuffix("_start").removesuffix("_invariant")
+    return (
+        f"{called.get(primitive, primitive)} names the mapped axis {name!r} more than once, and a replica has one "
+        f"place along it. Name each axis once, as in {name!r} or ({name!r}, 'another')."
+    )
 
 
 def _unsupported(primitive: str, names: Sequence[Hashable]) -> str:

@@ -35,7 +35,7 @@ def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: 
         axis: The axis that has to be padded, with copies of the last row.
         rows: How long it is then.
     """
-    host = native(x) if isinstance(x, np.ndarray) else np.asarray(x, _jax.typeof(x).dtype)
+    host = plain(x) if isinstance(x, ndarray) else np.asarray(x, _jax.typeof(x).dtype)
     shape = host.shape if axis is None else (*host.shape[:axis], rows, *host.shape[axis + 1 :])
     if host.dtype == jax.dtypes.float0:  # the type of the derivatives of integers, which holds nothing
         return np.zeros(shape, host.dtype)
@@ -62,7 +62,21 @@ def own(tree: Any) -> Any:
         return tree
     if kind is list:
         return [own(x) for x in tree]
-    return native(tree) if jax.tree_util.all_leaves((tree,)) else jax.tree.map(own, tree)
+    if isinstance(tree, ndarray):
+        host = plain(tree)
+        return host.copy() if kind is not ndarray and host.nbytes <= SMALL else host
+    return tree if jax.tree_util.all_leaves((tree,)) else jax.tree.map(own, tree)
+
+
+def plain(x: Any) -> Any:
+    """A NumPy array, or one of a subclass (a memory map, a matrix), of NumPy's own class and native.
+
+    Raises:
+        ValueError: it is masked; C++ would take no notice of the mask.
+    """
+    if isinstance(x, np.ma.MaskedArray):
+        _jax.typeof(x)  # which refuses it
+    return np.asarray(native(x))
 
 
 def native(x: Any) -> Any:
