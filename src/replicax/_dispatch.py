@@ -28,12 +28,12 @@ from replicax._errors import (
     DevicesError,
     NestedMapError,
     NotAnArrayError,
-    NumberTooLargeError,
     OptionTypeError,
     StaticArgumentError,
     UnknownBackendError,
     report,
     text_of,
+    too_large,
 )
 from replicax._layout import layout, replicas_of
 from replicax._lowering import Program, Recorded, describe_type, lower, record, trace_replica
@@ -574,10 +574,7 @@ def _types_of_arrays(fun: Callable[..., Any], call: Call, leaves: Sequence[Any],
         except TypeError:
             known = False
         except OverflowError:
-            raise NumberTooLargeError(
-                f"{name} is {x}, which is too large for a 32-bit int. Enable 64-bit types with "
-                f"jax.config.update('jax_enable_x64', True), or pass a float."
-            ) from None
+            raise too_large(name, x) from None
         except ValueError as error:
             error.add_note(f"It is the argument {name}.")
             raise

@@ -155,6 +155,14 @@ def as_int(which: str, value: object) -> int:
         ) from None
 
 
+def too_large(which: str, x: object) -> NumberTooLargeError:
+    """What is raised where JAX finds that an int does not fit."""
+    return NumberTooLargeError(
+        f"{which} is {x}, which is too large for a 32-bit int. Enable 64-bit types with "
+        f"jax.config.update('jax_enable_x64', True), or pass a float."
+    )
+
+
 def text_of(error: BaseException) -> str:
     """An exception's text; none where its own ``__str__`` fails."""
     try:

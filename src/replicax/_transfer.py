@@ -15,6 +15,7 @@ from numpy import ndarray
 
 from replicax import _cpp, _jax
 from replicax._cpp import ArrayImpl
+from replicax._errors import too_large
 
 #: Up to so many bytes, copying an array twice takes no longer than copying it to where a device can use it.
 SMALL = 1 << 16
@@ -35,7 +36,7 @@ def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: 
         axis: The axis that has to be padded, with copies of the last row.
         rows: How long it is then.
     """
-    host = plain(x) if isinstance(x, ndarray) else np.asarray(x, _jax.typeof(x).dtype)
+    host = plain(x) if isinstance(x, ndarray) else _as_numpy(x)
     shape = host.shape if axis is None else (*host.shape[:axis], rows, *host.shape[axis + 1 :])
     if host.dtype == jax.dtypes.float0:  # the type of the derivatives of integers, which holds nothing
         return np.zeros(shape, host.dtype)
@@ -51,6 +52,13 @@ def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: 
     else:
         ours = False
     return _cpp.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=ours)
+
+
+def _as_numpy(x: Any) -> np.ndarray[Any, Any]:
+    try:
+        return np.asarray(x, _jax.typeof(x).dtype)
+    except OverflowError:
+        raise too_large("An argument", x) from None
 
 
 def own(tree: Any) -> Any:
