@@ -25,7 +25,8 @@ LAYERS = [
     "compat.__main__", "compat._install", "compat._functions",
     "testing._check", "testing._lockstep", "_report", "_replicas", "_devices", "_pmap", "_stages", "_dispatch",
     "_packing", "_run", "_transfer", "_lowering", "_rewrite", "_sums", "_varying", "_collectives", "_reductions",
-    "_levels", "_blocks", "_exchange", "_signature", "_axes", "_layout", "_cpp", "_primitives", "_jax", "_errors",
+    "_levels", "_blocks", "_exchange", "_signature", "_axes", "_layout", "_cpu_threads", "_cpp",
+    "_primitives", "_jax", "_errors",
 ]  # fmt: skip
 
 
