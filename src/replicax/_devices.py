@@ -11,7 +11,8 @@ def simulate_devices(count: int) -> None:
     """Makes this process see ``count`` CPU devices, and no others.
 
     They share the machine's cores: they show that a program is right, not how fast it would be on real devices.
-    Call it before JAX first looks for devices, that is, before the first array is made; an import is no harm.
+    Call it before JAX first looks for devices, that is, before the first array is made; an import is no harm. JAX then
+    gets the threads that so many devices need: see the README.
 
     Args:
         count: The number of devices, at least 1.

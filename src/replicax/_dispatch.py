@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from replicax import _cpp, _jax, _primitives
+from replicax import _cpp, _cpu_threads, _jax, _primitives
 from replicax._axes import (
     Chosen,
     Leaf,
@@ -163,7 +163,7 @@ class Dispatcher:
         self._switching = threading.RLock()
         self._tracing: dict[Hashable, threading.RLock] = {}
         self._owner = functools.partial(_without_jit, weakref.ref(self))  # what C++ remembers is freed with it
-        self._copies = self._packs = False
+        self._copies = self._packs = self._may_hang = False
         self.donates = bool(options.donated.positions or options.donated.names)
 
     def entry(self, fun: Callable[..., Any]) -> Callable[..., Any]:
@@ -189,7 +189,8 @@ class Dispatcher:
             careful = self._tracing or self._packs
             for entrance in entrances or self._entrances:
                 direct = entrance._copying if self._copies else entrance._entry
-                entrance.__call__ = entrance._careful if careful else direct
+                call = entrance._careful if careful else direct
+                entrance.__call__ = _cpu_threads.bounded(call) if self._may_hang else call
 
     def careful(
         self,
@@ -447,6 +448,7 @@ class Dispatcher:
         placed = layout(options.axis_name, size, devices, spread=spread, aside=not _jax.eager(), nesting=nesting)
         donated, agreeing = self._donated(call), options.agreeing
         program = lower(replica, placed, signature.in_axes, options.out_axes, avals, donated, name, agreeing)
+        self._may_hang = self._may_hang or _cpu_threads.may_hang(placed.mesh)
         if _jax.eager():  # All that is traced is traced now, in this thread's turn and before an argument is moved.
             _ = program.traced
         return program, reusable

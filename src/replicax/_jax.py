@@ -8,6 +8,7 @@ known by name, except for the three control-flow primitives whose carries :func:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -17,13 +18,14 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import ad_util, config, core, dispatch, source_info_util, traceback_util, tree_util
+from jax._src import ad_util, config, core, dispatch, source_info_util, traceback_util, tree_util, xla_bridge
 from jax._src import linear_util as lu
 from jax._src.ad_checkpoint import remat_p
 from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
 from jax._src.lib import _jax as jaxlib
+from jax._src.lib import version as jaxlib_version
 from jax._src.sharding_impls import UNSPECIFIED
 from jax._src.state.types import AbstractRef
 from jax.extend import core as extend_core
@@ -250,6 +252,25 @@ def stage_parts(lowered: jax.stages.Lowered) -> Any:
 def executable_parts(compiled: jax.stages.Compiled) -> tuple[Any, Any]:
     """What a ``jax.stages.Compiled`` is made of: the executable, and the constants that it takes first."""
     return compiled._executable, compiled._params.const_args
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The client of CPU devices
+
+#: Whether XLA hangs where its pool has few threads for its CPU devices: see ``_cpu_threads``. This goes by jaxlib,
+#: which may be older than JAX.
+FEW_CPU_THREADS_HANG = jaxlib_version < (0, 12)
+
+
+def make_cpu_client_by(around: Callable[[Callable[[], Any]], Any]) -> None:
+    """Has JAX make its client of CPU devices by ``around`` from now on, which is given what makes it.
+
+    Where JAX keeps that elsewhere, nothing happens.
+    """
+    with contextlib.suppress(AttributeError, KeyError, TypeError):
+        factories = xla_bridge._backend_factories
+        before = factories["cpu"]
+        factories["cpu"] = dataclasses.replace(before, factory=functools.partial(around, before.factory))
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from replicax import _jax
+from replicax import _cpu_threads, _jax
 from replicax._axes import parameter_names
 from replicax._dispatch import Call, Dispatcher
 from replicax._errors import AheadOfTimeError, report
@@ -253,6 +253,8 @@ class Compiled(jax.stages.Compiled):  # type: ignore[misc]
         super().__init__(executable, constants, plan.args_info, plan.program.out_tree)
         self._compiled = compiled
         self._plan = plan
+        may_hang = _cpu_threads.may_hang(plan.program.layout.mesh)
+        self._run_on: Callable[..., Any] = _cpu_threads.bounded(compiled) if may_hang else compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the program.
@@ -273,7 +275,7 @@ class Compiled(jax.stages.Compiled):  # type: ignore[misc]
         plan = self._plan
         with _jax.own_mesh():
             names = [leaf.name for leaf in plan.signature.leaves]
-            results, _ = run(plan.program, leaves, self._compiled, lambda: names)
+            results, _ = run(plan.program, leaves, self._run_on, lambda: names)
         return jax.tree.unflatten(plan.program.out_tree, results)
 
     @property
