@@ -66,7 +66,7 @@ def test_a_warm_call_runs_nothing_of_ours(by_python, call, n):
 
 @pytest.mark.parametrize("n", [1, 8])
 def test_a_warm_call_of_arrays_in_place_has_no_frame_of_pythons(n):
-    """Not even JAX's own, or C++ would have asked it to look."""
+    """Not even JAX's own, or C++ would have asked it to look; but that which keeps several CPU devices from hanging."""
     mapped, x, frames = pmap(fun, "i"), placed(rows(n, 3)), []
 
     def entered(frame, event, _):
@@ -80,7 +80,7 @@ def test_a_warm_call_of_arrays_in_place_has_no_frame_of_pythons(n):
             mapped(x, y=x)
         finally:
             sys.setprofile(None)
-    assert frames == []
+    assert frames == ["bounded.<locals>.bounding"] * (n > 1)
 
 
 def test_nested_arrays_of_numpy_on_several_devices_go_by_themselves_too(by_python):
