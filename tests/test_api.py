@@ -29,7 +29,7 @@ LAYERS = [
     "testing._check", "testing._lockstep", "_report", "_replicas", "_devices", "_pmap", "_stages", "_dispatch",
     "_packing", "_run", "_transfer", "_lowering", "_references", "_rewrite", "_callbacks", "_sums", "_varying",
     "_collectives", "_reductions", "_levels", "_blocks", "_exchange", "_signature", "_axes", "_vmappable", "_failures",
-    "_layout", "_cpu_threads", "_cpp", "_callback_primitives", "_primitives", "_jax", "_errors",
+    "_layout", "_cpu_threads", "_cpp", "_callback_primitives", "_primitives", "_placement", "_jax", "_errors",
 ]  # fmt: skip
 
 

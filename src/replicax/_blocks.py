@@ -19,6 +19,7 @@ from jax import lax
 from replicax import _primitives
 from replicax._exchange import Exchange, Table, exchange, wants_of
 from replicax._layout import LogicalAxes, LogicalAxis
+from replicax._placement import Placement
 
 
 def block(axis: LogicalAxis, x: Any) -> Any:
@@ -119,7 +120,7 @@ def fetch(logical: LogicalAxes, names: Sequence[Hashable], items: Any, wants: Ta
     """
     if (axis := only_axis(logical, names)) is not None:
         held = block(axis, items).reshape(axis.lanes * items.shape[0], *items.shape[1:])
-        plan = exchange(wants_of(axis, wants), held.shape[0])
+        plan = exchange(wants_of(axis, wants, items.shape[0]), held.shape[0])
         found = exchanged(axis, held, plan)
         return own_lane(axis, found.reshape(axis.lanes, wants.shape[1], *items.shape[1:]))
     everything = gather(logical, names, items)
@@ -152,7 +153,11 @@ def replica_index(logical: LogicalAxes, names: Sequence[Hashable]) -> jax.Array:
 def replica_along(axis: LogicalAxis) -> jax.Array:
     """The replica's index along one mapped axis; in a padding lane that of the replica it copies."""
     position = lane_position(axis)
-    return jnp.minimum(position, axis.size - 1) if axis.padding else position
+    if not axis.padding:
+        return position
+    if axis.placement.padding_is_last:
+        return jnp.minimum(position, axis.size - 1)
+    return jnp.asarray(axis.placement.replica_at, jnp.int32)[position]
 
 
 def lane_position(axis: LogicalAxis) -> jax.Array:
@@ -174,7 +179,13 @@ def _gather_along(axis: LogicalAxis, x: Any) -> Any:
     shape = x.shape
     for name, _ in axis.physical:
         x = _gather(x, name)
-    return x.reshape(axis.devices * axis.lanes, *shape)[: axis.size]
+    return real_rows(x.reshape(axis.placement.slots, *shape), 0, axis.placement)
+
+
+def real_rows(x: Any, dim: int, placement: Placement) -> Any:
+    """``(..., replicas, ...)``: the rows of replicas among those of all slots along ``dim``."""
+    runs = [lax.slice_in_dim(x, first, first + count, axis=dim) for first, count in placement.runs]
+    return runs[0] if len(runs) == 1 else jnp.concatenate(runs, dim)
 
 
 def _gather(x: Any, name: Hashable) -> Any:

@@ -4,7 +4,7 @@ A rule takes the logical axes in scope, the operand as one replica sees it, and 
 It runs once per replica too: inside the ``vmap`` over lanes and the ``shard_map`` over devices, where the lane and
 device axes are bound. Lanes come first, so that the wire between devices carries the least.
 
-Padding lanes are exact copies of replica N - 1, and every rule keeps them so: they get what that replica gets. What
+Padding lanes are exact copies of a replica, and every rule keeps them so: they get what that replica gets. What
 they contribute is masked, sliced off, or (where a copy cannot change the result, as in ``pmax``) harmless.
 
 To add a collective, write one function with the parameters of its primitive under :func:`collective`.
@@ -37,6 +37,7 @@ from replicax._blocks import (
     on_device,
     only_axis,
     own_lane,
+    real_rows,
     replica_index,
     size_of,
     take,
@@ -52,7 +53,6 @@ from replicax._exchange import (
     exchange,
     groups,
     ranks,
-    replica_at,
     segments,
 )
 from replicax._layout import LaneAxis, LogicalAxes, LogicalAxis
@@ -149,7 +149,10 @@ def direct(axis: LogicalAxis | None) -> Hashable | None:
 
 def is_replica(axis: LogicalAxis) -> jax.Array:
     """False in a padding lane."""
-    return lane_position(axis) < axis.size
+    position = lane_position(axis)
+    if axis.placement.padding_is_last:
+        return position < axis.size
+    return jnp.asarray(axis.placement.is_replica)[position]
 
 
 @collective("axis_index", result=own)
@@ -378,7 +381,7 @@ def pbroadcast(logical: LogicalAxes, x: Any, *, axis_name: Names | Hashable, sou
     axis = only_axis(logical, names)
     if axis is None:
         return gather(logical, names, x)[source]
-    device, lane = divmod(source, axis.lanes)
+    device, lane = divmod(int(axis.placement.slot_of[source]), axis.lanes)
     x = block(axis, x)[lane]
     if axis.device_axis is None:
         return x
@@ -481,7 +484,7 @@ def scatter_sum(axis: LogicalAxis, x: Any, whole: DeviceGroups | None) -> Any:
     if axis.lane_axis is not None:
         x = lax.psum(x, axis.lane_axis)
     if axis.padding:  # A padding lane gets what the replica gets that it copies.
-        x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (axis.padding, *x.shape[1:]))])
+        x = _primitives.pad_rows(x, 0, axis.placement)
     x = x.reshape(x.shape[0] // axis.lanes, axis.lanes, *x.shape[1:])
     if axis.device_axis is None:
         return own_lane(axis, x[0])
@@ -502,13 +505,13 @@ def scatter_sum_over_segments(axis: LogicalAxis, x: Any, split: Groups) -> Any:
     plan, size = segments(axis, split), x.shape[0]
     sums = over_segments(axis, block(axis, x), plan.lanes, plan.count, SUM)  # (segments, group, ...)
     items = sums.reshape(plan.count * size, *sums.shape[2:])
-    contributing = np.flatnonzero(np.arange(axis.devices) * axis.lanes < axis.size)
+    contributing = axis.placement.devices_with_replicas
     group, source = np.nonzero((plan.of[contributing] != NOTHING).T)
     counts = np.bincount(group, minlength=len(split.groups))
     widest, sources = int(counts.max()), contributing[source]
     sums_of = np.full((len(counts), widest), NOTHING)
     sums_of[group, ranks(counts)] = sources * plan.count + plan.of[sources, group]
-    replica = replica_at(axis)
+    replica = axis.placement.replica_at
     wants = sums_of[split.of[replica]]
     wants = np.where(wants == NOTHING, NOTHING, wants * size + split.rank[replica][:, None])
     found = exchanged(axis, items, exchange(wants.reshape(axis.devices, -1), plan.count * size))
@@ -573,15 +576,16 @@ def pieces(logical: LogicalAxes, names: Names, x: Any, split: Groups | None) -> 
 
 def pieces_between_devices(axis: LogicalAxis, x: Any, whole: DeviceGroups | None) -> Any:
     """The same for all replicas, or for groups of whole devices: one exchange of lanes' pieces between devices."""
-    size, rest = x.shape[0], x.shape[1:]
+    rest = x.shape[1:]
     if axis.padding:  # A padding lane gets what the replica gets that it copies.
-        x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (axis.padding, *rest))])
+        x = _primitives.pad_rows(x, 0, axis.placement)
     devices = x.shape[0] // axis.lanes
     x = block(axis, x).reshape(axis.lanes, devices, axis.lanes, *rest)  # from lanes, to devices, to lanes
     if devices > 1:
         x = all_to_all_devices(x, axis.device_axis, 1, 1, whole)
     x = jnp.moveaxis(x, 2, 0).swapaxes(1, 2)  # to lanes, from devices, from lanes
-    return own_lane(axis, x.reshape(axis.lanes, devices * axis.lanes, *rest)[:, :size])
+    x = x.reshape(axis.lanes, devices * axis.lanes, *rest)
+    return own_lane(axis, real_rows(x, 1, axis.placement) if axis.padding else x)
 
 
 def all_to_all_devices(x: Any, name: Hashable, split_axis: int, concat_axis: int, split: DeviceGroups | None) -> Any:

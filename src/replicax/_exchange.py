@@ -114,22 +114,21 @@ def _matchings(weights: dict[tuple[int, int], int], devices: int) -> list[list[t
     return list(matchings.values())
 
 
-def wants_of(axis: LogicalAxis, wants: Table) -> Table:
+def wants_of(axis: LogicalAxis, wants: Table, items: int) -> Table:
     """What each device wants, given what each replica does; a padding lane wants what its replica wants.
 
     Args:
         axis: The mapped axis.
-        wants: ``(replicas, wanted)``.
+        wants: ``(replicas, wanted)``: numbers of the replicas' items, or :data:`NOTHING`.
+        items: How many items each replica has.
 
     Returns:
         ``(devices, lanes · wanted)``.
     """
-    return wants[replica_at(axis)].reshape(axis.devices, -1)
-
-
-def replica_at(axis: LogicalAxis) -> Table:
-    """``(devices · lanes,)``: the replica of each lane; padding lanes copy the last."""
-    return np.minimum(np.arange(axis.devices * axis.lanes), axis.size - 1)
+    if not axis.placement.padding_is_last:  # from numbers that go by replicas to those that go by slots
+        owner, item = np.divmod(wants, items)
+        wants = np.where(wants == NOTHING, NOTHING, axis.placement.slot_of[owner] * items + item)
+    return wants[axis.placement.replica_at].reshape(axis.devices, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -215,7 +214,7 @@ class Segments:
 def segments(axis: LogicalAxis, split: Groups) -> Segments:
     """The segments of every device."""
     devices, many = axis.devices, len(split.groups)
-    group_at = split.of[replica_at(axis)].reshape(devices, axis.lanes)
+    group_at = split.of[axis.placement.replica_at].reshape(devices, axis.lanes)
     group, device = np.divmod(np.unique(group_at * devices + np.arange(devices)[:, None]), devices)
     counts = np.bincount(group, minlength=many)
     start = np.cumsum(counts) - counts
@@ -236,7 +235,7 @@ def segments(axis: LogicalAxis, split: Groups) -> Segments:
 
 def _lanes_of(axis: LogicalAxis, own: Table, count: int) -> Table:
     """``(devices, count · widest)``: the lanes of each segment, given the segment of each lane."""
-    device, lane = np.divmod(np.arange(axis.size), axis.lanes)
+    device, lane = np.divmod(axis.placement.slot_of, axis.lanes)
     segment = device * count + own[device, lane]
     sizes = np.bincount(segment, minlength=axis.devices * count)
     order = np.argsort(segment, kind="stable")

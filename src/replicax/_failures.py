@@ -85,8 +85,7 @@ class Guarded:
         """Which replicas the callback was called for, and of what."""
         where = []
         for axis, width, place in zip(self.axes, self.widths, places, strict=True):
-            first = min(int(np.min(place)), axis.size - 1)
-            last = min(int(np.max(place)) + width, axis.size) - 1
+            first, last = axis.placement.replica_at[[int(np.min(place)), int(np.max(place)) + width - 1]]
             which = f"replica {first}" if last <= first else f"replicas {first} to {last}"
             where.append(f"{which} of {axis.name!r}" if isinstance(axis.name, str) else which)
         return ", ".join(where)

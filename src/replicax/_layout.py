@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from replicax import _placement
+from replicax._placement import Placement
+
 
 @dataclass(frozen=True)
 class LaneAxis:
@@ -33,6 +36,7 @@ class LogicalAxis:
         lanes: The number of replicas that each device runs, L.
         device_axis: The mesh axis of size D', or None when D' is 1.
         lane_axis: The vmapped axis of size L, or None when L is 1.
+        placement: Which replica each of a device's lanes runs.
         level: How many maps it is nested in; axes of one name at different levels are different axes.
     """
 
@@ -42,12 +46,13 @@ class LogicalAxis:
     lanes: int
     device_axis: Hashable | None
     lane_axis: Hashable | None
+    placement: Placement
     level: int = 0
 
     @property
     def padding(self) -> int:
-        """How many lanes exist only to fill the last devices."""
-        return self.devices * self.lanes - self.size
+        """How many lanes exist only to fill devices."""
+        return self.placement.padding
 
     @property
     def physical(self) -> tuple[tuple[Hashable, int], ...]:
@@ -135,7 +140,7 @@ class Layout:
     @property
     def padded_size(self) -> int:
         """D' · L: the length of a mapped axis once every device has all its lanes."""
-        return self.axis.devices * self.axis.lanes
+        return self.axis.placement.slots
 
     @property
     def scope(self) -> Scope:
@@ -259,5 +264,6 @@ def _axis(name: Hashable, size: int, devices: int, lanes: int, mesh_axis: Hashab
         lanes=lanes,
         device_axis=mesh_axis if devices > 1 else None,
         lane_axis=LaneAxis(name, level) if lanes > 1 else None,
+        placement=_placement.placement(size, devices, lanes),
         level=level,
     )

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from replicax import _primitives
-from replicax._blocks import on_data
+from replicax._blocks import on_data, real_rows
 from replicax._layout import LogicalAxis
+from replicax._placement import Placement
 
 OneReplica = Callable[..., Sequence[Any]]
 
@@ -33,14 +34,17 @@ def over_lanes(
     return only_lane
 
 
-def pad_rows(x: Any, dim: int, rows: int) -> Any:
-    """``x`` with its last row along ``dim`` repeated ``rows`` more times; the copies have no part in derivatives."""
-    return on_data(lambda x: _primitives.pad_rows(x, dim, rows), x) if rows else x
+def pad_rows(x: Any, dim: int, placement: Placement) -> Any:
+    """``x`` along ``dim`` with a row for each slot; those for padding are copies, with no part in derivatives."""
+    return on_data(lambda x: _primitives.pad_rows(x, dim, placement), x) if placement.padding else x
 
 
-def own_rows(x: Any, dim: int, first: Any, count: int) -> Any:
-    """``count`` rows of ``x`` along ``dim`` from the ``first`` on, the last one for each that it does not have."""
-    last = x.shape[dim] - 1
+def own_rows(x: Any, dim: int, first: Any, placement: Placement) -> Any:
+    """The rows of ``x`` along ``dim`` for a device's lanes, of which ``first`` is the first slot."""
+    last, count = x.shape[dim] - 1, placement.lanes
+    if not placement.padding_is_last:
+        table = jnp.asarray(placement.replica_at, jnp.int32)
+        return jnp.take(x, lax.dynamic_slice_in_dim(table, first, count), dim)
     return lax.cond(
         first + count <= last + 1,
         lambda: lax.dynamic_slice_in_dim(x, jnp.minimum(first, last + 1 - count), count, dim),
@@ -71,7 +75,7 @@ class Part:
         assert self.axis.device_axis is not None
         name, dim = self.axis.device_axis, self.dim
         whole = on_data(lambda x: _primitives.join_parts(x, name, dim), self.value)
-        return lax.slice_in_dim(whole, 0, self.axis.size, axis=dim)
+        return real_rows(whole, dim, self.axis.placement)
 
 
 def own_block(axis: LogicalAxis, x: Any, dim: int | None) -> Any:
@@ -84,7 +88,7 @@ def own_block(axis: LogicalAxis, x: Any, dim: int | None) -> Any:
         return x
     if dim is None:
         return on_data(lambda x: _primitives.share(x, axis.device_axis), x)
-    return on_data(lambda x: _primitives.own_part(x, axis.device_axis, dim), pad_rows(x, dim, axis.padding))
+    return on_data(lambda x: _primitives.own_part(x, axis.device_axis, dim), pad_rows(x, dim, axis.placement))
 
 
 def whole(axis: LogicalAxis, y: Any, dim: int | None) -> Any:

@@ -18,7 +18,7 @@ from jax.tree_util import keystr
 
 from replicax import _cpp, _jax, _primitives
 from replicax._axes import Spec, match_out_axes
-from replicax._blocks import unfolded
+from replicax._blocks import real_rows, unfolded
 from replicax._callbacks import guard, raise_after, refuse_ordered
 from replicax._errors import (
     DivergentOutputError,
@@ -360,18 +360,17 @@ class Program:
         return list(self._pads[which, whole](leaves))
 
     def _add_rows(self, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
-        rows = self.layout.axis.padding
+        where = self.layout.axis.placement
         # One row more has no type on a mesh with Explicit axes that split the rows.
-        return lambda xs: [pad_rows(_primitives.retype(x, None), a, rows) for x, a in zip(xs, axes, strict=True)]
+        return lambda xs: [pad_rows(_primitives.retype(x, None), a, where) for x, a in zip(xs, axes, strict=True)]
 
     def _take_rows(self, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
         """Each device takes its own rows of what it has whole, where XLA would have devices send each other parts."""
-        where = self.layout
-        lanes, name = where.axis.lanes, where.mesh.axis_names[0]
+        where, name = self.layout, self.layout.mesh.axis_names[0]
 
         def rows(xs: list[Any]) -> list[Any]:
-            first = lax.axis_index(name) * lanes
-            return [own_rows(x, axis, first, lanes) for x, axis in zip(xs, axes, strict=True)]
+            first = lax.axis_index(name) * where.axis.lanes
+            return [own_rows(x, axis, first, where.axis.placement) for x, axis in zip(xs, axes, strict=True)]
 
         outs = list(map(where.spec, axes))
         return jax.shard_map(rows, mesh=where.mesh, in_specs=PartitionSpec(), out_specs=outs, check_vma=False)
@@ -383,10 +382,10 @@ class Program:
     @cached_property
     def staged(self) -> jax.stages.Wrapped:
         """The function for an enclosing trace, which pads by itself and leaves the places of results to XLA."""
-        where, rows = self.layout, self.layout.axis.padding
+        where, placement = self.layout, self.layout.axis.placement
 
         def placed(x: Any, axis: int | None) -> Any:
-            if axis is None or not rows:
+            if axis is None or not placement.padding:
                 return x
             # XLA may choose a sharding of N rows that JAX cannot express, and JAX then refuses the array.
             return _primitives.pin(x, where.sharding(None))
@@ -394,7 +393,7 @@ class Program:
         def padded_first(*args: Any) -> tuple[Any, ...]:
             typed = [_primitives.split_over(x) for x in args]
             args = tuple(
-                x if axis is None else placed(pad_rows(placed(x, axis), axis, rows), axis)
+                x if axis is None else placed(pad_rows(placed(x, axis), axis, placement), axis)
                 for x, axis in zip([_primitives.retype(x, None) for x in args], self.in_axes, strict=True)
             )
             results = map(placed, self.function(*args), self.out_axes)
@@ -701,7 +700,7 @@ def _over_devices(
         with _jax.source(source):
             results = mapped(*args)
         return tuple(
-            out if a is None or not layout.axis.padding else lax.slice_in_dim(out, 0, layout.size, axis=a)
+            out if a is None or not layout.axis.padding else real_rows(out, a, layout.axis.placement)
             for out, a in zip(results, out_axes, strict=True)
         )
 

@@ -30,6 +30,7 @@ from replicax._jax import (
     with_results,
     without_constants,
 )
+from replicax._placement import Placement
 
 AxisName = Hashable
 
@@ -96,35 +97,43 @@ batching.fancy_primitive_batchers[_each_lane_p] = _each_lane_batched
 # Padding
 
 
-def pad_rows(x: Any, dim: int, rows: int) -> Any:
-    """``x`` with its last row along ``dim`` repeated ``rows`` more times.
+def pad_rows(x: Any, dim: int, placement: Placement) -> Any:
+    """``x``, which has a row for each replica along ``dim``, with one for each slot: padding has copies.
 
     The copies give no cotangent back: not even a NaN, from a slope of infinity times a cotangent of zero.
     """
-    return _pad_rows_p.bind(x, dim=dim, rows=rows)
+    return _pad_rows_p.bind(x, dim=dim, placement=placement)
 
 
 _pad_rows_p = core.Primitive("pad_rows")
 
 
-def _pad_rows(x: Any, *, dim: int, rows: int) -> Any:
-    last = slicing.slice_in_dim(x, x.shape[dim] - 1, None, axis=dim)
-    copies = jnp.broadcast_to(last, (*x.shape[:dim], rows, *x.shape[dim + 1 :]))
-    return jnp.concatenate([x, copies], dim)
+def _pad_rows(x: Any, *, dim: int, placement: Placement) -> Any:
+    parts = []
+    for first, rows, copies in placement.pieces:
+        if rows:
+            parts.append(x if rows == placement.size else slicing.slice_in_dim(x, first, first + rows, axis=dim))
+        if copies:
+            last = max(first + rows - 1, 0)
+            row = slicing.slice_in_dim(x, last, last + 1, axis=dim)
+            parts.append(jnp.broadcast_to(row, (*x.shape[:dim], copies, *x.shape[dim + 1 :])))
+    return jnp.concatenate(parts, dim)
 
 
-def _pad_rows_type(x: Any, *, dim: int, rows: int) -> Any:
-    return core.ShapedArray((*x.shape[:dim], x.shape[dim] + rows, *x.shape[dim + 1 :]), x.dtype, weak_type=x.weak_type)
+def _pad_rows_type(x: Any, *, dim: int, placement: Placement) -> Any:
+    shape = (*x.shape[:dim], placement.slots, *x.shape[dim + 1 :])
+    return core.ShapedArray(shape, x.dtype, weak_type=x.weak_type)
 
 
-def _pad_rows_transposed(ct: Any, x: Any, *, dim: int, rows: int) -> list[Any]:
+def _pad_rows_transposed(ct: Any, x: Any, *, dim: int, placement: Placement) -> list[Any]:
     del x
-    return [slicing.slice_in_dim(ct, 0, ct.shape[dim] - rows, axis=dim)]
+    runs = [slicing.slice_in_dim(ct, first, first + count, axis=dim) for first, count in placement.runs]
+    return [runs[0] if len(runs) == 1 else jnp.concatenate(runs, dim)]
 
 
-def _pad_rows_batched(args: Sequence[Any], dims: Sequence[int], *, dim: int, rows: int) -> tuple[Any, int]:
+def _pad_rows_batched(args: Sequence[Any], dims: Sequence[int], *, dim: int, placement: Placement) -> tuple[Any, int]:
     (x,), (d,) = args, dims
-    return pad_rows(x, dim + (d <= dim), rows), d
+    return pad_rows(x, dim + (d <= dim), placement), d
 
 
 _pad_rows_p.def_impl(_pad_rows)

@@ -14,6 +14,7 @@ from replicax import _cpp, _jax, _primitives
 from replicax._errors import DeletedArrayError, UnsupportedTransformationError, report
 from replicax._levels import pad_rows
 from replicax._lowering import Program
+from replicax._placement import Placement
 from replicax._transfer import is_small, own, put
 
 
@@ -95,10 +96,10 @@ def _check_donated(program: Program, leaves: Sequence[Any], names: Callable[[], 
 
 def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
     """The argument leaves, padded, and moved to where the program wants them; what lies right is not touched."""
-    wanted, padding = program.in_shardings, program.layout.axis.padding
+    wanted, placement = program.in_shardings, program.layout.axis.placement
     placed, astray, to_pad = list(leaves), [], []
     for i, x in enumerate(placed):
-        axis = program.in_axes[i] if padding else None
+        axis = program.in_axes[i] if placement.padding else None
         if not isinstance(x, jax.Array):
             placed[i] = _put(program, x, wanted[i], axis)
             continue
@@ -108,7 +109,7 @@ def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
             to_pad.append(i)
             continue
         if axis is not None:
-            placed[i] = x = _pad_where_it_lies(x, axis, padding)
+            placed[i] = x = _pad_where_it_lies(x, axis, placement)
         if not _lies(x, wanted[i]):
             astray.append(i)
     if to_pad:
@@ -125,12 +126,12 @@ def _put(program: Program, x: Any, wanted: jax.sharding.NamedSharding, axis: int
     """An argument from the host, padded, on its devices. What is small JAX puts on a single device by itself."""
     if axis is None and program.layout.mesh.size == 1 and (not isinstance(x, np.ndarray) or is_small(x)):
         return own(x)
-    return put(x, wanted, axis, program.layout.padded_size)
+    return put(x, wanted, axis, program.layout.axis.placement)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _pad_where_it_lies(x: jax.Array, axis: int, rows: int) -> jax.Array:
-    return pad_rows(_primitives.retype(x, None), axis, rows)
+def _pad_where_it_lies(x: jax.Array, axis: int, placement: Placement) -> jax.Array:
+    return pad_rows(_primitives.retype(x, None), axis, placement)
 
 
 def _lies(x: jax.Array, wanted: jax.sharding.NamedSharding) -> bool:

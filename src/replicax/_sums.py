@@ -190,7 +190,7 @@ def psum_of_product(logical: LogicalAxes, a: Any, b: Any, *, axes: Names, dimens
     def of_replicas(x: Any) -> Any:
         return functools.reduce(lambda x, axis: block(axis, x), lanes, where_replica(ours, x))
 
-    if len(ours) == 1 and 0 < 2 * ours[0].padding <= ours[0].lanes:
+    if len(ours) == 1 and ours[0].placement.padding_is_last and 0 < 2 * ours[0].padding <= ours[0].lanes:
         return _product_beside_padding(ours[0], product, a, b)
     return product(of_replicas(a), of_replicas(b))
 

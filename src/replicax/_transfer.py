@@ -16,6 +16,7 @@ from numpy import ndarray
 from replicax import _cpp, _jax
 from replicax._cpp import ArrayImpl
 from replicax._errors import too_large
+from replicax._placement import Placement
 
 #: Up to so many bytes, copying an array twice takes no longer than copying it to where a device can use it.
 SMALL = 1 << 16
@@ -24,7 +25,7 @@ SMALL = 1 << 16
 LARGE = 1 << 20
 
 
-def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: int = 0) -> Any:
+def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, placement: Placement | None = None) -> Any:
     """An array or a scalar on its devices, as it is now: its owner may change it as soon as this returns.
 
     JAX reads a NumPy array in its owner's memory where it can, on CPUs, and does so while a program runs. Here every
@@ -33,15 +34,19 @@ def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, rows: 
     Args:
         x: The array.
         sharding: Where it has to lie.
-        axis: The axis that has to be padded, with copies of the last row.
-        rows: How long it is then.
+        axis: The axis that has to be padded.
+        placement: Which row of it each slot gets.
     """
     host = plain(x) if isinstance(x, ndarray) else _as_numpy(x)
-    shape = host.shape if axis is None else (*host.shape[:axis], rows, *host.shape[axis + 1 :])
+    if axis is None or placement is None:
+        shape, block = host.shape, host.__getitem__
+    else:
+        shape = (*host.shape[:axis], placement.slots, *host.shape[axis + 1 :])
+        block = functools.partial(_block, host, axis, placement)
     if host.dtype == jax.dtypes.float0:  # the type of the derivatives of integers, which holds nothing
         return np.zeros(shape, host.dtype)
     where = _spread(sharding, shape, host.dtype, jax.config.jax_enable_x64)
-    blocks = [host[index] if axis is None else _block(host, index[axis], axis, rows) for index in where.indices]
+    blocks = list(map(block, where.indices))
     ours = True
     if host.nbytes <= SMALL:
         blocks = [block.copy() for block in blocks]
@@ -119,12 +124,15 @@ def _spread(sharding: jax.sharding.Sharding, shape: tuple[int, ...], dtype: np.d
     return _Spread(_jax.array_type(shape, dtype, x64), list(each), indices, [*map(different.index, ends)], on_host)
 
 
-def _block(host: np.ndarray[Any, Any], along: slice, axis: int, rows: int) -> np.ndarray[Any, Any]:
-    """The rows of one device, with the last one for each that ``host`` does not have."""
-    start, stop, _ = along.indices(rows)
-    if stop > host.shape[axis]:
-        return host.take(np.minimum(np.arange(start, stop), host.shape[axis] - 1), axis)
-    return host[(*[slice(None)] * axis, slice(start, stop))]
+def _block(
+    host: np.ndarray[Any, Any], axis: int, placement: Placement, index: tuple[slice, ...]
+) -> np.ndarray[Any, Any]:
+    """The rows of one device's slots along an axis, as they lie where they follow each other."""
+    start, stop, _ = index[axis].indices(placement.slots)
+    rows = placement.replica_at[start:stop]
+    if rows[-1] - rows[0] + 1 < len(rows):
+        return host.take(rows, axis)
+    return host[(*[slice(None)] * axis, slice(rows[0], rows[-1] + 1))]
 
 
 def _copies(blocks: Sequence[np.ndarray[Any, Any]], dtype: Any) -> list[np.ndarray[Any, Any]]:

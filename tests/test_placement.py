@@ -1,0 +1,131 @@
+"""Nothing but the placement knows where replicas lie: all holds with padding in the middle, and in two places."""
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+
+import test_nested
+from collectives import CONTEXTS, faults
+from replicax import _placement, pmap
+from replicax._placement import Placement
+from replicax.testing._check import compare
+from transforms import AXIS, PROGRAMS, TRANSFORMS, rows
+
+
+def in_the_middle(size, devices, lanes):
+    """Padding behind the first half of the replicas."""
+    gap, half = devices * lanes - size, size // 2
+    runs = ((0, half), (half + gap, size - half)) if half else ((gap, size),)
+    return Placement(size, devices, lanes, runs if gap else ((0, size),))
+
+
+def in_two_places(size, devices, lanes):
+    """Some of the padding before the first replica, and more of it further on; but for too little padding."""
+    gap, part = devices * lanes - size, size // 3
+    if gap < 3 or not part:
+        return in_the_middle(size, devices, lanes)
+    return Placement(size, devices, lanes, ((1, part), (part + gap, size - part)))
+
+
+PLACEMENTS = {"middle": (in_the_middle, 7, 3), "two places": (in_two_places, 13, 4)}
+
+
+@pytest.fixture(params=PLACEMENTS)
+def layout(request, monkeypatch):
+    """A number of replicas and of devices, on which a placement of the tests' own puts padding."""
+    place, n, d = PLACEMENTS[request.param]
+    monkeypatch.setattr(_placement, "placement", place)
+    lanes = -(-n // d)
+    placed = place(n, -(-n // lanes), lanes)
+    assert placed.padding
+    assert not placed.padding_is_last
+    return n, d
+
+
+@pytest.mark.parametrize("place", [_placement.placement, in_the_middle, in_two_places])
+@pytest.mark.parametrize(("n", "devices", "lanes"), [(7, 3, 3), (13, 4, 4), (5, 4, 2), (1, 2, 2), (8, 4, 2), (3, 3, 1)])
+def test_the_tables_of_a_placement_go_together(place, n, devices, lanes):
+    placed = place(n, devices, lanes)
+    assert placed.slots == devices * lanes == n + placed.padding
+    assert placed.is_replica.sum() == n
+    np.testing.assert_array_equal(placed.replica_at[placed.slot_of], np.arange(n))
+    np.testing.assert_array_equal(np.flatnonzero(placed.is_replica), placed.slot_of)
+    assert set(placed.devices_with_replicas) == set(placed.slot_of // lanes)
+    copied = [row + k for row, count, _ in placed.pieces for k in range(count)]
+    assert copied == list(range(n))
+    spread = [min(row + k, max(row + count - 1, 0)) for row, count, more in placed.pieces for k in range(count + more)]
+    np.testing.assert_array_equal(spread, placed.replica_at)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_the_table_of_collectives(context, layout):
+    assert faults(context, *layout) == {}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transformations_from_outside(name, layout):
+    n, d = layout
+    for program in PROGRAMS.values():
+        ours = TRANSFORMS[name](pmap(program, AXIS, devices=jax.devices()[:d]), rows(n))
+        right = jax.jit(lambda x, f=program: TRANSFORMS[name](jax.vmap(f, axis_name=AXIS), x))(rows(n))
+        compare(str, ours, right, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "program", [test_nested.collectives, test_nested.control_flow, test_nested.closures, test_nested.derivatives_inside]
+)
+@pytest.mark.parametrize(("sizes", "d"), [((7, 2), 3), ((2, 5), 6), ((3, 13), 8), ((13, 3), 8)])
+def test_maps_inside_maps(program, sizes, d, layout):
+    args = test_nested.given(program, sizes)
+    compare(str, program(test_nested.on_devices(d))(*args), jax.jit(program(jax.vmap))(*args), rtol=2e-4)
+
+
+@pytest.mark.parametrize(("sizes", "d"), [((7, 2), 3), ((2, 5), 6), ((3, 13), 8)])
+def test_derivatives_of_maps_inside_maps(sizes, d, layout):
+    args = test_nested.rows(*sizes, 2), test_nested.rows(2)
+    expected = test_nested.gradient(test_nested.smooth(jax.vmap), args, {}, jax.jit)
+    ours = test_nested.gradient(test_nested.smooth(test_nested.on_devices(d)), args, {}, lambda fun: fun)
+    compare(str, ours, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("where", ["host", "one device", "whole on each", "a result"])
+def test_arguments_from_anywhere(where, layout):
+    n, d = layout
+    x = np.arange(3.0 * n, dtype=np.float32).reshape(n, 3)
+    devices = jax.devices()[:d]
+    fun = pmap(lambda x: x * lax.axis_index("i") + lax.psum(x, "i"), "i", devices=devices)
+    placed = {
+        "host": lambda: x,
+        "one device": lambda: jax.device_put(x, jax.devices()[7]),
+        "whole on each": lambda: pmap(lambda x: x, devices=devices)(x),
+        "a result": lambda: pmap(lambda x: x, devices=jax.devices())(x),
+    }[where]()
+    for _ in range(3):
+        np.testing.assert_allclose(fun(placed), x * np.arange(n)[:, None] + x.sum(0), rtol=1e-5)
+    other = pmap(lambda x: x, in_axes=1, out_axes=1, devices=devices)
+    np.testing.assert_array_equal(other(x.T), x.T)
+
+
+def test_callbacks_come_once_from_each_replica(layout):
+    n, d = layout
+    seen = []
+
+    def fun(x):
+        jax.debug.callback(lambda i: seen.append(int(i)), lax.axis_index("i"))
+        return x
+
+    jax.block_until_ready(pmap(fun, "i", devices=jax.devices()[:d])(np.arange(float(n))))
+    jax.effects_barrier()
+    assert sorted(seen) == list(range(n))
+
+
+def test_padding_has_no_part_in_products_summed_over_lanes(layout):
+    n, d = layout
+    x = np.random.default_rng(0).normal(size=(n, 4, 5)).astype(np.float32)
+
+    def fun(x):
+        return lax.psum(x @ x.T, "i")
+
+    ours = pmap(fun, "i", devices=jax.devices()[:d])(x)
+    np.testing.assert_allclose(ours, jax.vmap(fun, axis_name="i")(x), rtol=1e-5, atol=1e-5)
