@@ -17,6 +17,7 @@ from replicax._errors import NestedMapError as NestedMapError
 from replicax._errors import NotAFunctionError as NotAFunctionError
 from replicax._errors import NotAnArrayError as NotAnArrayError
 from replicax._errors import OptionTypeError as OptionTypeError
+from replicax._errors import ReplicasError as ReplicasError
 from replicax._errors import ReplicaxError as ReplicaxError
 from replicax._errors import ShardsError as ShardsError
 from replicax._errors import SimulationError as SimulationError

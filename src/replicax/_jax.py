@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import ad_util, config, core, dispatch, source_info_util, tree_util
+from jax._src import ad_util, config, core, dispatch, source_info_util, tree_util, xla_bridge
 from jax._src import linear_util as lu
 from jax._src.ad_checkpoint import remat_p
 from jax._src.interpreters import ad, batching
@@ -34,6 +34,12 @@ AxisName = Hashable
 #: JAX 0.10 has one class for jaxprs with constants and one for those without; 0.12 has one class for both.
 _Closed: Any = vars(extend_core)["ClosedJaxpr"]
 _Open: Any = extend_core.Jaxpr
+
+#: JAX's own, whatever stands in their places in ``jax``.
+devices, local_devices = xla_bridge.devices, xla_bridge.local_devices
+
+#: Whether anybody has made an array or asked for devices in this process.
+devices_are_known = xla_bridge.backends_are_initialized
 
 # ---------------------------------------------------------------------------------------------------------------
 # The state of tracing
