@@ -12,7 +12,7 @@ import sys
 
 from replicax._errors import ReplicaxError
 from replicax.compat._bootstrap import __file__ as bootstrap
-from replicax.compat._virtual import VARIABLE, wanted
+from replicax.compat._virtual import VARIABLE, number, wanted
 
 USAGE = """\
 usage: python -m replicax.compat [--replicas N] SCRIPT [ARG ...]
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     said, program = _replicas(arguments)
     try:
-        wanted(said, "--replicas")
+        wanted(None) if said is None else number(said, "--replicas", "--replicas 8")
     except ReplicaxError as error:
         print(f"replicax.compat: {error}", file=sys.stderr)
         return 2

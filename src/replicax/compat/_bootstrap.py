@@ -75,11 +75,12 @@ def install_after_jax() -> None:
             return
         sys.meta_path.remove(finder)
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        path = list(sys.path)
         sys.path.append(root)  # replicax may lie in a directory that only `python -m` has in its path
         try:
             importlib.import_module("replicax.compat").install()
         finally:
-            sys.path.remove(root)
+            sys.path[:] = path
 
     finder: Any = AfterImport(("jax", "replicax"), done)
     sys.meta_path.insert(0, finder)
@@ -119,11 +120,12 @@ def _set_path(first: str) -> None:
 def _become_main(file: str | None, loader: Any) -> dict[str, Any]:
     """The namespace of ``__main__``, as python gives it to a program."""
     namespace = vars(sys.modules["__main__"])
-    builtins = namespace["__builtins__"]
+    builtins, annotated = namespace["__builtins__"], "__annotations__" in namespace
     namespace.clear()
-    namespace.update(
-        __name__="__main__", __doc__=None, __package__=None, __loader__=loader, __spec__=None, __builtins__=builtins
-    )
+    namespace.update(__name__="__main__", __doc__=None, __package__=None, __loader__=loader, __spec__=None)
+    if annotated:  # before Python 3.14
+        namespace["__annotations__"] = {}
+    namespace["__builtins__"] = builtins
     if file is not None:
         namespace.update(__file__=file, __cached__=None)
     return namespace

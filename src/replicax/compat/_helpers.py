@@ -25,7 +25,7 @@ from replicax.compat._functions import device_put_replicated, pmap, put_rows
 from replicax.compat._virtual import distinct, padded, program_devices
 
 #: Makes the replacement of a function of a module's.
-Replace = Callable[[ModuleType, Any], Any]
+Replace = Callable[[Any, Any], Any]
 
 
 def first_replica(x: Any) -> Any:
@@ -52,7 +52,7 @@ def _has_rows(x: jax.Array) -> bool:
 # flax
 
 
-def _flax_replicate(_: ModuleType, original: Any) -> Any:
+def _flax_replicate(_: Any, original: Any) -> Any:
     @functools.wraps(original)
     def replicate(
         tree: Any,
@@ -65,7 +65,7 @@ def _flax_replicate(_: ModuleType, original: Any) -> Any:
     return replicate
 
 
-def _flax_unreplicate(_: ModuleType, original: Any) -> Any:
+def _flax_unreplicate(_: Any, original: Any) -> Any:
     @functools.wraps(original)
     def unreplicate(tree: Any) -> Any:
         return jax.tree.map(lambda x: x if getattr(x, "ndim", None) == 0 else first_replica(x), tree)
@@ -73,7 +73,7 @@ def _flax_unreplicate(_: ModuleType, original: Any) -> Any:
     return unreplicate
 
 
-def _flax_prefetch_to_device(_: ModuleType, original: Any) -> Any:
+def _flax_prefetch_to_device(_: Any, original: Any) -> Any:
     @functools.wraps(original)
     def prefetch_to_device(
         iterator: Iterator[Any],
@@ -91,7 +91,7 @@ def _flax_prefetch_to_device(_: ModuleType, original: Any) -> Any:
     return prefetch_to_device
 
 
-def _flax_get_metrics(module: ModuleType, original: Any) -> Any:
+def _flax_get_metrics(module: Any, original: Any) -> Any:
     @functools.wraps(original)
     def get_metrics(device_metrics: Any) -> Any:
         return module.stack_forest(jax.device_get(jax.tree.map(first_replica, device_metrics)))
@@ -103,7 +103,7 @@ def _flax_get_metrics(module: ModuleType, original: Any) -> Any:
 # kfac-jax
 
 
-def _kfac_get_first(module: ModuleType, original: Any) -> Any:
+def _kfac_get_first(module: Any, original: Any) -> Any:
     @functools.wraps(original)
     def get_first(obj: Any) -> Any:
         return jax.tree.map(lambda x: x if module.is_scalar(x) else first_replica(x), obj)
@@ -111,7 +111,7 @@ def _kfac_get_first(module: ModuleType, original: Any) -> Any:
     return get_first
 
 
-def _kfac_broadcast(_: ModuleType, original: Any) -> Any:
+def _kfac_broadcast(_: Any, original: Any) -> Any:
     @functools.wraps(original)
     def broadcast_all_local_devices(
         obj: Any,
@@ -122,7 +122,7 @@ def _kfac_broadcast(_: ModuleType, original: Any) -> Any:
     return broadcast_all_local_devices
 
 
-def _kfac_replicate(_: ModuleType, original: Any) -> Any:
+def _kfac_replicate(_: Any, original: Any) -> Any:
     @functools.wraps(original)
     def replicate_all_local_devices(
         obj: Any,
@@ -136,7 +136,7 @@ def _kfac_replicate(_: ModuleType, original: Any) -> Any:
 def _mapped(**options: Any) -> Replace:
     """What ``jax.pmap`` has returned to a module that was imported before it was replaced."""
 
-    def replace(_: ModuleType, original: Any) -> Any:
+    def replace(_: Any, original: Any) -> Any:
         return original if isinstance(original, MappedFunction) else pmap(original.__wrapped__, **options)
 
     return replace
@@ -146,37 +146,21 @@ def _mapped(**options: Any) -> Replace:
 # chex
 
 
-def _chex_with_pmap(_: ModuleType, original: Any) -> Any:
+def _chex_with_pmap(_: Any, original: Any) -> Any:
     @functools.wraps(original)
-    def with_pmap(
-        fn: Callable[..., Any],
-        broadcast_args_to_devices: bool = True,
-        *args: Any,
-        n_devices: int | None = None,
-        devices: Sequence[jax.Device] | None = None,
-        in_axes: Any = 0,
-        static_broadcasted_argnums: Any = (),
-        static_argnums: Any = (),
-        backend: str | None = None,
-        **options: Any,
-    ) -> Any:
-        def variant(broadcast: bool) -> Any:
-            return original(
-                fn, broadcast, *args, n_devices=n_devices, devices=devices, in_axes=in_axes,
-                static_broadcasted_argnums=static_broadcasted_argnums, static_argnums=static_argnums, backend=backend,
-                **options,
-            )  # fmt: skip
-
-        if not broadcast_args_to_devices or in_axes != 0:
-            return variant(broadcast_args_to_devices)
-        inner = variant(False)
-        static = static_argnums if static_argnums or static_argnums == 0 else static_broadcasted_argnums
+    def with_pmap(*fn: Any, **options: Any) -> Any:
+        if not fn:  # the original is curried
+            return functools.partial(with_pmap, **options)
+        if len(fn) > 1 or not options.get("broadcast_args_to_devices", True) or options.get("in_axes", 0) != 0:
+            return original(*fn, **options)
+        inner = original(*fn, **options | {"broadcast_args_to_devices": False})
+        static = options.get("static_argnums", ()) or options.get("static_broadcasted_argnums", ())
         kept = {static} if isinstance(static, int) else set(static)
 
         @functools.wraps(inner)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            chosen = list(devices or program_devices())[:n_devices]
-            copies = functools.partial(device_put_replicated, devices=chosen)
+            devices = list(options.get("devices") or program_devices())[: options.get("n_devices")]
+            copies = functools.partial(device_put_replicated, devices=devices)
             return inner(
                 *(x if i in kept else copies(x) for i, x in enumerate(args)),
                 **{name: copies(x) for name, x in kwargs.items()},
@@ -187,7 +171,7 @@ def _chex_with_pmap(_: ModuleType, original: Any) -> Any:
     return with_pmap
 
 
-def _chex_assert_tree_is_sharded(_: ModuleType, original: Any) -> Any:
+def _chex_assert_tree_is_sharded(_: Any, original: Any) -> Any:
     @functools.wraps(original)
     def assert_tree_is_sharded(tree: Any, *, devices: Sequence[jax.Device]) -> None:
         real, count = distinct(devices)
@@ -238,8 +222,7 @@ class Helpers:
     """The replaced functions, for as long as replicax is installed."""
 
     def __init__(self) -> None:
-        self._replaced: dict[int, tuple[Any, Any]] = {}
-        self._modules: list[ModuleType] = []
+        self._back: dict[int, tuple[Any, Any]] = {}
         self._finder: Any = AfterImport(tuple(HELPERS), self.replace)
 
     def install(self) -> None:
@@ -248,22 +231,24 @@ class Helpers:
         self.replace()
 
     def replace(self) -> None:
-        """Replaces the functions of those modules that are imported and have not been looked at."""
+        """Replaces those functions that are there by now."""
+        pairs = {}
         for name, replacements in HELPERS.items():
             module = sys.modules.get(name)
-            if module is None or any(module is known for known in self._modules):
-                continue
-            self._modules.append(module)
             for attribute, replacement in replacements.items():
-                original = vars(module).get(attribute)
-                if original is not None and (ours := replacement(module, original)) is not original:
-                    self._replaced[id(original)] = original, ours
-        _swap(self._replaced)
+                original = getattr(module, attribute, None)
+                if original is None or id(original) in self._back:
+                    continue
+                ours = replacement(module, original)
+                if ours is not original:
+                    pairs[id(original)] = original, ours
+                    self._back[id(ours)] = ours, original
+        _swap(pairs)
 
     def uninstall(self) -> None:
         """Puts back what was replaced."""
         sys.meta_path.remove(self._finder)
-        _swap({id(ours): (ours, original) for original, ours in self._replaced.values()})
+        _swap(self._back)
 
 
 def _swap(pairs: Mapping[int, tuple[Any, Any]]) -> None:

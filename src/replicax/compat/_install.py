@@ -64,7 +64,7 @@ def install(replicas: int | None = None) -> None:
         True
         >>> compat.uninstall()
     """
-    _install(wanted(replicas, "replicas"), later=False)
+    _install(wanted(replicas), later=False)
 
 
 def _install(replicas: int | None, *, later: bool) -> None:
@@ -131,13 +131,13 @@ def installed(replicas: int | None = None) -> Iterator[None]:
     Example:
         >>> import jax, numpy as np
         >>> from replicax import compat
-        >>> with compat.installed(replicas=12):
-        ...     y = jax.pmap(lambda x: 2 * x)(np.arange(jax.local_device_count()))  # on any number of devices
+        >>> with compat.installed():
+        ...     y = jax.pmap(lambda x: 2 * x)(np.arange(12.0))  # 12 replicas on any number of devices
         >>> y.shape
         (12,)
     """
     outermost = not _before
-    _install(wanted(replicas, "replicas"), later=True)
+    _install(wanted(replicas), later=True)
     try:
         yield
     finally:

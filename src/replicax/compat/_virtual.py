@@ -26,29 +26,38 @@ REAL = ("jax", "jaxlib", "orbax", "replicax")
 _replicas: int | None = None
 
 
-def wanted(replicas: int | str | None, where: str) -> int | None:
-    """The number of replicas that was asked for, there or in the environment; None if it was not.
-
-    Args:
-        replicas: The number, or its text.
-        where: What the user calls it.
+def wanted(replicas: int | None) -> int | None:
+    """The number of replicas that was asked for, in the call or in the environment; None if it was not.
 
     Raises:
-        OptionTypeError: it is no whole number.
-        ReplicasError: it is a word, or less than 1.
+        OptionTypeError: it is no int.
+        ReplicasError: it is less than 1, or the environment has no number.
     """
-    if replicas is None:
-        replicas, where = os.environ.get(VARIABLE) or None, VARIABLE
-    if replicas is None:
-        return None
-    try:
-        count = int(replicas) if isinstance(replicas, str) else as_int(where, replicas)
-    except ValueError:
-        count = 0
+    if replicas is not None:
+        return _at_least_one(as_int("replicas", replicas), replicas, "replicas", "replicas=8")
+    said = os.environ.get(VARIABLE)
+    return number(said, VARIABLE, f"{VARIABLE}=8") if said else None
+
+
+def number(said: str, where: str, right: str) -> int:
+    """The number of replicas that a text names.
+
+    Args:
+        said: The text.
+        where: What the user calls it.
+        right: What to write instead.
+
+    Raises:
+        ReplicasError: it is no number, or less than 1.
+    """
+    return _at_least_one(int(said) if said.strip().isdecimal() else 0, said, where, right)
+
+
+def _at_least_one(count: int, said: object, where: str, right: str) -> int:
     if count < 1:
         raise ReplicasError(
-            f"{where} is {replicas!r}, and must be the number of devices that the program is to see, 1 or more. "
-            f"Write {where}{' ' if where.startswith('-') else '='}8."
+            f"{where} is {said!r}, and must be the number of devices that the program is to see, 1 or more. "
+            f"Write {right}."
         )
     return count
 
