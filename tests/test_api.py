@@ -14,10 +14,9 @@ PUBLIC = {
     "CollectiveArgumentError",
     "DeletedArrayError", "DevicesError", "DivergentOutputError", "MappedFunction", "MappedSizeError", "MismatchError",
     "NestedMapError", "NotAFunctionError", "NotAnArrayError", "NumberTooLargeError", "OptionTypeError",
-    "OrderedCallbackError",
-    "ReplicaxError", "ShardsError",
-    "SimulationError", "StaticArgumentError", "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError",
-    "UnsupportedDtypeError", "UnsupportedTransformationError", "fetch", "local_replicas",
+    "OrderedCallbackError", "ReplicasError", "ReplicaxError", "ShardsError", "SimulationError", "StaticArgumentError",
+    "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError", "UnsupportedDtypeError",
+    "UnsupportedTransformationError", "fetch", "local_replicas",
     "pmap", "replicate", "shard", "show_replicas", "simulate_devices", "unreplicate",
 }  # fmt: skip
 
@@ -25,7 +24,8 @@ MODULES = {"compat", "testing"}
 
 #: From the top down: a module imports only from layers below its own, or nothing of its own layer but in order.
 LAYERS = [
-    "compat.__main__", "compat._install", "compat._functions",
+    "compat.__main__", "compat._install", "compat._helpers", "compat._bootstrap", "compat._functions",
+    "compat._virtual",
     "testing._check", "testing._lockstep", "_report", "_replicas", "_devices", "_pmap", "_stages", "_dispatch",
     "_packing", "_run", "_transfer", "_lowering", "_references", "_rewrite", "_callbacks", "_sums", "_varying",
     "_collectives", "_reductions", "_levels", "_blocks", "_exchange", "_signature", "_axes", "_vmappable", "_failures",

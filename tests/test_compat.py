@@ -1,11 +1,8 @@
 """replicax in JAX's places: what is put there, what is put back, and that it means what JAX's own meant."""
 
 import functools
-import importlib
 import inspect
-import os
 import pickle
-import subprocess
 import sys
 import types
 from unittest import mock
@@ -17,7 +14,6 @@ import pytest
 from jax import lax
 
 from replicax import DevicesError, DivergentOutputError, NotAnArrayError, OptionTypeError, ShardsError, compat, pmap
-from replicax.compat.__main__ import main as command
 
 x8 = np.arange(8.0, dtype=np.float32)
 stock = jax.pmap
@@ -69,7 +65,10 @@ def test_modules_that_took_jaxs_own_are_named(monkeypatch):
     early = types.ModuleType("an_early_importer")
     early.pmap = stock
     monkeypatch.setitem(sys.modules, "an_early_importer", early)
-    with pytest.warns(RuntimeWarning, match=r"already.*: an_early_importer\. Call .* before"), compat.installed():
+    with (
+        pytest.warns(RuntimeWarning, match=r"already.*: an_early_importer \(pmap\)\. Call .* before"),
+        compat.installed(),
+    ):
         pass
 
 
@@ -255,126 +254,3 @@ def test_weak_types_stay_weak():
     rate = compat.device_put_sharded([1.0, 2.0], jax.devices()[:2])
     assert rate.weak_type
     assert compat.pmap(lambda r, x: r * x)(rate, jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# From outside of the program
-
-SCRIPT = """
-import os, sys
-assert "jax" not in sys.modules
-os.environ["JAX_ENABLE_X64"] = "1"  # JAX reads it when it is imported
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-{first}
-from jax import pmap
-import multiprocessing, pickle
-import numpy as np
-
-class Mine:
-    pass
-
-def child(queue):
-    queue.put(pmap.__module__)
-
-if __name__ == "__main__":
-    assert isinstance(pickle.loads(pickle.dumps(Mine())), sys.modules["__main__"].Mine)
-    print(pmap.__module__, len(pmap(lambda x: 2 * x)(np.arange(3.0))), pmap(lambda x: x)(np.arange(3.0)).dtype)
-    print(sys.argv[1:], os.path.basename(sys.argv[0]), os.path.basename(sys.path[0]))
-    if "spawn" in sys.argv:
-        context = multiprocessing.get_context("spawn")
-        queue = context.Queue()
-        process = context.Process(target=child, args=(queue,))
-        process.start()
-        assert queue.get(timeout=60) == pmap.__module__
-        process.join()
-    sys.exit(7)
-"""
-
-
-def python(*args, **env):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *map(str, args)],
-        env={k: v for k, v in os.environ.items() if k != "REPLICAX_COMPAT"} | env,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (7, ""), done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.mark.parametrize("first", ["import jax.numpy", "import replicax.compat"])
-def test_the_environment_switch(tmp_path, first):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(first=first))
-    out = python(script, "a", "-m", REPLICAX_COMPAT="1")
-    assert out == f"{compat.pmap.__module__} 3 float64\n['a', '-m'] script.py {tmp_path.name}\n"
-
-
-@pytest.mark.parametrize(("how", "child"), [(["script.py"], "spawn"), (["-m", "script"], "none")])
-def test_the_command(tmp_path, monkeypatch, how, child):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(first=""))
-    monkeypatch.chdir(tmp_path)
-    out = python("-m", "replicax.compat", *how, "-m", child)
-    assert out == f"{compat.pmap.__module__} 3 float64\n['-m', '{child}'] script.py {tmp_path.name}\n"
-
-
-def test_what_a_program_leaves_behind_finds_it(tmp_path, monkeypatch):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import atexit, os, pickle, jax\nclass Mine: pass\nos.chdir('/')\n"
-        "atexit.register(lambda: print(type(pickle.loads(pickle.dumps(Mine()))).__name__, os.path.exists(__file__)))\n"
-        "raise SystemExit(7)"
-    )
-    monkeypatch.chdir(tmp_path)
-    assert python("-m", "replicax.compat", "script.py") == "Mine True\n"
-
-
-def test_the_command_of_what_is_not_installed(monkeypatch, capsys):
-    monkeypatch.setattr("site.getsitepackages", list)
-    monkeypatch.setattr("site.getusersitepackages", lambda: "nowhere")
-    assert command(["script.py"]) == 2
-    assert "is not installed" in capsys.readouterr().err
-
-
-def test_the_command_without_a_program(capsys):
-    assert command(["--help"]) == 0
-    assert capsys.readouterr().out.startswith("usage: python -m replicax.compat")
-    for wrong in ([], ["-x"], ["-m"]):
-        assert command(wrong) == 2
-        assert "usage: python -m replicax.compat" in capsys.readouterr().err
-
-
-@pytest.fixture
-def startup(monkeypatch):
-    monkeypatch.delenv("REPLICAX_COMPAT", raising=False)
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    return importlib.import_module("_replicax_startup")
-
-
-def test_the_switch_says_what_it_does_not_know(startup):
-    before = list(sys.meta_path)
-    for off in ("", "0", "False"):
-        startup.start(off)
-    with pytest.warns(RuntimeWarning, match=r"REPLICAX_COMPAT='yes' is neither 1 nor 0"):
-        startup.start("yes")
-    assert sys.meta_path == before
-    startup.start("1")
-    startup.start("true")
-    assert len(sys.meta_path) == len(before) + 1
-
-
-def test_imports_that_fail_fail_as_before(startup, tmp_path, monkeypatch):
-    package = tmp_path / "jax.py"
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("jax", "replicax")]:
-        monkeypatch.delitem(sys.modules, name)
-    startup.start("1")
-    package.write_text("raise ImportError('no jaxlib')")
-    with pytest.raises(ImportError, match="no jaxlib"):
-        importlib.import_module("jax")
-    package.write_text("too_old = True  # replicax cannot be imported with it")
-    with pytest.warns(RuntimeWarning, match=r"replicax could not be imported .*so that jax\.pmap stays JAX's own"):
-        assert importlib.import_module("jax").too_old

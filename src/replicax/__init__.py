@@ -20,6 +20,7 @@ from replicax._errors import NotAnArrayError as NotAnArrayError
 from replicax._errors import NumberTooLargeError as NumberTooLargeError
 from replicax._errors import OptionTypeError as OptionTypeError
 from replicax._errors import OrderedCallbackError as OrderedCallbackError
+from replicax._errors import ReplicasError as ReplicasError
 from replicax._errors import ReplicaxError as ReplicaxError
 from replicax._errors import ShardsError as ShardsError
 from replicax._errors import SimulationError as SimulationError
@@ -59,6 +60,7 @@ __all__ = [
     "NumberTooLargeError",
     "OptionTypeError",
     "OrderedCallbackError",
+    "ReplicasError",
     "ReplicaxError",
     "ShardsError",
     "SimulationError",

@@ -28,6 +28,7 @@ has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written
     ├── CallbackError                RuntimeError         a callback of the user's raised an exception in a replica
     ├── ShardsError                  ValueError           the shards of device_put_sharded do not fit together
     ├── SimulationError              RuntimeError         simulate_devices after JAX has started
+    ├── ReplicasError                ValueError           compat cannot let the program see that many devices
     └── MismatchError                AssertionError       replicax.testing found a difference
 """
 
@@ -135,6 +136,10 @@ class ShardsError(ReplicaxError, ValueError):
 
 class SimulationError(ReplicaxError, RuntimeError):
     """Devices cannot be simulated any more, because JAX has started already."""
+
+
+class ReplicasError(ReplicaxError, ValueError):
+    """A number of devices that ``replicax.compat`` cannot let the program see, or not any more."""
 
 
 class MismatchError(ReplicaxError, AssertionError):

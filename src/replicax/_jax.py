@@ -40,6 +40,12 @@ AxisName = Hashable
 _Closed: Any = vars(extend_core)["ClosedJaxpr"]
 _Open: Any = extend_core.Jaxpr
 
+#: JAX's own, whatever stands in their places in ``jax``.
+devices, local_devices = xla_bridge.devices, xla_bridge.local_devices
+
+#: Whether anybody has made an array or asked for devices in this process.
+devices_are_known = xla_bridge.backends_are_initialized
+
 # ---------------------------------------------------------------------------------------------------------------
 # The state of tracing
 

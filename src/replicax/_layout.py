@@ -168,10 +168,11 @@ class Layout:
         JAX has no uneven sharding. When D' divides N the rows lie where they were computed. Otherwise they are split
         into as many equal parts as both N and D' allow, g = gcd(N, D'), and each part lies on D'/g devices: the most
         even spread there is, on the same devices, so that a next call needs no transfer from the host and no copy
-        between device sets. (N = 14 on 4 devices: 2 parts of 7, each on 2 devices; a prime N: whole on each.)
+        between device sets. (N = 14 on 4 devices: 2 parts of 7, each on 2 devices; a prime N: whole on each, and
+        still split along a mesh axis, of size 1, by which one tells its rows from a result without a mapped axis.)
         """
         parts = math.gcd(self.size, self.axis.devices)
-        if axis is None or not self.axis.padding or parts == 1:
+        if axis is None or not self.axis.padding:
             return self.sharding(None, ()) if self.axis.padding else self.sharding(axis, inner)
         name = mesh_axis_name(self.axis.name)
         mesh = Mesh(self.mesh.devices.reshape(parts, -1), (name, f"{name} copies"))

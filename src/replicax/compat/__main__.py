@@ -1,40 +1,47 @@
 """``python -m replicax.compat script.py …``: as ``python script.py …``, with :func:`replicax.compat.install`.
 
 Python imports JAX on the way to this module, and JAX reads its environment variables when it is imported, while the
-script may want to set some first. So an interpreter of its own, which takes the place of this one, runs the script,
-with ``REPLICAX_COMPAT=1``.
+script may want to set some first. So an interpreter of its own, which takes the place of this one, runs the script.
 """
 
 from __future__ import annotations
 
 import os
-import site
 import subprocess
 import sys
 
+from replicax._errors import ReplicaxError
+from replicax.compat._bootstrap import __file__ as bootstrap
+from replicax.compat._virtual import VARIABLE, number, wanted
+
 USAGE = """\
-usage: python -m replicax.compat SCRIPT [ARG ...]
-       python -m replicax.compat -m MODULE [ARG ...]
+usage: python -m replicax.compat [--replicas N] SCRIPT [ARG ...]
+       python -m replicax.compat [--replicas N] -m MODULE [ARG ...]
 
 Runs a program as python itself would, with replicax in the place of jax.pmap, jax.device_put_replicated and
 jax.device_put_sharded.
+
+  --replicas N   the program sees N devices, however many there are (at most N); also REPLICAX_REPLICAS=N
 """
 
 
-def _command(arguments: list[str]) -> list[str]:
-    """This interpreter with its own options, on the program."""
+def _command(arguments: list[str], program: list[str]) -> list[str]:
+    """This interpreter with its own options, on the bootstrap, which runs the program."""
     options = sys.orig_argv[1 : len(sys.orig_argv) - len(arguments)]
     if options[-2:] == ["-m", "replicax.compat"]:
         options = options[:-2]
     elif options and options[-1].endswith("mreplicax.compat"):
         options = options[:-1]
-    return [sys.executable, *options, *arguments]
+    return [sys.executable, *options, bootstrap, *program]
 
 
-def _switch_is_installed() -> bool:
-    """Whether interpreters read the file that heeds the variable when they start."""
-    folders = [*site.getsitepackages(), site.getusersitepackages()]
-    return not sys.flags.no_site and any(os.path.exists(os.path.join(f, "replicax_compat.pth")) for f in folders)
+def _replicas(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """What ``--replicas`` says, and the program."""
+    if arguments[:1] == ["--replicas"]:
+        return " ".join(arguments[1:2]), arguments[2:]
+    if arguments and arguments[0].startswith("--replicas="):
+        return arguments[0].partition("=")[2], arguments[1:]
+    return None, arguments
 
 
 def main(arguments: list[str]) -> int:
@@ -42,18 +49,19 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
-    if arguments[0].startswith("-") and (arguments[0] != "-m" or len(arguments) < 2):
-        print(f"replicax.compat: not {' '.join(arguments)!r}\n{USAGE}", end="", file=sys.stderr)
+    said, program = _replicas(arguments)
+    try:
+        wanted(None) if said is None else number(said, "--replicas", "--replicas 8")
+    except ReplicaxError as error:
+        print(f"replicax.compat: {error}", file=sys.stderr)
         return 2
-    if not _switch_is_installed():
-        print(
-            "replicax.compat: replicax lies on the path, and is not installed, as this needs. Install it, as with "
-            "pip install, or call replicax.compat.install() in the program.",
-            file=sys.stderr,
-        )
+    if not program or (program[0].startswith("-") and (program[0] != "-m" or len(program) < 2)):
+        fault = f"not {' '.join(program)!r}" if program else "no program"
+        print(f"replicax.compat: {fault}\n{USAGE}", end="", file=sys.stderr)
         return 2
-    command = _command(arguments)
-    os.environ["REPLICAX_COMPAT"] = "1"
+    if said is not None:
+        os.environ[VARIABLE] = said
+    command = _command(arguments, program)
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name == "posix":

@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
 from replicax import _jax
 from replicax._axes import takes_position
-from replicax._dispatch import check_devices
 from replicax._errors import OptionTypeError, ShardsError, report
+from replicax._layout import layout
 from replicax._pmap import MappedFunction
 from replicax._pmap import pmap as mapped
-from replicax._replicas import check_arrays
+from replicax._replicas import check_arrays, replicate
+from replicax.compat._virtual import distinct
 
 R = TypeVar("R")
 Tree = TypeVar("Tree")
@@ -47,7 +47,7 @@ def pmap(
         in_axes: Which axis of each positional argument is mapped.
         out_axes: Where the mapped axis goes in the result.
         static_broadcasted_argnums: The positions of arguments that are compile-time constants.
-        devices: The devices to use; all of the backend's when None.
+        devices: The devices to use; all of the backend's when None. One that stands several times counts once.
         backend: The platform to use.
         axis_size: The number of replicas. Needed only if no argument is mapped.
         donate_argnums: The positions of arguments whose buffers the program may reuse.
@@ -70,7 +70,7 @@ def pmap(
         in_axes=in_axes,
         out_axes=out_axes,
         static_broadcasted_argnums=static_broadcasted_argnums,
-        devices=devices,
+        devices=None if devices is None else distinct(devices)[0],
         backend=backend,
         axis_size=axis_size,
         donate_argnums=_that_exist(fun, donate_argnums),
@@ -91,14 +91,15 @@ def device_put_replicated(x: Tree, devices: Sequence[jax.Device]) -> Tree:
 
     Args:
         x: A pytree of arrays and scalars of any shapes ``(...)``.
-        devices: The devices.
+        devices: The devices; one that stands several times, for several replicas, has a row for each.
 
     Returns:
-        The same tree, its arrays of shape ``(len(devices), ...)``, row i on ``devices[i]``.
+        The same tree, its arrays of shape ``(len(devices), ...)``, row i on ``devices[i]``. Where devices stand for
+        several replicas, the rows lie where :func:`pmap` puts results.
 
     Raises:
         NotAnArrayError: naming every leaf that is no array.
-        DevicesError: ``devices`` is empty, or no list of different devices of one platform.
+        DevicesError: ``devices`` is empty, or no list of devices of one platform.
 
     Example:
         >>> import jax, numpy as np
@@ -106,10 +107,12 @@ def device_put_replicated(x: Tree, devices: Sequence[jax.Device]) -> Tree:
         >>> compat.device_put_replicated({"w": np.ones(3)}, jax.devices()[:4])["w"].shape
         (4, 3)
     """
-    devices = check_devices(devices)
+    real, count = distinct(devices)
     check_arrays("device_put_replicated", x)
+    if len(real) < count:  # each real device is sent one copy, and makes those of its replicas
+        return replicate(x, count, devices=real)
     with _jax.own_mesh():
-        return jax.tree.map(lambda leaf: _rows_on([leaf] * len(devices), devices), x)
+        return jax.tree.map(lambda leaf: _rows_on([leaf] * count, real), x)
 
 
 def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) -> Tree:
@@ -119,16 +122,17 @@ def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) ->
 
     Args:
         shards: A list of pytrees, one for each device, with the same structure, shapes ``(...)`` and dtypes.
-        devices: The devices.
+        devices: The devices; one that stands several times, for several replicas, gets a shard for each.
 
     Returns:
-        One such tree, its arrays of shape ``(len(devices), ...)``, row i, of ``shards[i]``, on ``devices[i]``.
+        One such tree, its arrays of shape ``(len(devices), ...)``, row i, of ``shards[i]``, on ``devices[i]``. Where
+        devices stand for several replicas, the rows lie where :func:`pmap` puts results.
 
     Raises:
         OptionTypeError: ``shards`` is no list.
         ShardsError: there is not one shard for each device, or they differ in structure, shapes or dtypes.
         NotAnArrayError: naming every leaf that is no array.
-        DevicesError: ``devices`` is empty, or no list of different devices of one platform.
+        DevicesError: ``devices`` is empty, or no list of devices of one platform.
 
     Example:
         >>> import jax, numpy as np
@@ -141,16 +145,23 @@ def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) ->
             f"device_put_sharded: shards must be a list with one tree of arrays for each device, and is of type "
             f"{type(shards).__name__}. Write list(shards) if its elements are the shards."
         )
-    devices = check_devices(devices)
-    if len(shards) != len(devices):
+    real, count = distinct(devices)
+    if len(shards) != count:
         raise ShardsError(
-            f"device_put_sharded was given {len(shards)} shards for {len(devices)} devices. Pass one shard for each "
+            f"device_put_sharded was given {len(shards)} shards for {count} devices. Pass one shard for each "
             f"device, or pass the rows of an array of any length to pmap as they are, which spreads them itself."
         )
     check_arrays("device_put_sharded", list(shards))
     _check_alike(shards)
     with _jax.own_mesh():
-        return jax.tree.map(lambda *leaves: _rows_on(leaves, devices), *shards)
+        return jax.tree.map(lambda *leaves: _rows_on(leaves, real), *shards)
+
+
+def put_rows(x: Any, devices: Sequence[jax.Device]) -> jax.Array:
+    """An array whose leading axis is the replicas, where :func:`pmap` puts results; of a NumPy array a copy."""
+    where = layout("replicas", len(x), distinct(devices)[0]).result_sharding(0)
+    with _jax.own_mesh():
+        return jax.device_put(x if isinstance(x, jax.Array) else np.array(x), where)
 
 
 def _as_row(x: Any) -> Any:
@@ -159,11 +170,17 @@ def _as_row(x: Any) -> Any:
 
 
 def _rows_on(rows: Sequence[Any], devices: tuple[jax.Device, ...]) -> Any:
-    """One array, of which each device has one row; weakly typed as they are."""
-    pieces = jax.device_put(list(map(_as_row, rows)), list(devices))
-    where = NamedSharding(Mesh(np.asarray(devices, dtype=object), ("replicas",)), PartitionSpec("replicas"))
-    whole = jax.make_array_from_single_device_arrays((len(devices), *pieces[0].shape[1:]), where, pieces)
+    """One array, of which each device has its replicas' rows; weakly typed as they are."""
+    where = layout("replicas", len(rows), devices).result_sharding(0)
+    shape = len(rows), *np.shape(rows[0])
+    held = where.addressable_devices_indices_map(shape)
+    parts = jax.device_put([list(map(_as_row, rows[index[0]])) for index in held.values()], list(held))
+    blocks = [part[0] if len(part) == 1 else _joined(part) for part in parts]
+    whole = jax.make_array_from_single_device_arrays(shape, where, blocks)
     return _jax.as_type(whole, _jax.typeof(rows[0]))
+
+
+_joined = jax.jit(lambda rows: jax.numpy.concatenate(rows))
 
 
 def _check_alike(shards: Sequence[Any]) -> None:

@@ -1,0 +1,264 @@
+"""The functions of flax, chex and kfac-jax that build a mesh of all devices or read one shard: on any layout.
+
+They take one row a device for granted. Each is replaced by one of the same signature when its module is imported, or
+at once where that has happened already.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from replicax._pmap import MappedFunction
+from replicax._replicas import unreplicate
+from replicax.compat._bootstrap import AfterImport
+from replicax.compat._functions import device_put_replicated, pmap, put_rows
+from replicax.compat._virtual import distinct, padded, program_devices
+
+#: Makes the replacement of a function of a module's.
+Replace = Callable[[Any, Any], Any]
+
+
+def first_replica(x: Any) -> Any:
+    """Replica 0's row of an array; the whole of one that has no mapped axis, and lies on all devices."""
+    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or isinstance(x.sharding, SingleDeviceSharding):
+        return x[0]
+    return unreplicate(x) if _has_rows(x) else x.addressable_shards[0].data
+
+
+def _has_rows(x: jax.Array) -> bool:
+    """Whether the leading axis is the replicas.
+
+    That of a map's result is split along a mesh axis, be it of size 1. A map that calls back into Python loses that
+    where there is padding; there the axis' size has to do.
+    """
+    if not isinstance(x.sharding, NamedSharding) or not x.sharding.is_fully_replicated:
+        return True
+    if len(program_devices()) == 1 or x.sharding.spec[:1] not in ((), (None,)):
+        return True
+    return padded() and x.shape[0] == len(program_devices())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# flax
+
+
+def _flax_replicate(_: Any, original: Any) -> Any:
+    @functools.wraps(original)
+    def replicate(
+        tree: Any,
+        devices: Sequence[jax.Device] | None = None,
+        axis_name: Any = None,  # noqa: ARG001  # of the original's mesh
+    ) -> Any:
+        arrays = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), tree)  # strongly typed
+        return device_put_replicated(arrays, devices or program_devices())
+
+    return replicate
+
+
+def _flax_unreplicate(_: Any, original: Any) -> Any:
+    @functools.wraps(original)
+    def unreplicate(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x if getattr(x, "ndim", None) == 0 else first_replica(x), tree)
+
+    return unreplicate
+
+
+def _flax_prefetch_to_device(_: Any, original: Any) -> Any:
+    @functools.wraps(original)
+    def prefetch_to_device(
+        iterator: Iterator[Any],
+        size: int,
+        devices: Sequence[jax.Device] | None = None,
+        axis_name: Any = None,  # noqa: ARG001  # of the original's mesh
+    ) -> Iterator[Any]:
+        chosen = program_devices() if devices is None else devices
+        batches = (jax.tree.map(lambda x: put_rows(x, chosen), tree) for tree in iterator)
+        queue = deque(itertools.islice(batches, size))
+        while queue:
+            yield queue.popleft()
+            queue.extend(itertools.islice(batches, 1))
+
+    return prefetch_to_device
+
+
+def _flax_get_metrics(module: Any, original: Any) -> Any:
+    @functools.wraps(original)
+    def get_metrics(device_metrics: Any) -> Any:
+        return module.stack_forest(jax.device_get(jax.tree.map(first_replica, device_metrics)))
+
+    return get_metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# kfac-jax
+
+
+def _kfac_get_first(module: Any, original: Any) -> Any:
+    @functools.wraps(original)
+    def get_first(obj: Any) -> Any:
+        return jax.tree.map(lambda x: x if module.is_scalar(x) else first_replica(x), obj)
+
+    return get_first
+
+
+def _kfac_broadcast(_: Any, original: Any) -> Any:
+    @functools.wraps(original)
+    def broadcast_all_local_devices(
+        obj: Any,
+        axis_name: Any = None,  # noqa: ARG001  # of the original's mesh
+    ) -> Any:
+        return jax.tree.map(lambda x: put_rows(x, program_devices()), obj)
+
+    return broadcast_all_local_devices
+
+
+def _kfac_replicate(_: Any, original: Any) -> Any:
+    @functools.wraps(original)
+    def replicate_all_local_devices(
+        obj: Any,
+        axis_name: Any = None,  # noqa: ARG001  # of the original's mesh
+    ) -> Any:
+        return device_put_replicated(obj, program_devices())
+
+    return replicate_all_local_devices
+
+
+def _mapped(**options: Any) -> Replace:
+    """What ``jax.pmap`` has returned to a module that was imported before it was replaced."""
+
+    def replace(_: Any, original: Any) -> Any:
+        return original if isinstance(original, MappedFunction) else pmap(original.__wrapped__, **options)
+
+    return replace
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# chex
+
+
+def _chex_with_pmap(_: Any, original: Any) -> Any:
+    @functools.wraps(original)
+    def with_pmap(*fn: Any, **options: Any) -> Any:
+        if not fn:  # the original is curried
+            return functools.partial(with_pmap, **options)
+        if len(fn) > 1 or not options.get("broadcast_args_to_devices", True) or options.get("in_axes", 0) != 0:
+            return original(*fn, **options)
+        inner = original(*fn, **options | {"broadcast_args_to_devices": False})
+        static = options.get("static_argnums", ()) or options.get("static_broadcasted_argnums", ())
+        kept = {static} if isinstance(static, int) else set(static)
+
+        @functools.wraps(inner)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            devices = list(options.get("devices") or program_devices())[: options.get("n_devices")]
+            copies = functools.partial(device_put_replicated, devices=devices)
+            return inner(
+                *(x if i in kept else copies(x) for i, x in enumerate(args)),
+                **{name: copies(x) for name, x in kwargs.items()},
+            )
+
+        return wrapper
+
+    return with_pmap
+
+
+def _chex_assert_tree_is_sharded(_: Any, original: Any) -> Any:
+    @functools.wraps(original)
+    def assert_tree_is_sharded(tree: Any, *, devices: Sequence[jax.Device]) -> None:
+        real, count = distinct(devices)
+        if len(real) == count:
+            original(tree, devices=devices)
+            return
+        faults = []
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            held = tuple(dict.fromkeys(shard.device for shard in x.addressable_shards)), np.shape(x)[:1]
+            if held != (real, (count,)):
+                faults.append(
+                    f"Tree leaf '{jax.tree_util.keystr(path)}' has shape {np.shape(x)} and lies on {held[0]}, "
+                    f"expected {count} rows on {real}."
+                )
+        if faults:
+            raise AssertionError("\n".join(faults))
+
+    return assert_tree_is_sharded
+
+
+#: What replaces the functions of which module.
+HELPERS: Mapping[str, Mapping[str, Replace]] = {
+    "flax.jax_utils": {
+        "replicate": _flax_replicate,
+        "unreplicate": _flax_unreplicate,
+        "prefetch_to_device": _flax_prefetch_to_device,
+    },
+    "flax.training.common_utils": {"get_metrics": _flax_get_metrics},
+    "kfac_jax._src.utils.parallel": {
+        "get_first": _kfac_get_first,
+        "broadcast_all_local_devices": _kfac_broadcast,
+        "replicate_all_local_devices": _kfac_replicate,
+        "pmap_mean": _mapped(axis_name="i"),
+        "pmap_sum": _mapped(axis_name="i"),
+        "_broadcast_all_local_devices_legacy": _mapped(),
+        "pmap_zeros_like": _mapped(),
+        "p_split": _mapped(),
+        "p_split_num": _mapped(static_broadcasted_argnums=1),
+        "pmap_sync_and_divide_value": _mapped(axis_name="i"),
+        "_pmap_copy_obj": _mapped(),
+    },
+    "chex._src.variants": {"_with_pmap": _chex_with_pmap},
+    "chex._src.asserts": {"assert_tree_is_sharded": _chex_assert_tree_is_sharded},
+}
+
+
+class Helpers:
+    """The replaced functions, for as long as replicax is installed."""
+
+    def __init__(self) -> None:
+        self._back: dict[int, tuple[Any, Any]] = {}
+        self._finder: Any = AfterImport(tuple(HELPERS), self.replace)
+
+    def install(self) -> None:
+        """Replaces what is imported, and what will be."""
+        sys.meta_path.insert(0, self._finder)
+        self.replace()
+
+    def replace(self) -> None:
+        """Replaces those functions that are there by now."""
+        pairs = {}
+        for name, replacements in HELPERS.items():
+            module = sys.modules.get(name)
+            for attribute, replacement in replacements.items():
+                original = getattr(module, attribute, None)
+                if original is None or id(original) in self._back:
+                    continue
+                ours = replacement(module, original)
+                if ours is not original:
+                    pairs[id(original)] = original, ours
+                    self._back[id(ours)] = ours, original
+        _swap(pairs)
+
+    def uninstall(self) -> None:
+        """Puts back what was replaced."""
+        sys.meta_path.remove(self._finder)
+        _swap(self._back)
+
+
+def _swap(pairs: Mapping[int, tuple[Any, Any]]) -> None:
+    """Puts the second of each pair wherever a module, or a table of a module's, has the first."""
+    if not pairs:
+        return
+    for module in list(sys.modules.values()):
+        names = object.__getattribute__(module, "__dict__") if isinstance(module, ModuleType) else {}
+        for table in [names, *(x for x in list(names.values()) if type(x) is dict)]:
+            for key, value in list(table.items()):
+                pair = pairs.get(id(value))
+                if pair is not None and pair[0] is value:
+                    table[key] = pair[1]
