@@ -26,9 +26,9 @@ MODULES = {"compat", "testing"}
 LAYERS = [
     "compat.__main__", "compat._install", "compat._functions",
     "testing._check", "testing._lockstep", "_report", "_replicas", "_devices", "_pmap", "_stages", "_dispatch",
-    "_packing", "_run", "_transfer", "_lowering", "_references", "_rewrite", "_callbacks", "_sums", "_varying",
-    "_collectives", "_reductions", "_levels", "_blocks", "_exchange", "_signature", "_axes", "_vmappable", "_failures",
-    "_layout", "_cpp", "_callback_primitives", "_primitives", "_jax", "_errors",
+    "_packing", "_run", "_transfer", "_lowering", "_references", "_shard_maps", "_rewrite", "_callbacks", "_sums",
+    "_varying", "_collectives", "_reductions", "_levels", "_blocks", "_exchange", "_signature", "_axes", "_vmappable",
+    "_failures", "_layout", "_cpp", "_callback_primitives", "_primitives", "_jax", "_errors",
 ]  # fmt: skip
 
 
