@@ -1,6 +1,7 @@
 """What JAX's own maps take or what a program may hold, and a map took for something else, or refused without saying."""
 
 import contextlib
+import pathlib
 import re
 
 import jax
@@ -372,3 +373,21 @@ def test_equations_inside_a_map_keep_their_source_lines():
     line = shared.__code__.co_firstlineno + 1
     assert re.search(rf" = div .*test_accepted.py:{line}:\d+ \(shared\)", text)
     assert text.count("mapped by replicax.pmap") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Wrappers of jax.pmap
+
+
+def test_the_examples_for_wrappers_in_the_docs():
+    equinox = pytest.importorskip("equinox")
+    page = pathlib.Path(__file__).parent.parent / "docs" / "compat.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text().split("\n## Wrappers")[1], re.DOTALL)
+    names = {}
+    exec(blocks[0], names)
+    with_compat = names["y"]
+    assert len(with_compat.devices()) == 6  # of JAX's own pmap 12 models are too many for 8 devices
+    exec(blocks[1], names)
+    right = equinox.filter_vmap(lambda model, x: model(x))(names["models"], names["x"])
+    close([with_compat, names["y"]], [right, right])
+    assert len(blocks) == 2

@@ -27,7 +27,8 @@ LAYERS = [
     "compat.__main__", "compat._install", "compat._helpers", "compat._bootstrap", "compat._functions",
     "compat._virtual",
     "testing._check", "testing._lockstep", "_report", "_replicas", "_devices", "_pmap", "_stages", "_dispatch",
-    "_packing", "_run", "_transfer", "_lowering", "_references", "_rewrite", "_callbacks", "_sums", "_varying",
+    "_packing", "_run", "_transfer", "_lowering", "_references", "_shard_maps", "_rewrite", "_callbacks", "_sums",
+    "_varying",
     "_collectives", "_reductions", "_levels", "_blocks", "_exchange", "_signature", "_axes", "_vmappable", "_failures",
     "_layout", "_cpu_threads", "_cpp", "_callback_primitives", "_primitives", "_placement", "_jax", "_errors",
 ]  # fmt: skip

@@ -279,9 +279,6 @@ FAULTS = {
         call(lambda x: pmap(jnp.sin, devices=jax.devices())(x), np.ones((2, 4))),
         replicax.NestedMapError, ValueError, ["Nested pmap with explicit devices argument", "outermost"],
     ),
-    "shard_map inside": (
-        call(jax.pmap(lambda x: x), np.ones((4, 4))), replicax.NestedMapError, ValueError, ["jax.pmap", "jax.vmap"],
-    ),
     "axis_size no int": (
         call(add, x8, x8, axis_size="8"), replicax.OptionTypeError, TypeError, ["axis_size must be an int, and is '8'"],
     ),

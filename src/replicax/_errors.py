@@ -10,7 +10,7 @@ has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written
     ├── NotAnArrayError              TypeError            an argument or a result is no array
     ├── UnsupportedDtypeError        TypeError            an argument or a result of a dtype that XLA cannot pad
     ├── NotAFunctionError            TypeError            what was to be mapped is no function
-    ├── NestedMapError               ValueError           jax.pmap or jax.shard_map inside a mapped function
+    ├── NestedMapError               ValueError           what cannot run as a map inside a mapped function
     ├── OptionTypeError              TypeError            an option of pmap is of the wrong type
     ├── DeletedArrayError            RuntimeError         an array was donated before, deleted, or is donated twice
     ├── NumberTooLargeError          OverflowError        an int does not fit into the type that JAX gives it
@@ -67,7 +67,7 @@ class NotAFunctionError(ReplicaxError, TypeError):
 
 
 class NestedMapError(ReplicaxError, ValueError):
-    """A mapped function spreads its own work over devices with ``jax.pmap`` or ``jax.shard_map``."""
+    """A map inside a mapped function names devices, or is a ``jax.shard_map`` that cannot run as a map inside a map."""
 
 
 class OptionTypeError(ReplicaxError, TypeError):

@@ -8,6 +8,7 @@ known by name, except for the three control-flow primitives whose carries :func:
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import os
@@ -452,12 +453,57 @@ def retrace(fun: Callable[..., Sequence[Any]], like: Jaxpr, *, hoist: bool) -> t
     def same_types(*args: Any) -> list[Any]:
         return [as_type(x, var.aval) for x, var in zip(fun(*args), body(like).outvars, strict=True)]
 
-    in_avals = [var.aval for var in body(like).invars]
+    in_avals = [_without_sharding(var.aval) for var in body(like).invars]
     jaxpr, consts = _trace_flat(same_types, in_avals, body(like).debug_info)
     hoisted = consts if hoist else []
     if hoist:
         jaxpr, consts = pe.convert_constvars_jaxpr(jaxpr), []
     return _close(jaxpr, consts) if isinstance(like, _Closed) else jaxpr, hoisted
+
+
+def _without_sharding(aval: Any) -> Any:
+    """The type as it is where no mesh is in scope."""
+    where = getattr(aval, "sharding", None)
+    if where is None or where.mesh.empty:
+        return aval
+    return core.ShapedArray(aval.shape, aval.dtype, weak_type=aval.weak_type)
+
+
+def without_axis(x: Any, axis: int | None) -> Any:
+    """The type of one part of ``x`` along the axis."""
+    shape = x.shape if axis is None else (*x.shape[:axis], *x.shape[axis + 1 :])
+    return core.ShapedArray(shape, x.dtype, weak_type=core.typeof(x).weak_type)
+
+
+def in_shard_map(eqn: Equation) -> bool:
+    """Whether the equation was recorded inside a ``shard_map``."""
+    types = (getattr(atom.aval, "sharding", None) for atom in (*eqn.invars, *eqn.outvars))
+    return any(x is not None and jax.sharding.AxisType.Manual in x.mesh.axis_types for x in types)
+
+
+def literal(atom: Any) -> Any:
+    """The value of a literal, without that it was written down inside a ``shard_map``."""
+    if atom.aval.sharding.mesh.empty:
+        return atom.val
+    value = np.asarray(atom.val, atom.aval.dtype)
+    return (
+        value.item()
+        if atom.aval.weak_type and np.result_type(core.typeof(value.item()).dtype) == value.dtype
+        else value
+    )
+
+
+def without_mesh(eqn: Equation) -> Equation:
+    """The equation as it is where no mesh is in scope."""
+    ctx = copy.copy(eqn.ctx)
+    object.__setattr__(ctx, "cur_abstract_mesh", NO_MESH)  # which no method changes
+    params = dict(eqn.params)
+    if "ctx_mesh" in params:
+        params["ctx_mesh"] = NO_MESH
+    for key in ("sharding", "out_sharding"):
+        if isinstance(params.get(key), jax.sharding.NamedSharding):
+            params[key] = None
+    return eqn.replace(ctx=ctx, params=params)
 
 
 def without_constants(jaxpr: Jaxpr) -> Jaxpr:

@@ -22,7 +22,6 @@ from replicax._blocks import real_rows, unfolded
 from replicax._callbacks import guard, raise_after, refuse_ordered
 from replicax._errors import (
     DivergentOutputError,
-    NestedMapError,
     NotAnArrayError,
     UnboundAxisError,
     UnsupportedCollectiveError,
@@ -34,6 +33,7 @@ from replicax._layout import Layout, LogicalAxis, Scope, Splits
 from replicax._levels import OneReplica, Part, comes_in_parts, equal_on, over_lanes, own_on, own_rows, pad_rows
 from replicax._references import refuse_closed_over
 from replicax._rewrite import Rewriter, one_value
+from replicax._shard_maps import as_nested_maps
 from replicax._varying import NOWHERE, Analysis, Varying
 
 
@@ -97,6 +97,7 @@ def trace_replica(
         UnboundAxisError: a collective names an axis that no map binds.
         NotAnArrayError: a result is no array.
         UnsupportedCollectiveError: the function casts to a type that JAX has inside ``jax.shard_map`` alone.
+        NestedMapError: it has a ``jax.shard_map`` in it that does what no map can do.
     """
 
     @functools.wraps(fun)
@@ -127,8 +128,10 @@ def trace_replica(
     except (NotImplementedError, TypeError, ValueError) as error:
         _explain(error)
         raise
-    refuse_closed_over(getattr(fun, "__name__", "The mapped function"), consts)
-    return Replica(jaxpr, consts, out)
+    called = getattr(fun, "__name__", "The mapped function")
+    refuse_closed_over(called, consts)
+    jaxpr = as_nested_maps(jaxpr, {name: size}, called)
+    return Replica(jaxpr, list(_jax.constants(jaxpr)), out)
 
 
 _OVER_A_VMAP_TOO = (
@@ -164,6 +167,11 @@ def _explain(error: Exception) -> None:
     for theirs, ours in REFUSALS.items():
         if theirs in said:
             error.add_note(ours)
+    if isinstance(error, AssertionError) and not str(error):
+        error.add_note(
+            "If this is a collective over the axis of the map, in a jax.shard_map inside the map: JAX's types there "
+            "know the axes of its own mesh alone. Write check_vma=False in the jax.shard_map."
+        )
 
 
 def _check_results(out: Any) -> None:
@@ -445,11 +453,9 @@ def lower(
         AxisSpecError: ``out_axes`` does not fit the result.
         DivergentOutputError: ``out_axes`` is None where the result differs between replicas.
         UnsupportedCollectiveError: the program communicates in a way that replicax has no rule for.
-        NestedMapError: the program has a ``jax.pmap`` or ``jax.shard_map`` in it.
         OrderedCallbackError: the program calls back into Python with ``ordered=True``.
         UnsupportedDtypeError: the program takes or returns numbers of two bits, and has to be padded.
     """
-    _refuse_device_maps(replica, name)
     refuse_ordered(replica.jaxpr, name)
     _refuse_two_bits([x.dtype for x in (*types, *jax.tree.leaves(replica.out))], layout)
     flat_out_axes, out_tree = match_out_axes(out_axes, replica.out, layout.size)
@@ -523,9 +529,7 @@ def record(
     Raises:
         AxisSpecError: as :func:`lower`.
         DivergentOutputError: likewise.
-        NestedMapError: likewise.
     """
-    _refuse_device_maps(replica, name)
     refuse_ordered(replica.jaxpr, name)
     flat_out_axes, out_tree = match_out_axes(out_axes, replica.out, axis.size)
     first = [False] * len(flat_out_axes)
@@ -591,15 +595,6 @@ def _has_to_be_passed(const: Any) -> bool:
     if isinstance(const, jax.core.Tracer):
         return True
     return isinstance(const, jax.Array) and not isinstance(const.sharding, jax.sharding.SingleDeviceSharding)
-
-
-def _refuse_device_maps(replica: Replica, name: str) -> None:
-    if replica.primitives & {"shard_map", "xla_pmap"}:
-        raise NestedMapError(
-            f"{name} spreads its own work over devices, with jax.pmap or jax.shard_map, and is mapped over devices "
-            f"itself. Map the inner function with replicax.pmap, whose replicas run beside the outer's, or with "
-            f"jax.vmap."
-        )
 
 
 def _refuse_two_bits(dtypes: Sequence[Any], layout: Layout) -> None:
