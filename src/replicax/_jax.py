@@ -13,23 +13,24 @@ import dataclasses
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import ad_util, config, core, dispatch, source_info_util, traceback_util, tree_util, xla_bridge
+from jax._src import ad_util, config, core, dispatch, source_info_util, traceback_util, tree_util
 from jax._src import linear_util as lu
 from jax._src.ad_checkpoint import remat_p
 from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
 from jax._src.lib import _jax as jaxlib
-from jax._src.lib import version as jaxlib_version
 from jax._src.sharding_impls import UNSPECIFIED
 from jax._src.state.types import AbstractRef
 from jax.extend import core as extend_core
+from jaxlib import version as jaxlib_version
 
 from replicax._errors import text_of
 
@@ -266,7 +267,7 @@ def executable_parts(compiled: jax.stages.Compiled) -> tuple[Any, Any]:
 
 #: Whether XLA hangs where its pool has few threads for its CPU devices: see ``_cpu_threads``. This goes by jaxlib,
 #: which may be older than JAX.
-FEW_CPU_THREADS_HANG = jaxlib_version < (0, 12)
+FEW_CPU_THREADS_HANG = tuple(map(int, jaxlib_version.__version__.split(".")[:2])) < (0, 12)
 
 
 def make_cpu_client_by(around: Callable[[Callable[[], Any]], Any]) -> None:
@@ -275,7 +276,7 @@ def make_cpu_client_by(around: Callable[[Callable[[], Any]], Any]) -> None:
     Where JAX keeps that elsewhere, nothing happens.
     """
     with contextlib.suppress(AttributeError, KeyError, TypeError):
-        factories = xla_bridge._backend_factories
+        factories: Any = vars(sys.modules["jax._src.xla_bridge"])["_backend_factories"]
         before = factories["cpu"]
         factories["cpu"] = dataclasses.replace(before, factory=functools.partial(around, before.factory))
 
