@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import ad_util, config, core, dispatch, source_info_util, traceback_util, tree_util
+from jax._src import ad_util, config, core, dispatch, source_info_util, traceback_util, tree_util, xla_bridge
 from jax._src import linear_util as lu
 from jax._src.ad_checkpoint import remat_p
 from jax._src.interpreters import ad, batching
