@@ -74,8 +74,11 @@ class Part:
         """The array, equal on all devices of the map."""
         assert self.axis.device_axis is not None
         name, dim = self.axis.device_axis, self.dim
-        whole = on_data(lambda x: _primitives.join_parts(x, name, dim), self.value)
-        return real_rows(whole, dim, self.axis.placement)
+
+        def joined(x: Any) -> Any:
+            return real_rows(_primitives.join_parts(x, name, dim), dim, self.axis.placement)
+
+        return on_data(joined, self.value)
 
 
 def own_block(axis: LogicalAxis, x: Any, dim: int | None) -> Any:
