@@ -203,12 +203,14 @@ class Dispatcher:
     ) -> Any:
         """Runs a call after what has to be seen to before C++ runs it."""
         if self._tracing or (self._packs and comes_packed(args, kwargs)):
-            return self(fun, args, kwargs)  # C++ would wait for the thread that traces; or look for packed ones in vain
+            return self._call(fun, args, kwargs)[
+                0
+            ]  # C++ would wait for the thread that traces; or look for packed ones in vain
         return (copying if self._copies else entry)(*args, **kwargs)
 
     def in_python(self, fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Runs a call of ``fun`` in Python alone."""
-        return self(fun, args, kwargs)
+        return self._call(fun, args, kwargs)[0]
 
     def __call__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs ``fun`` once for each replica, in Python alone."""

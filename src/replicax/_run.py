@@ -175,4 +175,5 @@ def _settle(program: Program, x: Any, axis: int | None) -> Any:
     typed = _primitives.split_over(x)
     if typed is not None and value.sharding.device_set != program.device_set:
         x = _primitives.retype(x, None)  # no type of the program can name a mesh of other devices
-    return _primitives.move(x, here, program.layout.result_sharding(axis))
+    whole = program.one_mesh and program.layout.axis.padding
+    return _primitives.move(x, here, program.layout.sharding(None) if whole else program.layout.result_sharding(axis))
