@@ -183,7 +183,30 @@ def _gather(x: Any, name: Hashable) -> Any:
 
 
 def on_data(function: Callable[[Any], Any], x: Any) -> Any:
-    """A function that moves data along axes of ``x``, of random keys applied to their data."""
-    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return function(x)
-    return jax.random.wrap_key_data(function(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+    """A function that moves data along axes of ``x``, in a form that can be moved: of random keys, their data."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(function(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+    return narrow(function(wide(x)), x.dtype)
+
+
+def wide(x: Any, bits: int = 2) -> Any:
+    """``x`` as bytes, if its numbers are of no more ``bits``.
+
+    XLA's CPU backend overruns its buffers where it gathers, concatenates or exchanges arrays of two bits
+    (``jax.jit(lambda x: jnp.concatenate([x, x]))`` alone shows it), has no sums of them between devices, and leaves
+    sums of four bits between devices with more bits than that (JAX 0.10 and 0.12; ``jax.pmap`` of ``psum`` shows it).
+    """
+    return x.astype("int8" if x.dtype.name.startswith("i") else "uint8") if is_narrow(x.dtype, bits) else x
+
+
+def narrow(x: Any, dtype: Any, bits: int = 2) -> Any:
+    """What has been done to :func:`wide` operands, in the dtype that they had."""
+    return x.astype(dtype) if is_narrow(dtype, bits) else x
+
+
+def is_narrow(dtype: Any, bits: int = 2) -> bool:
+    """Whether it is a dtype of integers of no more ``bits``."""
+    return dtype.name in _NARROW[bits]
+
+
+_NARROW = {2: ("int2", "uint2"), 4: ("int2", "uint2", "int4", "uint4")}

@@ -33,6 +33,7 @@ from replicax._blocks import (
     fetch,
     gather,
     lane_position,
+    narrow,
     on_data,
     on_device,
     only_axis,
@@ -41,6 +42,7 @@ from replicax._blocks import (
     size_of,
     take,
     unfolded,
+    wide,
     with_zero,
 )
 from replicax._errors import CollectiveArgumentError
@@ -91,14 +93,25 @@ REGISTRY: dict[str, Collective] = {}
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
-def collective(*primitives: str, result: ResultOf) -> Callable[[Rule], Rule]:
-    """Registers a rule for the primitives of these names."""
+def collective(*primitives: str, result: ResultOf, sums: bool = False) -> Callable[[Rule], Rule]:
+    """Registers a rule for the primitives of these names; for ``sums`` see :func:`wide`."""
 
     def register(rule: Rule) -> Rule:
-        REGISTRY.update(dict.fromkeys(primitives, Collective(rule, result)))
+        REGISTRY.update(dict.fromkeys(primitives, Collective(_in_bytes(rule, 4 if sums else 2), result)))
         return rule
 
     return register
+
+
+def _in_bytes(rule: Callable[..., Any], bits: int) -> Callable[..., Any]:
+    """A rule for operands of any dtype: those of no more ``bits`` go as bytes, and so does what is made of them."""
+
+    @functools.wraps(rule)
+    def carrying(logical: LogicalAxes, *operands: Any, **params: Any) -> Any:
+        out = rule(logical, *(wide(x, bits) for x in operands), **params)
+        return narrow(out, operands[0].dtype, bits) if operands else out
+
+    return carrying
 
 
 def equal(params: Mapping[str, Any], logical: LogicalAxes) -> Result:
@@ -213,7 +226,7 @@ def where_replica(axes: Sequence[LogicalAxis], x: Any) -> Any:
     return x
 
 
-@collective("psum", "psum_invariant", "psum_start", result=equal)
+@collective("psum", "psum_invariant", "psum_start", result=equal, sums=True)
 @keeps_constants
 def psum(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
     """The sum over the replicas; padding lanes add nothing."""
@@ -434,7 +447,7 @@ def chunks(x: Any, dimension: int, count: int) -> Any:
     return jnp.moveaxis(x, dimension, 0)
 
 
-@collective("reduce_scatter", "reduce_scatter_start", result=own)
+@collective("reduce_scatter", "reduce_scatter_start", result=own, sums=True)
 @keeps_constants
 def psum_scatter(
     logical: LogicalAxes,

@@ -70,8 +70,11 @@ class Part:
         """The array, equal on all devices of the map."""
         assert self.axis.device_axis is not None
         name, dim = self.axis.device_axis, self.dim
-        whole = on_data(lambda x: _primitives.join_parts(x, name, dim), self.value)
-        return lax.slice_in_dim(whole, 0, self.axis.size, axis=dim)
+
+        def joined(x: Any) -> Any:
+            return lax.slice_in_dim(_primitives.join_parts(x, name, dim), 0, self.axis.size, axis=dim)
+
+        return on_data(joined, self.value)
 
 
 def own_block(axis: LogicalAxis, x: Any, dim: int | None) -> Any:

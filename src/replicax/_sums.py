@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from replicax import _jax
-from replicax._blocks import block
+from replicax._blocks import block, is_narrow
 from replicax._collectives import Names, where_replica
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxes, LogicalAxis, Scope
@@ -125,6 +125,7 @@ def _sums_lanes(eqn: Equation, scope: Scope) -> bool:
     axes = eqn.params["axes"]
     return (
         len(eqn.invars) == 1
+        and not is_narrow(eqn.invars[0].aval.dtype, 4)
         and all(name in scope for name in axes)
         and any(scope[name].lane_axis is not None for name in axes)
     )
