@@ -35,7 +35,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 sweep: $(STAMP)
-	REPLICAX_SWEEP=full $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_sweep.py tests/test_transforms.py
+	REPLICAX_SWEEP=full $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_sweep.py tests/test_transforms.py tests/test_placement.py
 
 table: $(STAMP)
 	$(BIN)/python tests/table.py

@@ -1,5 +1,7 @@
 """Nothing but the placement knows where replicas lie: all holds with padding in the middle, and in two places."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -58,12 +60,20 @@ def test_the_tables_of_a_placement_go_together(place, n, devices, lanes):
     np.testing.assert_array_equal(spread, placed.replica_at)
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
+def in_turn(names):
+    """Each name with one of the placements in turn; ``make sweep`` has all pairs."""
+    places = list(PLACEMENTS)
+    if os.environ.get("REPLICAX_SWEEP") == "full":
+        return [(name, place) for name in names for place in places]
+    return [(name, places[k % len(places)]) for k, name in enumerate(names)]
+
+
+@pytest.mark.parametrize(("context", "layout"), in_turn(CONTEXTS), indirect=["layout"])
 def test_the_table_of_collectives(context, layout):
     assert faults(context, *layout) == {}
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(("name", "layout"), in_turn(TRANSFORMS), indirect=["layout"])
 def test_transformations_from_outside(name, layout):
     n, d = layout
     program = list(PROGRAMS.values())[(n + list(TRANSFORMS).index(name)) % len(PROGRAMS)]
