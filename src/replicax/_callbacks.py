@@ -285,7 +285,7 @@ def call_guarded(scope: Scope, eqn: Equation, args: Sequence[Any], varying: Vary
         places.append(lane_position(axis) if each else device * axis.lanes)
         widths.append(1 if each else axis.lanes)
     function, results, has_effect = _callback_primitives.callback_of(eqn)
-    runs = _runs(scope) if has_effect else []
+    runs = runs_here(scope) if has_effect else []
     guarded = Guarded(function, results, tuple(x.ndim for x in avals), scope.axes, tuple(widths), bool(runs), name)
     outs = _callback_primitives.call(eqn, guarded, [failed, *places, *runs, *operands])
     if has_effect:
@@ -296,8 +296,8 @@ def call_guarded(scope: Scope, eqn: Equation, args: Sequence[Any], varying: Vary
     return outs
 
 
-def _runs(scope: Scope) -> list[Any]:
-    """Whether this lane, on this device, is the one to call back; empty where all are."""
+def runs_here(scope: Scope) -> list[Any]:
+    """Whether this lane, on this device, is the one to call back for its replica; empty where all are."""
     conditions = [is_replica(axis) for axis in scope.axes if axis.padding]
     conditions += [lax.axis_index(name) == 0 for name in scope.copies]
     for condition in conditions[1:]:

@@ -203,9 +203,8 @@ class Dispatcher:
     ) -> Any:
         """Runs a call after what has to be seen to before C++ runs it."""
         if self._tracing or (self._packs and comes_packed(args, kwargs)):
-            return self._call(fun, args, kwargs)[
-                0
-            ]  # C++ would wait for the thread that traces; or look for packed ones in vain
+            # C++ would wait for the thread that traces, or look for packed arguments in vain.
+            return self._call(fun, args, kwargs)[0]
         return (copying if self._copies else entry)(*args, **kwargs)
 
     def in_python(self, fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -167,7 +167,7 @@ def _explain(error: Exception) -> None:
     for theirs, ours in REFUSALS.items():
         if theirs in said:
             error.add_note(ours)
-    if isinstance(error, AssertionError) and not str(error):
+    if isinstance(error, AssertionError) and not said:
         error.add_note(
             "If this is a collective over the axis of the map, in a jax.shard_map inside the map: JAX's types there "
             "know the axes of its own mesh alone. Write check_vma=False in the jax.shard_map."

@@ -16,8 +16,8 @@ from jax import lax
 
 from replicax import _callback_primitives, _jax, _primitives
 from replicax._blocks import any_lane, lane_by_lane, one_by_one
-from replicax._callbacks import call_guarded
-from replicax._collectives import REGISTRY, any_replica, equal_value, is_replica, where_replica
+from replicax._callbacks import call_guarded, runs_here
+from replicax._collectives import REGISTRY, any_replica, equal_value, where_replica
 from replicax._errors import CollectiveArgumentError, UnsupportedCollectiveError
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxis, Scope
@@ -322,12 +322,7 @@ class Rewriter:
 
     def _guarded(self, eqn: Equation, args: list[Any]) -> list[Any]:
         """A callback of the user's that each replica makes once."""
-        runs = jnp.bool_(True)
-        for axis in self.scope.axes:
-            if axis.padding:
-                runs = runs & is_replica(axis)
-        for name in self.scope.copies:
-            runs = runs & (lax.axis_index(name) == 0)
+        (runs,) = runs_here(self.scope)
         results = _jax.bind_callback_where(eqn, args, runs)
         for name in self.scope.copies:  # zeros where it was not made
             results = [_primitives.total(x, name) for x in results]

@@ -111,26 +111,24 @@ def _kfac_get_first(module: Any, original: Any) -> Any:
     return get_first
 
 
-def _kfac_broadcast(_: Any, original: Any) -> Any:
-    @functools.wraps(original)
-    def broadcast_all_local_devices(
-        obj: Any,
-        axis_name: Any = None,  # noqa: ARG001  # of the original's mesh
-    ) -> Any:
-        return jax.tree.map(lambda x: put_rows(x, program_devices()), obj)
+def _kfac_on_all_devices(place: Callable[[Any, Any], Any]) -> Replace:
+    """A function that puts a tree on all devices, by ``place(tree, devices)``."""
 
-    return broadcast_all_local_devices
+    def replace(_: Any, original: Any) -> Any:
+        @functools.wraps(original)
+        def on_all_local_devices(
+            obj: Any,
+            axis_name: Any = None,  # noqa: ARG001  # of the original's mesh
+        ) -> Any:
+            return place(obj, program_devices())
+
+        return on_all_local_devices
+
+    return replace
 
 
-def _kfac_replicate(_: Any, original: Any) -> Any:
-    @functools.wraps(original)
-    def replicate_all_local_devices(
-        obj: Any,
-        axis_name: Any = None,  # noqa: ARG001  # of the original's mesh
-    ) -> Any:
-        return device_put_replicated(obj, program_devices())
-
-    return replicate_all_local_devices
+def _put_rows(tree: Any, devices: Any) -> Any:
+    return jax.tree.map(lambda x: put_rows(x, devices), tree)
 
 
 def _mapped(**options: Any) -> Replace:
@@ -202,8 +200,8 @@ HELPERS: Mapping[str, Mapping[str, Replace]] = {
     "flax.training.common_utils": {"get_metrics": _flax_get_metrics},
     "kfac_jax._src.utils.parallel": {
         "get_first": _kfac_get_first,
-        "broadcast_all_local_devices": _kfac_broadcast,
-        "replicate_all_local_devices": _kfac_replicate,
+        "broadcast_all_local_devices": _kfac_on_all_devices(_put_rows),
+        "replicate_all_local_devices": _kfac_on_all_devices(device_put_replicated),
         "pmap_mean": _mapped(axis_name="i"),
         "pmap_sum": _mapped(axis_name="i"),
         "_broadcast_all_local_devices_legacy": _mapped(),
