@@ -119,7 +119,7 @@ def test_a_donated_argument_that_had_to_move_is_freed_before_the_program_runs(n)
                     assert leaf.is_deleted() or not elsewhere, place
             return program.run(*placed)
 
-        out, _ = _run.run(program, leaves, execute, list)
+        out, _ = _run.run(program, leaves, list, execute)
         np.testing.assert_array_equal(out[0], table(n) + 1, err_msg=place)
         np.testing.assert_array_equal(out[1], table(n) + 1, err_msg=place)
         assert all(leaf.is_deleted() for leaf in leaves if isinstance(leaf, jax.Array)), place

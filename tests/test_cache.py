@@ -138,7 +138,7 @@ def programs_of(mapped):
     held = [mapped._dispatcher]
     for program in mapped._dispatcher._programs.values():
         recorded = isinstance(program, Recorded)
-        held += [program, program.staged, *([] if recorded else [program.function, program._jitted])]
+        held += [program, program.staged, *([] if recorded else [program.spec, program.spec.function, program._jitted])]
     assert len(held) > 1
     return [weakref.ref(x) for x in held]
 

@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 
 from replicax import DeletedArrayError, StaticArgumentError, _cpu_threads, _dispatch, _transfer, pmap
+from replicax._call_path import Path
 
 
 @pytest.fixture
@@ -290,7 +291,7 @@ def test_many_small_arrays_compute_the_same_packed_or_not(n):
         for x, original in zip(arrays, leaves, strict=True):
             x[...] = original
     assert traced == [1]
-    assert mapped._dispatcher._packs
+    assert mapped.start is Path.PACKED
     for out in outs:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), out, expected)
         assert jax.tree.map(lambda x: x.dtype, out) == jax.tree.map(lambda x: x.dtype, expected)
@@ -327,4 +328,4 @@ def test_large_programs_are_not_compiled_a_second_time(monkeypatch):
     mapped = pmap(lambda tree: sum(tree))
     for _ in range(3):
         np.testing.assert_array_equal(mapped([rows(8)] * 10), 10 * rows(8))
-    assert not mapped._dispatcher._packs
+    assert mapped.start is not Path.PACKED

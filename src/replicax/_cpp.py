@@ -64,15 +64,12 @@ def remember(known: Any, out: Any) -> Any:
     return known._replace(out_pytree_def=tree_util.dispatch_registry.flatten(out, None)[1])
 
 
-def forget(entry: Any) -> None:
-    """Makes an :func:`entry`, and all of the same owner, forget what they have run."""
-    if hasattr(entry, "_clear_cache"):
-        entry._clear_cache()
+def forget(owner: Callable[..., Any]) -> None:
+    """Makes every :func:`entry` of this owner forget what it has run."""
+    made = entry(owner, owner, owner, "", ((), ()), owner)
+    if hasattr(made, "_clear_cache"):
+        made._clear_cache()
 
-
-#: Before 0.11.2 XLA ends the process where a program on several devices is handed an array that another one has taken
-#: (``jax.jit``'s as well), but for those that are deleted besides.
-TAKEN_ARRAYS_CRASH = jax.__version_info__ < (0, 11, 2)
 
 #: The class of JAX's arrays that are neither traced nor keys.
 ArrayImpl = jaxlib.ArrayImpl

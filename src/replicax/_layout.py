@@ -162,8 +162,8 @@ class Layout:
         """Where a padded array mapped along ``axis`` lies: lanes in order, L on each device."""
         return NamedSharding(self.mesh, self.spec(axis, inner))
 
-    def result_sharding(self, axis: int | None, inner: Splits = ()) -> NamedSharding:
-        """Where a result of N rows lies.
+    def result_sharding(self, axis: int | None, inner: Splits = (), *, on_mesh: bool = False) -> NamedSharding:
+        """Where a result of N rows lies; with ``on_mesh`` on the layout's own mesh, and so whole where it is padded.
 
         JAX has no uneven sharding. When D' divides N the rows lie where they were computed. Otherwise they are split
         into as many equal parts as both N and D' allow, g = gcd(N, D'), and each part lies on D'/g devices: the most
@@ -172,8 +172,10 @@ class Layout:
         still split along a mesh axis, of size 1, by which one tells its rows from a result without a mapped axis.)
         """
         parts = math.gcd(self.size, self.axis.devices)
-        if axis is None or not self.axis.padding:
-            return self.sharding(None, ()) if self.axis.padding else self.sharding(axis, inner)
+        if not self.axis.padding:
+            return self.sharding(axis, inner)
+        if axis is None or on_mesh:
+            return self.sharding(None)
         name = mesh_axis_name(self.axis.name)
         mesh = Mesh(self.mesh.devices.reshape(parts, -1), (name, f"{name} copies"))
         return NamedSharding(mesh, PartitionSpec(*[None] * axis, name))

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,10 @@ from jax import lax
 
 from replicax import _jax
 from replicax._axes import check_spec, one_replica_type
-from replicax._lowering import Program, Replica, lower, trace_replica
+from replicax._executable import Executable
+from replicax._lowering import lower
+from replicax._replica import Replica, trace_replica
+from replicax._spec import Inputs, Outputs, ProgramSpec
 
 #: From so many arrays on packing pays.
 MANY = 8
@@ -34,9 +37,6 @@ WORD = np.dtype(np.uint32)
 
 #: Up to so many bytes an array is tiny to XLA, and up to so many tiny arrays are sent in the place of one.
 TINY, FEW = 512, 8
-
-#: So deep a glance goes into a tree.
-DEEP = 16
 
 #: A program of more equations is not compiled a second time.
 EQUATIONS = 2_000
@@ -144,68 +144,55 @@ class Packed:
     """A program that takes many of its arguments packed.
 
     Attributes:
-        program: The program.
+        executable: The program.
         kept: The arguments that it takes as they are, before the packed ones.
         groups: Which go together.
     """
 
-    program: Program
+    executable: Executable
     kept: Sequence[int]
     groups: Sequence[Group]
 
     def leaves(self, leaves: Sequence[Any]) -> list[Any]:
-        """The arguments of :attr:`program`."""
+        """The arguments of :attr:`executable`."""
         return [*(leaves[i] for i in self.kept), *(group.pack(leaves) for group in self.groups)]
 
     def names(self, every: Callable[[], Sequence[str]]) -> Callable[[], Sequence[str]]:
-        """What the user calls the arguments of :attr:`program` that are kept."""
+        """What the user calls the arguments of :attr:`executable` that are kept."""
         return lambda: [every()[i] for i in self.kept]
 
 
-def packed(program: Program, leaves: Sequence[Any]) -> Packed | None:
+def packed(executable: Executable, leaves: Sequence[Any]) -> Packed | None:
     """The program for a call with these arguments that takes those of the host packed, where that pays."""
-    kinds, known = tuple(map(type, leaves)), program.packings
+    kinds, known = tuple(map(type, leaves)), executable.packings
     if kinds not in known:
-        known[kinds] = _NOT_YET if len(_small(program, kinds)) >= MANY else None
+        known[kinds] = _NOT_YET if len(_small(executable.spec, kinds)) >= MANY else None
     elif known[kinds] is _NOT_YET:  # there was such a call before, so that there may be more of them
-        known[kinds] = _pack(program, leaves, _small(program, kinds))
+        known[kinds] = _pack(executable.spec, leaves, _small(executable.spec, kinds))
     found = known[kinds]
     return None if found is _NOT_YET else found
 
 
-def may_be_packed(program: Program, leaves: Sequence[Any]) -> bool:
+def may_be_packed(executable: Executable, leaves: Sequence[Any]) -> bool:
     """Whether a next call with such arguments takes them packed."""
-    return program.packings.get(tuple(map(type, leaves))) is not None
+    return executable.packings.get(tuple(map(type, leaves))) is not None
 
 
-def comes_packed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether it looks, at a glance, as if NumPy arrays are among the arguments."""
-    return any(map(_starts_on_host, args)) or any(map(_starts_on_host, kwargs.values()))
-
-
-def _starts_on_host(tree: Any) -> bool:
-    for _ in range(DEEP):
-        if not isinstance(tree, list | tuple | dict) or not tree:
-            break
-        tree = next(iter(tree.values() if isinstance(tree, dict) else tree))
-    return not isinstance(tree, jax.Array)
-
-
-def _small(program: Program, kinds: Sequence[type]) -> list[int]:
+def _small(program: ProgramSpec, kinds: Sequence[type]) -> list[int]:
     """Which arguments of these types are small arrays, if the program is one of moderate size."""
     if kinds.count(np.ndarray) < MANY or _jax.equations(program.replica.jaxpr, EQUATIONS) == EQUATIONS:
         return []
-    sizes = [x.size * x.dtype.itemsize for x in program.types]
+    sizes = [x.size * x.dtype.itemsize for x in program.inputs.types]
     return [i for i, kind in enumerate(kinds) if kind is np.ndarray and 0 < sizes[i] <= LARGE]
 
 
 _NOT_YET = object()
 
 
-def _pack(program: Program, leaves: Sequence[Any], which: Sequence[int]) -> Packed:
+def _pack(program: ProgramSpec, leaves: Sequence[Any], which: Sequence[int]) -> Packed:
     chosen = set(which)
     kept = [i for i in range(len(leaves)) if i not in chosen]
-    own_types = [one_replica_type(x, axis) for x, axis in zip(program.types, program.in_axes, strict=True)]
+    own_types = [one_replica_type(x, axis) for x, axis in zip(program.inputs.types, program.inputs.axes, strict=True)]
     groups = _groups(program, own_types, which)
     replica, axis = program.replica, program.layout.axis
 
@@ -219,20 +206,17 @@ def _pack(program: Program, leaves: Sequence[Any], which: Sequence[int]) -> Pack
     own_rows = [jax.ShapeDtypeStruct(group.shape[-1:], group.dtype) for group in groups]
     arguments = [*(own_types[i] for i in kept), *own_rows]
     traced = trace_replica(unpacked, arguments, {}, (), axis.name, axis.size)
-    lowered = lower(
-        Replica(traced.jaxpr, traced.consts, jax.tree.leaves(replica.out)),
-        program.layout,
-        [*(program.in_axes[i] for i in kept), *(0 if group.mapped else None for group in groups)],
-        check_spec("out_axes", list(program.out_axes)),
-        [*(program.types[i] for i in kept), *rows],
-        [kept.index(i) for i in program.donated if i in kept],
-        program.name,
-        program.agreeing,
+    inputs = Inputs(
+        (*(program.inputs.types[i] for i in kept), *rows),
+        (*(program.inputs.axes[i] for i in kept), *(0 if group.mapped else None for group in groups)),
+        tuple(kept.index(i) for i in program.inputs.donated if i in kept),
     )
-    return Packed(lowered, kept, groups)
+    outputs = Outputs(check_spec("out_axes", list(program.out_axes)), program.policy)
+    flat = Replica(traced.jaxpr, traced.consts, jax.tree.leaves(replica.out))
+    return Packed(Executable(lower(flat, program.layout, inputs, outputs, program.name)), kept, groups)
 
 
-def _groups(program: Program, own_types: Sequence[Any], which: Sequence[int]) -> list[Group]:
+def _groups(program: ProgramSpec, own_types: Sequence[Any], which: Sequence[int]) -> list[Group]:
     """Which arguments go together: those that are all mapped, or none, as words of 32 bits where their dtype has bits.
 
     XLA on CPUs runs a program whose arrays are all tiny at once, and any other as a graph of tasks, which takes 1 µs
@@ -240,13 +224,13 @@ def _groups(program: Program, own_types: Sequence[Any], which: Sequence[int]) ->
     a single device; on several, sending one more array takes longer.
     """
     together: dict[Any, list[int]] = {}
-    for i in sorted(which, key=lambda i: str(program.types[i].dtype)):
-        dtype = program.types[i].dtype
-        together.setdefault((WORD if _has_bits(dtype) else dtype, program.in_axes[i] is not None), []).append(i)
+    for i in sorted(which, key=lambda i: str(program.inputs.types[i].dtype)):
+        dtype = program.inputs.types[i].dtype
+        together.setdefault((WORD if _has_bits(dtype) else dtype, program.inputs.axes[i] is not None), []).append(i)
     groups: list[Group] = []
     for (word, mapped), every in together.items():
         lanes = program.layout.axis.lanes if mapped else 1
-        sizes = [lanes * own_types[i].size * program.types[i].dtype.itemsize for i in every]
+        sizes = [lanes * own_types[i].size * program.inputs.types[i].dtype.itemsize for i in every]
         alone = program.layout.mesh.size == 1
         parts = _cut(every, sizes) if alone and sum(sizes) <= FEW * TINY else [every]
         rows = (program.layout.size,) if mapped else ()
@@ -259,16 +243,16 @@ def _has_bits(dtype: np.dtype[Any]) -> bool:
 
 
 def _runs(
-    program: Program, own_types: Sequence[Any], which: Sequence[int], word: np.dtype[Any], rows: tuple[int, ...]
+    program: ProgramSpec, own_types: Sequence[Any], which: Sequence[int], word: np.dtype[Any], rows: tuple[int, ...]
 ) -> list[Run]:
     runs: list[Run] = []
-    for dtype, some in itertools.groupby(which, lambda i: program.types[i].dtype):
+    for dtype, some in itertools.groupby(which, lambda i: program.inputs.types[i].dtype):
         leaves = list(some)
         numbers = sum(own_types[i].size for i in leaves)
         start = runs[-1].words.stop if runs else 0
         stop = start - (-numbers * dtype.itemsize // word.itemsize)
         shapes = [own_types[i].shape for i in leaves]
-        runs.append(Run(dtype, leaves, [program.in_axes[i] for i in leaves], shapes, slice(start, stop), rows))
+        runs.append(Run(dtype, leaves, [program.inputs.axes[i] for i in leaves], shapes, slice(start, stop), rows))
     return runs
 
 

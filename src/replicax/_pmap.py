@@ -9,10 +9,14 @@ from typing import Any, TypeVar, final, overload
 
 import jax
 
+from replicax._arguments import function_name
 from replicax._axes import check_spec, choose
-from replicax._dispatch import Entrance, Options, check_devices, dispatcher, function_name
+from replicax._call_path import PathTaker
+from replicax._dispatch import dispatcher
 from replicax._errors import NotAFunctionError, OptionTypeError, StaticArgumentError, as_int
-from replicax._lowering import ANONYMOUS
+from replicax._options import Options, check_devices
+from replicax._replica import ANONYMOUS
+from replicax._spec import Outputs
 from replicax._stages import Lowered, Traced, trace
 
 R = TypeVar("R")
@@ -22,10 +26,10 @@ _ABSENT: Any = object()
 
 
 @final
-class MappedFunction(Entrance[R]):
+class MappedFunction(PathTaker[R]):
     """A function that runs once for each replica; what :func:`pmap` returns."""
 
-    __slots__ = ("__dict__", "options")  # functools.wraps copies __dict__ alone
+    __slots__ = ("__dict__", "_dispatcher", "_fun", "options")  # functools.wraps copies __dict__ alone
 
     def __init__(self, fun: Callable[..., R], options: Options) -> None:
         functools.update_wrapper(self, fun)
@@ -33,8 +37,9 @@ class MappedFunction(Entrance[R]):
             del vars(self)[name]  # an attribute of the function's own, such as "lower"
         if not hasattr(fun, "__name__"):  # a functools.partial, say; what jax.pmap returns always has a name
             self.__name__ = self.__qualname__ = function_name(fun)
-        self.options = options
-        super().__init__(dispatcher(fun, options), fun)
+        self.options, self._fun, self._dispatcher = options, fun, dispatcher(fun, options)
+        made = self._dispatcher
+        super().__init__(functools.partial(made.table, fun), functools.partial(made.call, fun), made.switch)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -117,7 +122,7 @@ class MappedFunction(Entrance[R]):
 
     def clear_cache(self) -> None:
         """Frees the programs compiled for this function, mapped with these options; the next call compiles anew."""
-        self._dispatcher.clear(self)
+        self._dispatcher.clear()
 
     def explain_cache_miss(self, *args: Any, **kwargs: Any) -> str:
         """Whether a call with these arguments would be compiled anew, and which of them makes it so.
@@ -265,7 +270,7 @@ def pmap(
     options = Options(
         axis_name=ANONYMOUS if axis_name is None else _check_name(axis_name),
         in_axes=check_spec("in_axes", in_axes),
-        out_axes=check_spec("out_axes", out_axes),
+        outputs=Outputs(check_spec("out_axes", out_axes)),
         static=static,
         donated=donated,
         devices=None if devices is None else check_devices(devices),

@@ -11,11 +11,11 @@ import numpy as np
 from jax.tree_util import keystr
 
 from replicax import _cpp, _jax
-from replicax._dispatch import check_devices
 from replicax._errors import AxisSpecError, DeletedArrayError, MappedSizeError, NotAnArrayError, as_int, report
 from replicax._layout import layout
-from replicax._lowering import describe_type
+from replicax._options import check_devices
 from replicax._pmap import pmap
+from replicax._replica import describe_type
 
 Tree = TypeVar("Tree")
 

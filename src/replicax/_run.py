@@ -10,52 +10,77 @@ from typing import Any
 import jax
 import numpy as np
 
-from replicax import _cpp, _jax, _primitives
+from replicax import _jax, _primitives
 from replicax._errors import DeletedArrayError, UnsupportedTransformationError, report
+from replicax._executable import Executable
 from replicax._levels import pad_rows
-from replicax._lowering import Program
 from replicax._placement import Placement
-from replicax._transfer import is_small, own, put
+from replicax._spec import ProgramSpec
+from replicax._taken import TakenArrays
+from replicax._transfer import copy_small, is_small, put
 
 
 def run(
-    program: Program, leaves: Sequence[Any], executable: Callable[..., Any], names: Callable[[], Sequence[str]]
+    executable: Executable,
+    leaves: Sequence[Any],
+    names: Callable[[], Sequence[str]],
+    compiled: Callable[..., Any] | None = None,
 ) -> tuple[Sequence[Any], Sequence[Any]]:
     """Runs a program on arguments that may lie anywhere, and takes those that are donated.
 
     Args:
-        program: The program.
+        executable: The program.
         leaves: Its arguments.
-        executable: It, compiled.
         names: What the user calls the arguments.
+        compiled: What runs it on arrays in place, if not the executable itself.
 
     Returns:
         The results, and the arguments as they were moved.
     """
+    call, spec = compiled or executable.run, executable.spec
     if any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves):
-        _check_donated(program, leaves, names)
-    if not program.donated or _jax.looks_for_nans():  # after a NaN, JAX runs the program again to find it
-        placed = place(program, [*leaves, *program.closed_in_place])
-        return executable(*placed), placed
-    _check_donated(program, leaves, names)
-    placed = place(program, [*leaves, *program.closed_in_place])
-    moved = {i: x for i in program.donated if placed[i] is not (x := leaves[i]) and isinstance(x, jax.Array)}
+        _check_donated(spec, leaves, names)
+    if not spec.inputs.donated or _jax.looks_for_nans():  # after a NaN, JAX runs the program again to find it
+        placed = place(executable, [*leaves, *executable.closed_in_place])
+        return call(*placed), placed
+    _check_donated(spec, leaves, names)
+    placed = place(executable, [*leaves, *executable.closed_in_place])
+    moved = {i: x for i in spec.inputs.donated if placed[i] is not (x := leaves[i]) and isinstance(x, jax.Array)}
     for i, x in moved.items():
         if not _shares(x, placed[i]) and not any(x is y for y in placed):
             x.delete()
-    results = executable(*placed)
+    results = call(*placed)
     for x in moved.values():
         x.delete()
-    if _cpp.TAKEN_ARRAYS_CRASH:
-        delete_taken(leaves)
+    TakenArrays.delete(leaves)
     return results, placed
 
 
-def delete_taken(leaves: Sequence[Any]) -> None:
-    """Deletes the arrays that a program has taken, so that the next one to get them can say so."""
-    for x in leaves:
-        if type(x) is _cpp.ArrayImpl and x.is_deleted():
-            x.delete()
+def cpp_cacheable(spec: ProgramSpec, leaves: Sequence[Any], placed: Sequence[Any]) -> bool:
+    """Whether C++ may run such a call: each argument is in place, or gets there in the same way by itself."""
+    if spec.closed or _jax.looks_for_nans():
+        return False
+    several = spec.layout.mesh.size > 1
+    for x, y, axis in zip(leaves, placed, spec.inputs.axes, strict=False):
+        if isinstance(x, jax.Array):
+            moves = several and len(x.sharding.device_set) == 1 and not spec.inputs.donated
+            if x is not y and not (moves and x.dtype == y.dtype and x.shape == y.shape):
+                return False
+        elif not _moves_by_itself(spec, x, axis):
+            return False
+    return True
+
+
+def _moves_by_itself(spec: ProgramSpec, x: Any, axis: int | None) -> bool:
+    """Whether C++ may move it from the host: it is not padded, has numbers, and is small if it has to be copied."""
+    if (spec.layout.axis.padding and axis is not None) or jax.dtypes.float0 == getattr(x, "dtype", None):
+        return False
+    return spec.layout.mesh.size > 1 or not isinstance(x, np.ndarray) or is_small(x)
+
+
+def reads_host_memory(spec: ProgramSpec, leaves: Sequence[Any]) -> bool:
+    """Whether C++ would read NumPy arrays of such a call where they are (to C++ a NumPy scalar is one, too)."""
+    return spec.layout.mesh.size == 1 and any(isinstance(x, np.ndarray | np.generic) for x in leaves)
 
 
 def _shares(x: jax.Array, copy: jax.Array) -> bool:
@@ -66,7 +91,7 @@ def _shares(x: jax.Array, copy: jax.Array) -> bool:
     return any(before[device] == after[device] for device in before.keys() & after.keys())
 
 
-def _check_donated(program: Program, leaves: Sequence[Any], names: Callable[[], Sequence[str]]) -> None:
+def _check_donated(spec: ProgramSpec, leaves: Sequence[Any], names: Callable[[], Sequence[str]]) -> None:
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
     times = Counter(map(id, arrays.values()))
     faults = {
@@ -74,9 +99,9 @@ def _check_donated(program: Program, leaves: Sequence[Any], names: Callable[[], 
         for i, x in arrays.items()
         if x.is_deleted()
     }
-    for i in program.taken:  # where it has to be moved, it is the copy that the program takes
+    for i in spec.donated_in_place:  # where it has to be moved, it is the copy that the program takes
         x = arrays.get(i)
-        if x is not None and i not in faults and times[id(x)] > 1 and _lies(x, program.in_shardings[i]):
+        if x is not None and i not in faults and times[id(x)] > 1 and _lies(x, spec.in_shardings[i]):
             faults[i] = "is donated, and passed twice"
     if faults:
         called = names()
@@ -94,18 +119,19 @@ def _check_donated(program: Program, leaves: Sequence[Any], names: Callable[[], 
 # Moving arguments
 
 
-def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
+def place(executable: Executable, leaves: Sequence[Any]) -> list[Any]:
     """The argument leaves, padded, and moved to where the program wants them; what lies right is not touched."""
-    wanted, placement = program.in_shardings, program.layout.axis.placement
+    spec = executable.spec
+    wanted, placement = spec.in_shardings, spec.layout.axis.placement
     placed, astray, to_pad = list(leaves), [], []
     for i, x in enumerate(placed):
-        axis = program.in_axes[i] if placement.padding else None
+        axis = spec.inputs.axes[i] if placement.padding else None
         if not isinstance(x, jax.Array):
-            placed[i] = _put(program, x, wanted[i], axis)
+            placed[i] = _put(spec, x, wanted[i], axis)
             continue
-        if x.dtype != program.dtypes[i]:  # made while 64-bit types were enabled
-            placed[i] = x = x.astype(program.dtypes[i])
-        if axis is not None and x.sharding.device_set == program.device_set:
+        if x.dtype != spec.dtypes[i]:  # made while 64-bit types were enabled
+            placed[i] = x = x.astype(spec.dtypes[i])
+        if axis is not None and x.sharding.device_set == spec.device_set:
             to_pad.append(i)
             continue
         if axis is not None:
@@ -113,7 +139,7 @@ def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
         if not _lies(x, wanted[i]):
             astray.append(i)
     if to_pad:
-        for i, x in zip(to_pad, program.pad(tuple(to_pad), [placed[i] for i in to_pad]), strict=True):
+        for i, x in zip(to_pad, executable.pad(tuple(to_pad), [placed[i] for i in to_pad]), strict=True):
             placed[i] = x
     if astray:
         moved = jax.device_put([placed[i] for i in astray], [wanted[i] for i in astray])
@@ -122,11 +148,11 @@ def place(program: Program, leaves: Sequence[Any]) -> list[Any]:
     return placed
 
 
-def _put(program: Program, x: Any, wanted: jax.sharding.NamedSharding, axis: int | None) -> Any:
+def _put(spec: ProgramSpec, x: Any, wanted: jax.sharding.NamedSharding, axis: int | None) -> Any:
     """An argument from the host, padded, on its devices. What is small JAX puts on a single device by itself."""
-    if axis is None and program.layout.mesh.size == 1 and (not isinstance(x, np.ndarray) or is_small(x)):
-        return own(x)
-    return put(x, wanted, axis, program.layout.axis.placement)
+    if axis is None and spec.layout.mesh.size == 1 and (not isinstance(x, np.ndarray) or is_small(x)):
+        return copy_small(x)
+    return put(x, wanted, axis, spec.layout.axis.placement)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -144,12 +170,13 @@ def _alike(one: jax.sharding.Sharding, other: jax.sharding.Sharding, ndim: int) 
     return one.is_equivalent_to(other, ndim)
 
 
-def stage(program: Program, leaves: Sequence[Any]) -> tuple[Any, ...]:
+def stage(executable: Executable, leaves: Sequence[Any]) -> tuple[Any, ...]:
     """The results of a call inside a transformation."""
-    settled = map(functools.partial(_settle, program), [*leaves, *program.closed], program.in_axes)
+    spec = executable.spec
+    settled = map(functools.partial(_settle, spec), [*leaves, *spec.closed], spec.inputs.axes)
     try:
         _primitives.refuse_split_batches()
-        return tuple(program.staged(*settled))
+        return tuple(executable.staged(*settled))
     except _primitives.SplitBatchError as error:
         raise UnsupportedTransformationError(
             f"A vmap of a map is to split its batch over {error.args[0]!r}, an axis of a mesh, by spmd_axis_name "
@@ -159,7 +186,7 @@ def stage(program: Program, leaves: Sequence[Any]) -> tuple[Any, ...]:
         ) from None
 
 
-def _settle(program: Program, x: Any, axis: int | None) -> Any:
+def _settle(spec: ProgramSpec, x: Any, axis: int | None) -> Any:
     """An argument of a traced call, moved if its value is known already and lies on devices of its own.
 
     Where the call is recorded it is a constant of the program, which XLA puts where it has to be.
@@ -173,7 +200,6 @@ def _settle(program: Program, x: Any, axis: int | None) -> Any:
     if batched and isinstance(here, jax.sharding.NamedSharding):
         here = jax.sharding.NamedSharding(here.mesh, jax.sharding.PartitionSpec())
     typed = _primitives.split_over(x)
-    if typed is not None and value.sharding.device_set != program.device_set:
+    if typed is not None and value.sharding.device_set != spec.device_set:
         x = _primitives.retype(x, None)  # no type of the program can name a mesh of other devices
-    whole = program.one_mesh and program.layout.axis.padding
-    return _primitives.move(x, here, program.layout.sharding(None) if whole else program.layout.result_sharding(axis))
+    return _primitives.move(x, here, spec.layout.result_sharding(axis, on_mesh=spec.one_mesh))

@@ -9,10 +9,12 @@ from typing import Any
 import jax
 
 from replicax import _cpu_threads, _jax
+from replicax._arguments import Call, partition
 from replicax._axes import parameter_names
-from replicax._dispatch import Call, Dispatcher
+from replicax._dispatch import Dispatcher
 from replicax._errors import AheadOfTimeError, report
-from replicax._lowering import Program, Recorded
+from replicax._executable import Executable
+from replicax._lowering import Recorded
 from replicax._run import run
 from replicax._signature import Signature, structure_differences, type_name
 
@@ -22,16 +24,14 @@ class Plan:
     """What one program is for, shared by its stages.
 
     Attributes:
-        fun: The user's function.
         dispatcher: Knows the options.
-        program: The program.
+        executable: The program.
         call: The call that it was made for, with its static arguments.
         signature: The types of that call's other arguments.
     """
 
-    fun: Callable[..., Any]
     dispatcher: Dispatcher
-    program: Program
+    executable: Executable
     call: Call
     signature: Signature
 
@@ -43,7 +43,7 @@ class Plan:
     @property
     def args_info(self) -> Any:
         """The same, and whether each is donated."""
-        donated = [i in self.program.donated for i in range(len(self.signature.leaves))]
+        donated = [i in self.executable.spec.inputs.donated for i in range(len(self.signature.leaves))]
         avals = jax.tree.leaves(self.in_avals)
         return self.signature.tree.unflatten(list(map(jax.stages.ArgInfo, avals, donated)))
 
@@ -64,7 +64,7 @@ class Plan:
             raise AheadOfTimeError(
                 report(
                     "Function compiled with input pytree does not match the input pytree it was called with. "
-                    f"{self.program.name} was compiled for arguments of another structure:",
+                    f"{self.call.name} was compiled for arguments of another structure:",
                     structure_differences(tree, self.signature.tree, self.signature.roots),
                     "Pass arguments that nest as those that it was lowered for, or call the map itself.",
                 )
@@ -89,7 +89,7 @@ class Plan:
         if traced:
             raise AheadOfTimeError(
                 report(
-                    f"{self.program.name} is compiled, and was called inside a transformation such as jit, grad or "
+                    f"{self.call.name} is compiled, and was called inside a transformation such as jit, grad or "
                     f"vmap, which needs the program itself:",
                     traced,
                     "Call the map there, instead of what its lower(...).compile() returned.",
@@ -111,15 +111,15 @@ class Plan:
         """The arguments, which may come with the static ones, as in a call of the map, or without, as in JAX."""
         chosen = self.dispatcher.options.static
         if len(args) > len(self.call.positions):
-            call = self.dispatcher.partition(args, kwargs)
+            call = partition(self.call.fun, chosen, args, kwargs)
         else:
             given = [(name, type(kwargs[name]), kwargs[name]) for name in chosen.names if name in kwargs]
             rest = {name: value for name, value in kwargs.items() if name not in chosen.names}
-            call = Call(args, self.call.positions, rest, tuple(given))
+            call = Call(self.call.fun, args, self.call.positions, rest, tuple(given))
         expected = {where: value for where, _, value in self.call.static}
         expected |= {name: expected[i] for i, name in chosen.aliases if i in expected}
         expected |= {i: expected[name] for i, name in chosen.aliases if name in expected}
-        names = parameter_names(self.fun, range(len(args)))
+        names = parameter_names(self.call.fun, range(len(args)))
         faults = [
             f"{names[where] if isinstance(where, int) else where} is {value!r:.60}, and "
             + (f"was {expected[where]!r:.60}" if where in expected else "was not passed")
@@ -129,7 +129,7 @@ class Plan:
         if faults:
             raise AheadOfTimeError(
                 report(
-                    f"{self.program.name} was compiled for other values of its static arguments:",
+                    f"{self.call.name} was compiled for other values of its static arguments:",
                     faults,
                     "Leave them out, pass those that it was lowered with, or call the map itself.",
                 )
@@ -146,15 +146,16 @@ def trace(dispatcher: Dispatcher, fun: Callable[..., Any], args: tuple[Any, ...]
     """
     with _jax.own_mesh():
         program, call, signature = dispatcher.describe(fun, args, kwargs)
-        held = [x for x in program.closed if isinstance(x, jax.core.Tracer)]
+        closed = program.closed if isinstance(program, Recorded) else program.spec.closed
+        held = [x for x in closed if isinstance(x, jax.core.Tracer)]
         if isinstance(program, Recorded) or held:
             raise AheadOfTimeError(
-                f"{program.name} cannot be compiled ahead of time here: it "
+                f"{call.name} cannot be compiled ahead of time here: it "
                 + ("closes over a value of an enclosing jit, grad or vmap" if held else "is inside another map")
                 + ". Lower it outside, with all that it needs among its arguments, or call it."
             )
         traced = program.traced
-    return Traced(traced, Plan(fun, dispatcher, program, call, signature))
+    return Traced(traced, Plan(dispatcher, program, call, signature))
 
 
 class Traced:
@@ -177,17 +178,17 @@ class Traced:
         self._traced = traced
         self._plan = plan
         self.jaxpr = traced.jaxpr
-        self.fun_name = plan.program.name
+        self.fun_name = plan.call.name
         self.args_info = plan.args_info
         self.in_avals = plan.in_avals
         self.in_tree = plan.signature.tree
-        self.out_tree = plan.program.out_tree
+        self.out_tree = plan.executable.spec.out_tree
         self.out_info = jax.tree.unflatten(self.out_tree, traced.out_info)
 
     @property
     def donate_argnums(self) -> tuple[int, ...]:
         """The positions of the donated arrays among all that the arguments hold."""
-        return self._plan.program.donated
+        return self._plan.executable.spec.inputs.donated
 
     def lower(self, *, lowering_platforms: tuple[str, ...] | None = None) -> Lowered:
         """Lowers it to StableHLO.
@@ -210,7 +211,7 @@ class Lowered(jax.stages.Lowered):  # type: ignore[misc]  # JAX's is untyped her
     """
 
     def __init__(self, lowered: jax.stages.Lowered, plan: Plan) -> None:
-        super().__init__(_jax.stage_parts(lowered), plan.args_info, plan.program.out_tree)
+        super().__init__(_jax.stage_parts(lowered), plan.args_info, plan.executable.spec.out_tree)
         self._lowered = lowered
         self._plan = plan
 
@@ -250,10 +251,10 @@ class Compiled(jax.stages.Compiled):  # type: ignore[misc]
 
     def __init__(self, compiled: jax.stages.Compiled, plan: Plan) -> None:
         executable, constants = _jax.executable_parts(compiled)
-        super().__init__(executable, constants, plan.args_info, plan.program.out_tree)
+        super().__init__(executable, constants, plan.args_info, plan.executable.spec.out_tree)
         self._compiled = compiled
         self._plan = plan
-        may_hang = _cpu_threads.may_hang(plan.program.layout.mesh)
+        may_hang = _cpu_threads.may_hang(plan.executable.spec.layout.mesh)
         self._run_on: Callable[..., Any] = _cpu_threads.bounded(compiled) if may_hang else compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -275,8 +276,8 @@ class Compiled(jax.stages.Compiled):  # type: ignore[misc]
         plan = self._plan
         with _jax.own_mesh():
             names = [leaf.name for leaf in plan.signature.leaves]
-            results, _ = run(plan.program, leaves, self._run_on, lambda: names)
-        return jax.tree.unflatten(plan.program.out_tree, results)
+            results, _ = run(plan.executable, leaves, lambda: names, self._run_on)
+        return jax.tree.unflatten(plan.executable.spec.out_tree, results)
 
     @property
     def in_avals(self) -> Any:

@@ -66,7 +66,7 @@ def _as_numpy(x: Any) -> np.ndarray[Any, Any]:
         raise too_large("An argument", x) from None
 
 
-def own(tree: Any) -> Any:
+def copy_small(tree: Any) -> Any:
     """A tree with copies of the small NumPy arrays in it."""
     kind = type(tree)
     if kind is ndarray and tree.nbytes <= SMALL and tree.dtype.isnative:
@@ -74,11 +74,11 @@ def own(tree: Any) -> Any:
     if kind is ArrayImpl:
         return tree
     if kind is list:
-        return [own(x) for x in tree]
+        return [copy_small(x) for x in tree]
     if isinstance(tree, ndarray):
         host = plain(tree)
         return host.copy() if kind is not ndarray and host.nbytes <= SMALL else host
-    return tree if jax.tree_util.all_leaves((tree,)) else jax.tree.map(own, tree)
+    return tree if jax.tree_util.all_leaves((tree,)) else jax.tree.map(copy_small, tree)
 
 
 def plain(x: Any) -> Any:
@@ -100,7 +100,7 @@ def native(x: Any) -> Any:
 
 
 def is_small(x: Any) -> bool:
-    """Whether :func:`own` copies it."""
+    """Whether :func:`copy_small` copies it."""
     return type(x) is np.ndarray and 0 < x.nbytes <= SMALL
 
 

@@ -18,6 +18,7 @@ from replicax._layout import layout
 from replicax._pmap import MappedFunction
 from replicax._pmap import pmap as mapped
 from replicax._replicas import check_arrays, replicate
+from replicax._spec import OutputPolicy
 from replicax.compat._virtual import distinct
 
 R = TypeVar("R")
@@ -75,7 +76,8 @@ def pmap(
         axis_size=axis_size,
         donate_argnums=_that_exist(fun, donate_argnums),
     )
-    return MappedFunction(fun, dataclasses.replace(checked.options, agreeing=False))
+    outputs = dataclasses.replace(checked.options.outputs, policy=OutputPolicy.TAKE_FIRST)
+    return MappedFunction(fun, dataclasses.replace(checked.options, outputs=outputs))
 
 
 def _that_exist(fun: Callable[..., Any], positions: int | Iterable[int]) -> Any:

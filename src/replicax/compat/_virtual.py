@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from replicax import _jax
-from replicax._dispatch import check_devices
 from replicax._errors import DevicesError, ReplicasError, as_int, report
+from replicax._options import check_devices
 
 VARIABLE = "REPLICAX_REPLICAS"
 
