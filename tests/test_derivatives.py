@@ -226,3 +226,65 @@ def test_a_checkpointed_loop_of_equinox(n, d):
     for ours, right in ((mapped, jax.vmap(steps, **options)), (nested, nested_right)):
         derivative, expected = (jax.grad(lambda s, f=f: (f(s, counts) ** 2).sum())(1.3) for f in (ours, right))
         np.testing.assert_allclose(derivative, expected, rtol=1e-5)
+
+
+@jax.custom_jvp
+def communicates_forward(x):
+    return jnp.sin(x)
+
+
+@communicates_forward.defjvp
+def _(primals, tangents):
+    return jnp.sin(*primals), lax.pmean(tangents[0], AXIS) * jnp.cos(*primals)
+
+
+@jax.custom_vjp
+def communicates_ahead(x):
+    return jnp.sin(x)
+
+
+communicates_ahead.defvjp(lambda x: (jnp.sin(x), lax.psum(jnp.cos(x), AXIS)), lambda r, ct: (r * ct,))
+
+
+@jax.custom_vjp
+def communicates_backward(x):
+    return jnp.sin(x)
+
+
+communicates_backward.defvjp(lambda x: (jnp.sin(x), jnp.cos(x)), lambda r, ct: (r * lax.psum(ct, AXIS),))
+
+#: Functions that communicate in a derivative rule alone: where the program is traced, nothing tells.
+IN_RULES = [communicates_forward, communicates_ahead, communicates_backward]
+
+
+@pytest.mark.parametrize(("n", "d"), [(4, 8), (12, 8), (5, 3)])
+@pytest.mark.parametrize("rule", IN_RULES, ids=["jvp", "fwd", "bwd"])
+def test_a_branch_that_replicas_disagree_on_and_whose_rule_communicates(rule, n, d):
+    """Only some replicas take it, and the collective of its derivative waits for all."""
+
+    def choose(x):
+        return lax.cond(lax.axis_index(AXIS) % 2 == 0, lambda x: jnp.tanh(rule(x)), lambda x: x**3, x)
+
+    def twice(x):  # the rule stands deeper, and only one of the branches' branches has it
+        return lax.switch(lax.axis_index(AXIS) % 3, [choose, jax.checkpoint(jnp.cos), jax.jit(rule)], x)
+
+    for fun in (choose, twice):
+        options = {"axis_name": AXIS}
+        mapped, right = pmap(fun, devices=jax.devices()[:d], **options), jax.vmap(fun, **options)
+        for wrap in (lambda f: f, jax.jit):
+            ours, expected = (wrap(jax.grad(lambda x, f=f: (f(x) ** 2).sum()))(rows(n)) for f in (mapped, right))
+            np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "d"), [(4, 8), (12, 8), (5, 3)])
+def test_a_loop_that_replicas_leave_at_different_times_and_whose_rule_communicates(n, d):
+    def loop(x):
+        turns, step = lax.axis_index(AXIS), lambda s: (s[0] + 1, communicates_forward(s[1]))
+        return lax.while_loop(lambda s: s[0] < turns, step, (0, x))[1]
+
+    x = rows(n)
+    ours, right = (
+        jax.jvp(f, (x,), (jnp.cos(x),))[1]
+        for f in (pmap(loop, AXIS, devices=jax.devices()[:d]), jax.vmap(loop, axis_name=AXIS))
+    )
+    np.testing.assert_allclose(ours, right, rtol=1e-5)

@@ -140,3 +140,9 @@ def test_a_map_without_collectives_sends_nothing():
     for n in (5, 8, 64):
         text = optimized(pmap(lambda x: jnp.sin(x)).lower(np.ones((n, 100), np.float32)))
         assert not collectives(text)
+
+
+def test_a_branch_that_asks_for_its_index_alone_is_still_a_choice():
+    """The index waits for no other replica, so that each device runs one of the branches."""
+    fun = lambda x: lax.cond(x[0] > 0, lambda x: jnp.sin(x) * lax.axis_index("i"), jnp.cos, x)
+    assert " cond[" in str(pmap(fun, "i").trace(np.ones((8, 3), np.float32)).jaxpr)

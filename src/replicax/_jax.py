@@ -687,6 +687,28 @@ def derivative_rules(eqn: Equation) -> tuple[str, ...]:
     return _RULES.get(eqn.primitive.name, ())
 
 
+def rule_jaxprs(eqn: Equation) -> Iterator[Jaxpr]:
+    """The derivative rules of the user's that the equation carries, traced as JAX would call them."""
+    if not derivative_rules(eqn):
+        return
+    params = eqn.primitive.get_bind_params(eqn.params)
+    _, *rules = params["subfuns"]
+    primals = [atom.aval for atom in eqn.invars]
+    if len(rules) == 1:
+        jaxpr, *_ = trace_rule(rules[0].call_wrapped, [*primals, *(aval.to_tangent_aval() for aval in primals)])
+        yield jaxpr
+        return
+    fwd, bwd = rules
+    jaxpr, *_ = trace_rule(fwd.call_wrapped, [x for aval in primals for x in (aval, True)])
+    yield jaxpr
+    # As in JAX's own JVPTrace.process_custom_vjp_call: a residual that is an argument is not given back.
+    _, _, forwarded = params["out_trees"]()
+    own = iter(var.aval for var in body(jaxpr).outvars)
+    residuals = [next(own) if k is None else primals[k] for k in forwarded]
+    jaxpr, *_ = trace_rule(bwd.call_wrapped, [*residuals, *(var.aval.to_cotangent_aval() for var in eqn.outvars)])
+    yield jaxpr
+
+
 def expansion(eqn: Equation) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """What an equation of JAX 0.12's one general primitive stands for: itself in terms of others, and its ``jvp``.
 
@@ -713,11 +735,13 @@ def expansion(eqn: Equation) -> tuple[Callable[..., Any], Callable[..., Any]] | 
 def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, list[Any], Callable[..., Any]]:
     """Traces a derivative rule, whose arguments and results mix arrays with JAX's symbolic zeros and flags.
 
+    Types may stand for the arrays.
+
     Returns:
         The jaxpr, its (array) arguments, and the function that puts the rule's own result together again from the
         jaxpr's results.
     """
-    is_array = [is_array_type(x) for x in args]
+    is_array = [isinstance(x, core.ShapedArray) or is_array_type(x) for x in args]
     arrays = [x for x, dynamic in zip(args, is_array, strict=True) if dynamic]
     restore: list[Callable[..., Any]] = []
 
@@ -743,7 +767,7 @@ def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, li
 
 
 def _plain_type(x: Any) -> Any:
-    aval = core.typeof(x)
+    aval = x if isinstance(x, core.ShapedArray) else core.typeof(x)
     return aval.update(sharding=None) if isinstance(aval, core.ShapedArray) else aval
 
 

@@ -41,6 +41,7 @@ class Rewriter:
         self._seen: dict[int, tuple[Jaxpr, Jaxpr]] = {}
         self._changing: dict[int, tuple[Jaxpr, list[bool]]] = {}
         self._communicates: dict[int, tuple[Jaxpr, frozenset[LogicalAxis]]] = {}
+        self._awaits: dict[tuple[int, bool], tuple[Jaxpr, frozenset[LogicalAxis]]] = {}
         self._rewritten: dict[Hashable, tuple[Jaxpr, tuple[Jaxpr, list[Any]]]] = {}
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], varying: Sequence[Varying]) -> list[Any]:
@@ -114,7 +115,7 @@ class Rewriter:
         varying = where()
         if _primitives.is_nested_map(eqn):
             return self._nested(eqn, args, varying)
-        if self.analysis.predicate(eqn, varying) & self._axes_inside(eqn):
+        if (disagree := self.analysis.predicate(eqn, varying)) and disagree & self._awaited(eqn, in_rules=True):
             return {"while": self._divergent_while, "cond": self._divergent_cond}[eqn.primitive.name](
                 eqn, args, varying
             )
@@ -206,6 +207,38 @@ class Rewriter:
             inside = self._rewriter_inside(eqn)
             return inside._axes_of(*_jax.sub_jaxprs(eqn)) - {inside.scope.axes[-1]}
         return frozenset().union(*map(self._axes_of, _jax.sub_jaxprs(eqn)))
+
+    def _awaited(self, eqn: Equation, *, in_rules: bool) -> frozenset[LogicalAxis]:
+        """The mapped axes whose replicas a collective anywhere inside the equation waits for.
+
+        With ``in_rules`` also one of a derivative rule inside, which runs if JAX differentiates.
+        """
+        if _primitives.is_nested_map(eqn):
+            inside, (jaxpr,) = self._rewriter_inside(eqn), _jax.sub_jaxprs(eqn)
+            return inside._awaited_in(jaxpr, in_rules) - {inside.scope.axes[-1]}
+        return frozenset().union(*(self._awaited_in(sub, in_rules) for sub in _jax.sub_jaxprs(eqn)))
+
+    def _awaited_in(self, jaxpr: Jaxpr, in_rules: bool) -> frozenset[LogicalAxis]:
+        key = id(jaxpr), in_rules
+        if key not in self._awaits:
+            axes: set[LogicalAxis] = set()
+            for eqn in _jax.body(jaxpr).eqns:
+                axes |= self._awaited(eqn, in_rules=in_rules)
+                if eqn.primitive.name != "axis_index":  # which waits for nobody
+                    axes |= self._axes_named(eqn)
+                if in_rules and _jax.derivative_rules(eqn):
+                    axes |= self._awaited_in_rules(eqn)
+            self._awaits[key] = (jaxpr, frozenset(axes))
+        return self._awaits[key][1]
+
+    def _awaited_in_rules(self, eqn: Equation) -> frozenset[LogicalAxis]:
+        axes = self.scope.axes
+        try:
+            with _jax.axis_env({axis.name: axis.size for axis in axes}):
+                rules = list(_jax.rule_jaxprs(eqn))
+        except Exception:  # the user's, of a rule that JAX may never call; if it does, they see it then
+            return frozenset(axes)
+        return frozenset().union(*(self._awaited_in(rule, True) for rule in rules))
 
     def _axes_of(self, jaxpr: Jaxpr) -> frozenset[LogicalAxis]:
         if id(jaxpr) not in self._communicates:
@@ -299,7 +332,8 @@ class Rewriter:
         for_cond, for_body = self.analysis.operands(eqn, varying)
         split = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
         cond_consts, body_consts, carry = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
-        axes = sorted(self.analysis.predicate(eqn, varying) & self._axes_inside(eqn), key=lambda axis: axis.level)
+        waiting = self.analysis.predicate(eqn, varying) & self._awaited(eqn, in_rules=True)
+        axes = sorted(waiting, key=lambda axis: axis.level)
 
         def goes_on(carry: Sequence[Any]) -> Any:
             return self.run(cond, _jax.constants(cond), [*cond_consts, *carry], for_cond)[0]
@@ -314,10 +348,17 @@ class Rewriter:
         return list(state[1])
 
     def _divergent_cond(self, eqn: Equation, args: list[Any], varying: list[Varying]) -> list[Any]:
-        """A choice that replicas make differently, and that communicates: all run every branch, as in ``vmap``."""
+        """A choice that replicas make differently, and that communicates: all run every branch, as in ``vmap``.
+
+        Where derivative rules alone communicate, a replica adds nothing to the derivatives of branches that it has not
+        taken: see https://github.com/jax-ml/jax/issues/1052 for how ``vmap`` sees to that.
+        """
         index, *operands = args
-        branches = zip(_jax.sub_jaxprs(eqn), self.analysis.operands(eqn, varying), strict=True)
-        results = [self.run(branch, _jax.constants(branch), operands, ops) for branch, ops in branches]
+        by_rules = not varying[0] & self._awaited(eqn, in_rules=False)
+        results = []
+        for k, (branch, ops) in enumerate(zip(_jax.sub_jaxprs(eqn), self.analysis.operands(eqn, varying), strict=True)):
+            own = [_where_taken(index == k, x) for x in operands] if by_rules else operands
+            results.append(self.run(branch, _jax.constants(branch), own, ops))
         return [lax.select_n(index, *cases) if len(cases) > 1 else cases[0] for cases in zip(*results, strict=True)]
 
     def _guarded(self, eqn: Equation, args: list[Any]) -> list[Any]:
@@ -345,6 +386,13 @@ def one_value(axis: LogicalAxis, y: Any, *, by_replica: bool) -> Any:
 
 def _joined(x: Any) -> Any:
     return x.join() if isinstance(x, Part) else x
+
+
+def _where_taken(taken: Any, x: Any) -> Any:
+    """``x``, a constant to derivatives where the branch is not taken."""
+    if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        return x
+    return lax.select_n(taken, lax.stop_gradient(x), x)
 
 
 def _where_still(goes_on: Any, new: Any, old: Any) -> Any:
