@@ -291,7 +291,7 @@ def test_many_small_arrays_compute_the_same_packed_or_not(n):
         for x, original in zip(arrays, leaves, strict=True):
             x[...] = original
     assert traced == [1]
-    assert mapped.start is Path.PACKED
+    assert mapped._start is Path.PACKED
     for out in outs:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), out, expected)
         assert jax.tree.map(lambda x: x.dtype, out) == jax.tree.map(lambda x: x.dtype, expected)
@@ -328,4 +328,4 @@ def test_large_programs_are_not_compiled_a_second_time(monkeypatch):
     mapped = pmap(lambda tree: sum(tree))
     for _ in range(3):
         np.testing.assert_array_equal(mapped([rows(8)] * 10), 10 * rows(8))
-    assert mapped.start is not Path.PACKED
+    assert mapped._start is not Path.PACKED

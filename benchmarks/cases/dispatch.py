@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -11,8 +12,12 @@ import jax
 import numpy as np
 
 import replicax
-from measure import HAND, OURS, Absent, Case, Limit, Way, added
+from measure import HAND, OURS, Absent, Case, Limit, Measured, Way, added, over
 from ways import by_hand, place
+
+ALONE = "replicax, one map for each kind of call"
+
+MIXED_LINE = "calls of several kinds cost at most 5 % more than each of them alone"
 
 LINE = "a warm call adds at most 2 µs + 20 ns a leaf"
 
@@ -34,7 +39,17 @@ def cases(_quick: bool) -> list[Case]:
     ]
     named = [_case(count, "1 small array in place, a static and a keyword argument", _named, 2) for count in devices]
     donated = [_case(count, "1 small array in place, donated", _donated, 1) for count in devices]
-    return plain + named + donated
+    after = [
+        _mixed(count, f"{what} in place, after a call with NumPy", partial(_after, leaves=leaves))
+        for count in devices
+        for leaves, what in ((1, "1 small array"), (100, "100 small arrays"))
+    ]
+    in_turn = [
+        _mixed(count, f"{what} in turn", partial(_in_turn, numpy=numpy))
+        for count in devices
+        for what, numpy in (("two shapes in place", False), ("in place and of NumPy", True))
+    ]
+    return plain + named + donated + after + in_turn
 
 
 def _case(
@@ -65,8 +80,7 @@ def _plain(_stack: ExitStack, leaves: int, numpy: bool) -> Mapping[str, Way | Ab
     def double(tree: Any) -> Any:
         return jax.tree.map(lambda x: 2 * x, tree)
 
-    count = jax.device_count()
-    tree = [np.arange(3 * count, dtype=np.float32).reshape(count, 3) + k for k in range(leaves)]
+    tree = _arrays(leaves)
     argument = tree if numpy else place(tree)
     ways = {OURS: replicax.pmap(double, axis_name="i"), HAND: by_hand(double), "jax.pmap": jax.pmap(double)}
     return {name: partial(way, argument) for name, way in ways.items()}
@@ -122,3 +136,54 @@ def _donated(_stack: ExitStack) -> Mapping[str, Way | Absent]:
 
 def _next(x: jax.Array) -> jax.Array:
     return 1 - x / 2
+
+
+def _mixed(devices: int, title: str, prepare: Callable[[ExitStack], Mapping[str, Way | Absent]]) -> Case:
+    limits = (over(OURS, ALONE, most=1.05),)
+    return Case(title, MIXED_LINE, devices, prepare, limits, seconds=(6.0, 0.8))
+
+
+#: So many calls are timed together here; of those in place, as many follow one with NumPy.
+CALLS = 20
+
+
+def _after(_stack: ExitStack, leaves: int) -> Mapping[str, Way | Absent]:
+    """Calls of arrays in place; before them, untimed, one with NumPy arrays, by the same map or by another."""
+    host = _arrays(leaves)
+    there = place(host)
+    mixed, alone, other = (replicax.pmap(_doubling(), axis_name="i") for _ in range(3))
+    for _ in range(3):
+        jax.block_until_ready([mixed(host), other(host), alone(there)])
+    return {OURS: partial(_repeat, mixed, there, mixed, host), ALONE: partial(_repeat, alone, there, other, host)}
+
+
+def _repeat(mapped: Callable[..., Any], there: Any, first: Callable[..., Any], host: Any) -> Measured:
+    jax.block_until_ready(first(host))
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        result = mapped(there)
+    jax.block_until_ready(result)
+    return Measured((time.perf_counter() - start) / CALLS, result)
+
+
+def _in_turn(_stack: ExitStack, numpy: bool) -> Mapping[str, Way | Absent]:
+    """Calls of two kinds, by one map, and by one for each."""
+    first, second = place(_arrays(1)), _arrays(1) if numpy else place(_arrays(1, columns=4))
+    mixed, one, other = (replicax.pmap(_doubling(), axis_name="i") for _ in range(3))
+    return {OURS: partial(_turns, mixed, first, mixed, second), ALONE: partial(_turns, one, first, other, second)}
+
+
+def _turns(one: Callable[..., Any], first: Any, other: Callable[..., Any], second: Any) -> Any:
+    for _ in range(CALLS):
+        results = one(first), other(second)
+    return results
+
+
+def _doubling() -> Callable[[Any], Any]:
+    """A function of its own each time, since maps of the same function share their programs."""
+    return lambda tree: jax.tree.map(lambda x: 2 * x, tree)
+
+
+def _arrays(leaves: int, columns: int = 3) -> list[np.ndarray[Any, Any]]:
+    count = jax.device_count()
+    return [np.arange(columns * count, dtype=np.float32).reshape(count, columns) + k for k in range(leaves)]

@@ -27,8 +27,8 @@ from numpy import ndarray
 
 from replicax import _cpp, _cpu_threads
 from replicax._arguments import function_name
-from replicax._cpp import ArrayImpl
 from replicax._options import Options
+from replicax._packing import MANY
 from replicax._taken import TakenArrays
 from replicax._transfer import copy_small, put
 
@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
 SlowPath = Callable[[tuple[Any, ...], dict[str, Any], bool], Outcome]
 
 #: After so many calls in a row that need nothing from Python, calls start in C++ again.
-IN_A_ROW = 16
+IN_A_ROW = 3
 
 
 class Switch:
@@ -97,7 +97,7 @@ class Switch:
         """Points callables to where their calls start."""
         with self._lock:
             for taker in takers:
-                call = taker.slow_path if self._tracing else taker.paths[taker.start]
+                call = taker._slow_path if self._tracing else taker._paths[taker._start]
                 taker.__call__ = _cpu_threads.bounded(call) if self._bounded else call
 
 
@@ -107,12 +107,13 @@ class PathTaker(Generic[R]):
     ``__call__`` is a slot, so that Python finds on the object what to call, and calls it without a frame.
 
     Attributes:
-        paths: What a call that starts on each of the paths runs.
-        slow_path: What a call in Python alone runs.
-        start: Where calls start.
+        _paths: What a call that starts on each of the paths runs.
+        _slow_path: What a call in Python alone runs.
+        _start: Where calls start.
+        _copies: Whether calls have been found that need copies of NumPy arrays.
     """
 
-    __slots__ = ("__call__", "__weakref__", "_switch", "copies", "paths", "slow_path", "start")
+    __slots__ = ("__call__", "__weakref__", "_copies", "_paths", "_slow_path", "_start", "_switch")
 
     __call__: Callable[..., R]
 
@@ -125,22 +126,22 @@ class PathTaker(Generic[R]):
             slow_path: Runs a call in Python.
             switch: Tells when calls have to take it.
         """
-        self._switch, self.start, self.copies = switch, Path.IN_PLACE, False
-        self.slow_path = lambda *args, **kwargs: slow_path(args, kwargs, False).result
+        self._switch, self._start, self._copies = switch, Path.IN_PLACE, False
+        self._slow_path = lambda *args, **kwargs: slow_path(args, kwargs, False).result
         itself = weakref.ref(self)
         copied = table(functools.partial(_run_and_learn, itself, slow_path, True), copied=True)
         in_place = table(functools.partial(_missed, itself, slow_path, copied), copied=False)
-        self.paths = {
+        self._paths = {
             Path.IN_PLACE: in_place,
             Path.COPY_HOST_LEAVES: _starting(itself, in_place, functools.partial(_copy_host_leaves, copied)),
-            Path.PACKED: _starting(itself, in_place, functools.partial(_learned, itself, slow_path)),
+            Path.PACKED: _starting(itself, in_place, functools.partial(_maybe_packed, itself, slow_path, in_place)),
         }
         switch.add(self)
 
-    def begin(self, start: Path) -> None:
+    def _begin(self, start: Path) -> None:
         """Has calls start there from now on."""
-        if start is not self.start:
-            self.start, self.copies = start, self.copies or start is Path.COPY_HOST_LEAVES
+        if start is not self._start:
+            self._start, self._copies = start, self._copies or start is Path.COPY_HOST_LEAVES
             self._switch.point(self)
 
 
@@ -150,11 +151,16 @@ def _run_and_learn(
     """Takes the slow path; the result, and what C++ has to know."""
     outcome = slow_path(args, kwargs, copied)
     if outcome.start is not None and (found := taker()) is not None:
-        found.begin(outcome.start)
+        found._begin(outcome.start)
     return outcome.result, outcome.known
 
 
-def _learned(taker: weakref.ref[PathTaker[Any]], slow_path: SlowPath, *args: Any, **kwargs: Any) -> Any:
+def _maybe_packed(
+    taker: weakref.ref[PathTaker[Any]], slow_path: SlowPath, in_place: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """A call that may be packed; not one of few arrays."""
+    if len(_cpp.flatten((args, kwargs), None)[0]) < MANY:
+        return in_place(*args, **kwargs)
     return _run_and_learn(taker, slow_path, False, args, kwargs)[0]
 
 
@@ -166,8 +172,9 @@ def _missed(
     kwargs: dict[str, Any],
 ) -> tuple[Any, Any]:
     """A call that the table of calls in place does not have."""
-    if (found := taker()) is not None and found.copies and has_host_leaves(args, kwargs):
-        found.begin(Path.COPY_HOST_LEAVES)
+    if (found := taker()) is not None and found._copies and has_host_leaves(args, kwargs):
+        if starts_with_host_leaf(args, kwargs):
+            found._begin(Path.COPY_HOST_LEAVES)
         return _copy_host_leaves(copied, *args, **kwargs), None
     return _run_and_learn(taker, slow_path, False, args, kwargs)
 
@@ -182,32 +189,37 @@ def _copy_host_leaves(copied: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 def _starting(
     taker: weakref.ref[PathTaker[Any]], in_place: Callable[..., Any], with_host_leaves: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Runs calls that have NumPy arrays so, and others in place."""
+    """Runs calls that begin with NumPy arrays so, and others in place."""
     others = 0
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal others
-        if has_host_leaves(args, kwargs):
+        if starts_with_host_leaf(args, kwargs):
             others = 0
             return with_host_leaves(*args, **kwargs)
         others += 1
         if others >= IN_A_ROW and (found := taker()) is not None:
             others = 0
-            found.begin(Path.IN_PLACE)
+            found._begin(Path.IN_PLACE)
         return in_place(*args, **kwargs)
 
     return call
 
 
-def has_host_leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether there are NumPy arrays among the arguments."""
-    looked_at = 0
-    for x in args:
-        if type(x) is ndarray:
+def starts_with_host_leaf(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an argument is a NumPy array, or a tree that begins with one: a glance, for speed."""
+    for x in (*args, *kwargs.values()) if kwargs else args:
+        kind = type(x)
+        while (kind is list or kind is tuple or kind is dict) and x:
+            x = x[0] if kind is not dict else next(iter(x.values()))
+            kind = type(x)
+        if kind is ndarray:
             return True
-        looked_at += type(x) is ArrayImpl
-    if looked_at == len(args) and not kwargs:
-        return False
+    return False
+
+
+def has_host_leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether there is a NumPy array or scalar anywhere in the arguments."""
     return any(isinstance(x, ndarray | np.generic) for x in _cpp.flatten((args, kwargs), None)[0])
 
 
