@@ -17,7 +17,7 @@ from jax import lax
 from replicax import _callback_primitives, _jax, _primitives
 from replicax._blocks import any_lane, lane_by_lane, one_by_one
 from replicax._callbacks import call_guarded, runs_here
-from replicax._collectives import REGISTRY, any_replica, equal_value, where_replica
+from replicax._engine.collectives import REGISTRY, any_replica, equal_value, where_replica
 from replicax._errors import CollectiveArgumentError, UnsupportedCollectiveError
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxis, Scope

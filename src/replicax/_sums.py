@@ -18,7 +18,7 @@ from jax import lax
 
 from replicax import _jax
 from replicax._blocks import block, is_narrow
-from replicax._collectives import Names, where_replica
+from replicax._engine.collectives import Names, where_replica
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxes, LogicalAxis, Scope
 from replicax._varying import Varying
