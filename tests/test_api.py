@@ -31,7 +31,8 @@ LAYERS = [
     "_varying",
     "_engine.collectives", "_engine.collectives.transposes", "_engine.collectives.gathers",
     "_engine.collectives.permutations", "_engine.collectives.reductions", "_engine.collectives.index",
-    "_engine.collectives.replicas", "_engine.collectives.arguments", "_engine.collectives.registry", "_engine",
+    "_engine.collectives.replicas", "_engine.collectives.arguments", "_engine.collectives.definitions",
+    "_engine.collectives.wire", "_engine.collectives.registry", "_engine",
     "_reductions", "_levels", "_blocks", "_exchange", "_signature", "_axes", "_vmappable", "_failures",
     "_layout", "_cpu_threads", "_cpp", "_callback_primitives", "_primitives", "_placement", "_jax", "_errors",
 ]  # fmt: skip

@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from replicax import _jax
 from replicax._axes import Leaf, check_spec, mapped_size, match_in_axes, match_out_axes, name_leaves, parameter_names
+from replicax._engine.collectives import AWAITING, REGISTRY
 from replicax._errors import DivergentOutputError, UnsupportedCollectiveError
 
 
@@ -121,7 +121,7 @@ class _Interpreter:
                         jaxpr, *_ = _jax.trace_rule(expansion[0], [x[0] for x in args])
                     return self.closed(jaxpr, args)
                 return [self.collective(eqn, *args)]
-            if _jax.awaits_collective(eqn):
+            if eqn.primitive.name in AWAITING:
                 return args
             return list(jax.vmap(lambda *xs: _jax.bind(eqn, xs), axis_size=self.size)(*args))
         match eqn.primitive.name:
@@ -167,10 +167,10 @@ class _Interpreter:
         return carry
 
     def collective(self, eqn: Any, *args: Any) -> Any:
-        definition = _DEFINITIONS.get(eqn.primitive.name)
-        if definition is None:
+        entry = REGISTRY.get(eqn.primitive.name)
+        if entry is None:
             raise UnsupportedCollectiveError(f"lockstep has no definition of {eqn.primitive.name}")
-        return definition(self.size, *args, eqn.params)
+        return entry.on_rows(self.size, args, eqn.params)
 
 
 def _select(chosen: jax.Array, cases: Sequence[jax.Array]) -> jax.Array:
@@ -178,96 +178,3 @@ def _select(chosen: jax.Array, cases: Sequence[jax.Array]) -> jax.Array:
     for k, case in enumerate(cases[1:], 1):
         out = jnp.where((chosen == k).reshape(*chosen.shape, *[1] * (out.ndim - chosen.ndim)), case, out)
     return out
-
-
-def _groups(size: int, params: Any) -> list[list[int]]:
-    groups = params.get("axis_index_groups")
-    return [list(range(size))] if groups is None else [list(group) for group in groups]
-
-
-def _in_each_group(
-    size: int, x: jax.Array, params: Any, results: Callable[[jax.Array], Sequence[jax.Array] | jax.Array]
-) -> jax.Array:
-    """The results for each member of each group, given the members' operands in order."""
-    rows: list[Any] = [None] * size
-    for group in _groups(size, params):
-        for replica, result in zip(group, results(x[np.asarray(group)]), strict=True):
-            rows[replica] = result
-    return jnp.stack(rows)
-
-
-def _reduce(reduce: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    def definition(size: int, x: jax.Array, params: Any) -> jax.Array:
-        over = (0, *(axis + 1 for axis in params["axes"] if isinstance(axis, int)))
-        return _in_each_group(size, x, params, lambda mine: [reduce(mine, over)] * len(mine))
-
-    return definition
-
-
-def _all_gather(size: int, x: jax.Array, params: Any) -> jax.Array:
-    dimension, join = params["all_gather_dimension"], jnp.concatenate if params["tiled"] else jnp.stack
-    return _in_each_group(size, x, params, lambda mine: [join(list(mine), dimension)] * len(mine))
-
-
-def _psum_scatter(size: int, x: jax.Array, params: Any) -> jax.Array:
-    def one_group(mine: jax.Array) -> Sequence[jax.Array] | jax.Array:
-        total, dimension = jnp.sum(mine, 0, dtype=mine.dtype), params["scatter_dimension"]
-        return jnp.split(total, len(mine), dimension) if params["tiled"] else jnp.moveaxis(total, dimension, 0)
-
-    return _in_each_group(size, x, params, one_group)
-
-
-def _all_to_all(size: int, x: jax.Array, params: Any) -> jax.Array:
-    def one_group(mine: jax.Array) -> Sequence[jax.Array]:
-        cut = [jnp.split(operand, len(mine), params["split_axis"]) for operand in mine]
-        return [jnp.concatenate([pieces[k] for pieces in cut], params["concat_axis"]) for k in range(len(mine))]
-
-    return _in_each_group(size, x, params, one_group)
-
-
-def _ppermute(size: int, x: jax.Array, params: Any) -> jax.Array:
-    rows = [jnp.zeros_like(x[0])] * size
-    for source, destination in params["perm"]:
-        rows[destination] = x[source]
-    return jnp.stack(rows)
-
-
-def _pbroadcast(size: int, x: jax.Array, params: Any) -> jax.Array:
-    return jnp.stack([x[params["source"]]] * size)
-
-
-def _ragged_all_to_all(size: int, operand: jax.Array, output: jax.Array, *rest: Any) -> jax.Array:
-    """JAX's definition, one slice after the other."""
-    start, length, target, _, params = rest
-    rows, row = list(output), jnp.arange(output.shape[1])
-    for group in _groups(size, params):
-        slices = start.shape[1] // len(group)
-        for receiver, replica in enumerate(group):
-            for sender in group:
-                for k in range(receiver * slices, (receiver + 1) * slices):
-                    at = row - target[sender, k]
-                    sent = operand[sender][jnp.clip(start[sender, k] + at, 0, operand.shape[1] - 1)]
-                    inside = ((at >= 0) & (at < length[sender, k])).reshape(-1, *[1] * (sent.ndim - 1))
-                    rows[replica] = jnp.where(inside, sent, rows[replica])
-    return jnp.stack(rows)
-
-
-def _axis_index(size: int, params: Any) -> jax.Array:
-    del params
-    return jnp.arange(size, dtype=jnp.int32)
-
-
-_DEFINITIONS: dict[str, Callable[..., jax.Array]] = {
-    "psum": _reduce(lambda x, axis: jnp.sum(x, axis, dtype=x.dtype)),
-    "pmax": _reduce(jnp.max),
-    "pmin": _reduce(jnp.min),
-    "ppermute": _ppermute,
-    "pbroadcast": _pbroadcast,
-    "all_gather": _all_gather,
-    "all_gather_invariant": _all_gather,
-    "reduce_scatter": _psum_scatter,
-    "reduce_scatter_start": _psum_scatter,
-    "all_to_all": _all_to_all,
-    "ragged_all_to_all": _ragged_all_to_all,
-    "axis_index": _axis_index,
-}

@@ -9,10 +9,12 @@ from replicax._engine.collectives.permutations import ppermute as ppermute
 from replicax._engine.collectives.reductions import pmax as pmax
 from replicax._engine.collectives.reductions import pmin as pmin
 from replicax._engine.collectives.reductions import psum as psum
+from replicax._engine.collectives.registry import AWAITING as AWAITING
 from replicax._engine.collectives.registry import REGISTRY as REGISTRY
 from replicax._engine.collectives.registry import Collective as Collective
 from replicax._engine.collectives.registry import Result as Result
 from replicax._engine.collectives.registry import collective as collective
+from replicax._engine.collectives.registry import unsupported as unsupported
 from replicax._engine.collectives.replicas import any_replica as any_replica
 from replicax._engine.collectives.replicas import equal_value as equal_value
 from replicax._engine.collectives.replicas import is_replica as is_replica

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -12,16 +13,59 @@ from jax import lax
 from replicax import _primitives
 from replicax._blocks import block, exchanged, fetch, gather, only_axis, own_lane, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
+from replicax._engine.collectives.definitions import IndexGroups, in_each_group
 from replicax._engine.collectives.reductions import over_segments
 from replicax._engine.collectives.registry import collective, equal, keeps_constants, moves_data, own
 from replicax._engine.collectives.replicas import where_replica
+from replicax._engine.collectives.wire import fetched, gathered, sent, size_in_bytes
 from replicax._errors import CollectiveArgumentError
-from replicax._exchange import NOTHING, DeviceGroups, Groups, device_groups, exchange, ranks, segments
+from replicax._exchange import (
+    NOTHING,
+    DeviceGroups,
+    Groups,
+    Segments,
+    Table,
+    device_groups,
+    exchange,
+    ranks,
+    segments,
+)
 from replicax._layout import LogicalAxes, LogicalAxis
 from replicax._reductions import SUM
 
 
-@collective("all_gather", "all_gather_invariant", "all_gather_start", result=equal)
+def _gathered_rows(
+    size: int,
+    x: jax.Array,
+    *,
+    all_gather_dimension: int,
+    tiled: bool,
+    axis_index_groups: IndexGroups = None,
+    **_: Any,
+) -> jax.Array:
+    join = jnp.concatenate if tiled else jnp.stack
+    return in_each_group(size, x, axis_index_groups, lambda mine: [join(list(mine), all_gather_dimension)] * len(mine))
+
+
+def wire_of_gather(axis: LogicalAxis, x: Any, *, axis_index_groups: Any = None, **_: Any) -> int:
+    """Each replica's operand, for all replicas of its group."""
+    lane = size_in_bytes(x)
+    split = groups_of("all_gather", axis_index_groups, axis.size, of_one_size=True)
+    if split is None:
+        return gathered(axis, lane)
+    return lane * fetched(axis, split.members)
+
+
+@collective(
+    "all_gather",
+    "all_gather_invariant",
+    "all_gather_start",
+    awaited_by=("all_gather_done",),
+    result=equal,
+    definition=_gathered_rows,
+    wire=wire_of_gather,
+    by_groups=True,
+)
 @moves_data
 @keeps_constants
 def all_gather(
@@ -64,7 +108,45 @@ def chunks(x: Any, dimension: int, count: int) -> Any:
     return jnp.moveaxis(x, dimension, 0)
 
 
-@collective("reduce_scatter", "reduce_scatter_start", result=own, sums=True)
+def _scattered_rows(
+    size: int,
+    x: jax.Array,
+    *,
+    scatter_dimension: int,
+    tiled: bool,
+    axis_index_groups: IndexGroups = None,
+    **_: Any,
+) -> jax.Array:
+    def one_group(mine: jax.Array) -> Sequence[jax.Array] | jax.Array:
+        total = jnp.sum(mine, 0, dtype=mine.dtype)
+        if tiled:
+            return jnp.split(total, len(mine), scatter_dimension)
+        return jnp.moveaxis(total, scatter_dimension, 0)
+
+    return in_each_group(size, x, axis_index_groups, one_group)
+
+
+def _wire_of_scatter(axis: LogicalAxis, x: Any, *, axis_size: int, axis_index_groups: Any = None, **_: Any) -> int:
+    piece = size_in_bytes(x) // axis_size
+    split = groups_of("psum_scatter", axis_index_groups, axis.size, of_one_size=True)
+    whole = device_groups(axis, split) if split else None
+    if split is None or whole is not None:
+        return gathered(axis, piece, whole)
+    plan = segments(axis, split)
+    wants = sums_wanted(axis, split, plan, axis_size)
+    return piece * sent(exchange(wants.reshape(axis.devices, -1), plan.count * axis_size))
+
+
+@collective(
+    "reduce_scatter",
+    "reduce_scatter_start",
+    names=("psum_scatter",),
+    awaited_by=("reduce_scatter_done",),
+    result=own,
+    definition=_scattered_rows,
+    wire=_wire_of_scatter,
+    sums=True,
+)
 @keeps_constants
 def psum_scatter(
     logical: LogicalAxes,
@@ -132,14 +214,19 @@ def scatter_sum_over_segments(axis: LogicalAxis, x: Any, split: Groups) -> Any:
     plan, size = segments(axis, split), x.shape[0]
     sums = over_segments(axis, block(axis, x), plan.lanes, plan.count, SUM)  # (segments, group, ...)
     items = sums.reshape(plan.count * size, *sums.shape[2:])
+    wants = sums_wanted(axis, split, plan, size)
+    found = exchanged(axis, items, exchange(wants.reshape(axis.devices, -1), plan.count * size))
+    return own_lane(axis, SUM.local(found.reshape(axis.lanes, wants.shape[1], *items.shape[1:]), 1))
+
+
+def sums_wanted(axis: LogicalAxis, split: Groups, plan: Segments, size: int) -> Table:
+    """``(slots, devices)``: the sums that each lane wants, of the items that devices have of their segments."""
     contributing = axis.placement.devices_with_replicas
     group, source = np.nonzero((plan.of[contributing] != NOTHING).T)
     counts = np.bincount(group, minlength=len(split.groups))
-    widest, sources = int(counts.max()), contributing[source]
-    sums_of = np.full((len(counts), widest), NOTHING)
+    sources = contributing[source]
+    sums_of = np.full((len(counts), int(counts.max())), NOTHING)
     sums_of[group, ranks(counts)] = sources * plan.count + plan.of[sources, group]
     replica = axis.placement.replica_at
     wants = sums_of[split.of[replica]]
-    wants = np.where(wants == NOTHING, NOTHING, wants * size + split.rank[replica][:, None])
-    found = exchanged(axis, items, exchange(wants.reshape(axis.devices, -1), plan.count * size))
-    return own_lane(axis, SUM.local(found.reshape(axis.lanes, widest, *items.shape[1:]), 1))
+    return np.where(wants == NOTHING, NOTHING, wants * size + split.rank[replica][:, None])

@@ -7,16 +7,18 @@ from collections.abc import Hashable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from replicax._blocks import block, fetch, gather, only_axis, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, shown
-from replicax._engine.collectives.registry import Result, collective, equal, moves_data
+from replicax._engine.collectives.registry import Result, collective, equal, moves_data, refuse
+from replicax._engine.collectives.wire import fetched, reduced, size_in_bytes
 from replicax._errors import CollectiveArgumentError
 from replicax._exchange import NOTHING
-from replicax._layout import LogicalAxes
+from replicax._layout import LogicalAxes, LogicalAxis
 
 
 def result_of_permutation(params: Mapping[str, Any], logical: LogicalAxes) -> Result:
@@ -25,7 +27,27 @@ def result_of_permutation(params: Mapping[str, Any], logical: LogicalAxes) -> Re
     return Result.AS_GIVEN if axis is not None and len(params["perm"]) == axis.size else Result.OWN
 
 
-@collective("ppermute", "ppermute_start", result=result_of_permutation)
+def _permuted_rows(size: int, x: jax.Array, *, perm: Sequence[tuple[int, int]], **_: Any) -> jax.Array:
+    del size
+    rows = [jnp.zeros_like(x[0])] * len(x)
+    for source, destination in perm:
+        rows[destination] = x[source]
+    return jnp.stack(rows)
+
+
+def _wire_of_permutation(axis: LogicalAxis, x: Any, *, perm: Sequence[tuple[int, int]], **_: Any) -> int:
+    return size_in_bytes(x) * fetched(axis, permutation(perm, axis.size)[:, None])
+
+
+@collective(
+    "ppermute",
+    "ppermute_start",
+    names=("ppermute", "pshuffle"),
+    awaited_by=("ppermute_done",),
+    result=result_of_permutation,
+    definition=_permuted_rows,
+    wire=_wire_of_permutation,
+)
 @moves_data
 def ppermute(logical: LogicalAxes, x: Any, *, axis_name: Names | Hashable, perm: Sequence[tuple[int, int]]) -> Any:
     """Another replica's operand, or zeros; only what changes device travels."""
@@ -74,7 +96,15 @@ def permutation(perm: Sequence[tuple[int, int]], size: int) -> Any:
     return sources
 
 
-@collective("pbroadcast", result=equal)
+def _row_of_source(size: int, x: jax.Array, *, source: int, **_: Any) -> jax.Array:
+    return jnp.stack([x[source]] * size)
+
+
+def _wire_of_broadcast(axis: LogicalAxis, x: Any, **_: Any) -> int:
+    return reduced(axis, size_in_bytes(x))
+
+
+@collective("pbroadcast", result=equal, definition=_row_of_source, wire=_wire_of_broadcast)
 @moves_data
 def pbroadcast(logical: LogicalAxes, x: Any, *, axis_name: Names | Hashable, source: int) -> Any:
     """One replica's operand, for all: a sum in which the others are zero, as JAX defines it."""
@@ -92,3 +122,13 @@ def pbroadcast(logical: LogicalAxes, x: Any, *, axis_name: Names | Hashable, sou
     here = lax.axis_index(axis.device_axis) == device
     sent = lax.select(jnp.broadcast_to(here, x.shape), x, jnp.zeros_like(x))
     return lax.psum(sent, axis.device_axis).astype(x.dtype)
+
+
+refuse(
+    "psend",
+    because="JAX has one-sided sends on GPUs alone, and without a rule for vmap. Send and receive with ppermute.",
+)
+refuse(
+    "precv",
+    because="JAX has one-sided receives on GPUs alone, and without a rule for vmap. Send and receive with ppermute.",
+)

@@ -2,23 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from replicax import _primitives
 from replicax._blocks import block, fetch, only_axis, own_lane, real_rows, replica_index, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
-from replicax._engine.collectives.gathers import all_gather, chunks, joined
+from replicax._engine.collectives.definitions import IndexGroups, groups_in, in_each_group
+from replicax._engine.collectives.gathers import all_gather, chunks, joined, wire_of_gather
 from replicax._engine.collectives.registry import collective, moves_data, own
+from replicax._engine.collectives.wire import fetched, gathered, size_in_bytes
 from replicax._errors import CollectiveArgumentError
 from replicax._exchange import DeviceGroups, Groups, device_groups, groups
 from replicax._layout import LogicalAxes, LogicalAxis
 
 
-@collective("all_to_all", "all_to_all_start", result=own)
+def _transposed_rows(
+    size: int,
+    x: jax.Array,
+    *,
+    split_axis: int,
+    concat_axis: int,
+    axis_index_groups: IndexGroups = None,
+    **_: Any,
+) -> jax.Array:
+    def one_group(mine: jax.Array) -> Sequence[jax.Array]:
+        cut = [jnp.split(operand, len(mine), split_axis) for operand in mine]
+        return [jnp.concatenate([pieces[k] for pieces in cut], concat_axis) for k in range(len(mine))]
+
+    return in_each_group(size, x, axis_index_groups, one_group)
+
+
+def _wire_of_pieces(axis: LogicalAxis, x: Any, *, axis_index_groups: Any = None, **_: Any) -> int:
+    split = groups_of("all_to_all", axis_index_groups, axis.size, of_one_size=True)
+    size = axis.size if split is None else len(split.groups[0])
+    piece = size_in_bytes(x) // size
+    whole = device_groups(axis, split) if split else None
+    if split is None or whole is not None:
+        return gathered(axis, axis.lanes * piece, whole)
+    return piece * fetched(axis, split.members * size + split.rank[:, None], size)
+
+
+@collective(
+    "all_to_all",
+    "all_to_all_start",
+    names=("all_to_all", "pswapaxes"),
+    awaited_by=("all_to_all_done",),
+    result=own,
+    definition=_transposed_rows,
+    wire=_wire_of_pieces,
+)
 @moves_data
 def all_to_all(
     logical: LogicalAxes,
@@ -91,7 +128,48 @@ def all_to_all_devices(x: Any, name: Hashable, split_axis: int, concat_axis: int
     return _primitives.grouped_all_to_all(x, name, split_axis, concat_axis, split)
 
 
-@collective("ragged_all_to_all", result=own)
+def _ragged_rows(
+    size: int,
+    operand: jax.Array,
+    output: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    target: jax.Array,
+    received: jax.Array,
+    *,
+    axis_index_groups: IndexGroups = None,
+    **_: Any,
+) -> jax.Array:
+    """JAX's definition, one slice after the other."""
+    del received
+    rows, row = list(output), jnp.arange(output.shape[1])
+    for group in groups_in(size, axis_index_groups):
+        slices = start.shape[1] // len(group)
+        for receiver, replica in enumerate(group):
+            for sender in group:
+                for k in range(receiver * slices, (receiver + 1) * slices):
+                    at = row - target[sender, k]
+                    sent = operand[sender][jnp.clip(start[sender, k] + at, 0, operand.shape[1] - 1)]
+                    inside = ((at >= 0) & (at < length[sender, k])).reshape(-1, *[1] * (sent.ndim - 1))
+                    rows[replica] = jnp.where(inside, sent, rows[replica])
+    return jnp.stack(rows)
+
+
+def _wire_of_ragged(
+    axis: LogicalAxis,
+    operand: Any,
+    output: Any,
+    input_offsets: Any,
+    send_sizes: Any,
+    output_offsets: Any,
+    recv_sizes: Any,
+    **params: Any,
+) -> int:
+    del output, recv_sizes
+    return sum(wire_of_gather(axis, x, **params) for x in (operand, input_offsets, send_sizes, output_offsets))
+
+
+@collective("ragged_all_to_all", result=own, definition=_ragged_rows, wire=_wire_of_ragged)
 def ragged_all_to_all(
     logical: LogicalAxes,
     operand: Any,
