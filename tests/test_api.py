@@ -109,6 +109,12 @@ def test_one_door_to_jax_from_within():
             )
 
 
+def test_the_reference_matches_axes_by_itself():
+    tree = dict(modules())["testing._lockstep"]
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not imported & {"replicax._axes", "replicax._vmappable", "replicax._layout"}
+
+
 def test_init_modules_only_re_export():
     for path in SOURCE.rglob("__init__.py"):
         for node in ast.parse(path.read_text()).body:

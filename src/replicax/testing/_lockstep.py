@@ -1,9 +1,10 @@
 """A reference that runs replicas in lock step: equation by equation, all replicas stacked along a first axis.
 
-It shares nothing with the engine but the tracing of the program. A collective is what NumPy's documentation would
-make of its definition in JAX's: a sum, a maximum, a concatenation along the first axis. It has rules where
-``jax.vmap`` has none, or a wrong one (found with JAX 0.12: the derivative of a ``cond`` that replicas disagree on
-and that communicates). It is slow.
+It shares nothing with the engine but the tracing of the program. Arguments and results are cut and joined along their
+axes by ``jax.vmap``. A collective is the definition in its registry entry, which is what NumPy's documentation would
+make of that in JAX's: a sum, a maximum, a concatenation along the first axis. There are definitions where ``jax.vmap``
+has no rule, or a wrong one (found with JAX 0.12: the derivative of a ``cond`` that replicas disagree on and that
+communicates). It is slow.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from replicax import _jax
-from replicax._axes import Leaf, check_spec, mapped_size, match_in_axes, match_out_axes, name_leaves, parameter_names
 from replicax._engine.collectives import AWAITING, REGISTRY
 from replicax._errors import DivergentOutputError, UnsupportedCollectiveError
 
@@ -48,36 +48,40 @@ def lockstep(
         >>> replicax.testing.lockstep(lambda x: jax.lax.psum(x, "i"), axis_name="i")(np.arange(3))
         Array([3, 3, 3], dtype=int32)
     """
-    in_spec, out_spec = check_spec("in_axes", in_axes), check_spec("out_axes", out_axes)
 
     def mapped(*args: Any, **kwargs: Any) -> Any:
-        leaves = jax.tree.leaves((args, kwargs))
-        names = name_leaves(fun, dict(enumerate(args)), kwargs)
-        named = [
-            Leaf(name, jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)))
-            for name, x in zip(names, leaves, strict=True)
-        ]
-        at = dict(enumerate(args))
-        axes, own_tree = match_in_axes(in_spec, at, kwargs, parameter_names(fun, at), (), named)
-        size = mapped_size(axes, named, axis_size)
-        stacked = [
-            jnp.broadcast_to(x, (size, *jnp.shape(x))) if axis is None else jnp.moveaxis(jnp.asarray(x), axis, 0)
-            for x, axis in zip(leaves, axes, strict=True)
-        ]
-        one_args, one_kwargs = jax.tree.unflatten(own_tree, [x[0] for x in stacked])
+        trees: list[Any] = []
+
+        def one_replica(*own: Any, **own_kwargs: Any) -> list[Any]:
+            leaves, tree = jax.tree.flatten((own, own_kwargs))
+            trees.append(tree)
+            return leaves
+
+        stacked = jax.vmap(one_replica, in_axes=in_axes, axis_size=axis_size)(*args, **kwargs)
+        size = stacked[0].shape[0] if stacked else int(axis_size or 0)
+        one_args, one_kwargs = jax.tree.unflatten(trees[0], [x[0] for x in stacked])
         name = object() if axis_name is None else axis_name
         jaxpr, consts, out = _jax.trace(fun, one_args, one_kwargs, (), {name: size})
-        results = _Interpreter(name, size).run(
-            jaxpr, [jnp.broadcast_to(c, (size, *jnp.shape(c))) for c in consts], stacked
-        )
-        out_axes_each, out_tree = match_out_axes(out_spec, out, size)
-        placed = [
-            _only(x) if axis is None else jnp.moveaxis(x, 0, axis)
-            for x, axis in zip(results, out_axes_each, strict=True)
-        ]
-        return jax.tree.unflatten(out_tree, placed)
+        consts = [jnp.broadcast_to(c, (size, *jnp.shape(c))) for c in consts]
+        return _placed(_Interpreter(name, size).run(jaxpr, consts, stacked), out, out_axes, size)
 
     return mapped
+
+
+def _placed(results: Sequence[jax.Array], out: Any, out_axes: Any, size: int) -> Any:
+    """The results of all replicas, each with the mapped axis where ``out_axes`` has it, nested as one replica's."""
+    same = jax.tree.map(lambda axis: axis is None, out_axes, is_leaf=lambda axis: axis is None)
+    rows = [
+        (_only(x), None) if equal else (x, 0)
+        for x, equal in zip(results, jax.tree.leaves(jax.tree.broadcast(same, out)), strict=True)
+    ]
+    nest = jax.vmap(
+        lambda *own: jax.tree.unflatten(jax.tree.structure(out), own),
+        in_axes=tuple(axis for _, axis in rows),
+        out_axes=out_axes,
+        axis_size=size,
+    )
+    return nest(*(x for x, _ in rows))
 
 
 def _only(x: jax.Array) -> jax.Array:
