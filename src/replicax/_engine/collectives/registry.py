@@ -72,6 +72,14 @@ class Collective:
         first, *others = self.names
         return f"{first}, or {' or '.join(others)}," if others else first
 
+    @functools.cached_property
+    def parameters(self) -> frozenset[str] | None:
+        """The parameters that the rule names; None if it takes whatever there is."""
+        takes = inspect.signature(self.rule).parameters.values()
+        if any(p.kind is p.VAR_KEYWORD for p in takes):
+            return None
+        return frozenset(p.name for p in takes if p.kind is p.KEYWORD_ONLY)
+
     def on_lanes(self, logical: LogicalAxes, operands: Sequence[Any], params: Mapping[str, Any]) -> Any:
         """The result, as one replica sees it."""
         return self.rule(logical, *operands, **self.known(params))
@@ -90,10 +98,9 @@ class Collective:
         Raises:
             UnsupportedCollectiveError: a parameter of a later JAX says something.
         """
-        takes = inspect.signature(self.rule).parameters.values()
-        if any(p.kind is p.VAR_KEYWORD for p in takes):
+        named = self.parameters
+        if named is None:
             return dict(params)
-        named = [p.name for p in takes if p.kind is p.KEYWORD_ONLY]
         for name, value in params.items():
             if name not in named and value is not None and value is not False:
                 raise UnsupportedCollectiveError(
