@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 import fuzzing
-from replicax import _collectives
-from replicax._collectives import REGISTRY
+from replicax._engine.collectives import REGISTRY, reductions
 
 
 @pytest.mark.parametrize("part", range(2))
@@ -24,7 +23,7 @@ PSUM, PPERMUTE = REGISTRY["psum"].rule, REGISTRY["ppermute"].rule
 
 def sum_with_padding(logical, x, **parameters):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_collectives, "where_replica", lambda axes, x: x)
+        patch.setattr(reductions, "where_replica", lambda axes, x: x)
         return PSUM(logical, x, **parameters)
 
 

@@ -102,3 +102,21 @@ def test_check_finds_integers_that_differ_by_one():
 
 def test_nan_and_infinity_agree_with_themselves():
     check(lambda x: (jnp.log(x - 1), 1 / (x - x[0])), x5)
+
+
+def test_lockstep_cuts_and_joins_along_any_axes():
+    x, y = np.arange(12.0).reshape(3, 4), {"a": np.arange(8.0).reshape(2, 4), "b": 5.0}
+
+    def fun(x, y, *, z):
+        return {"x": x - lax.pmax(x, AXIS), "y": (y["a"] * z, None), "n": lax.psum(x * y["b"], AXIS)}
+
+    options = {
+        "axis_name": AXIS,
+        "in_axes": (-1, {"a": 1, "b": None}),
+        "out_axes": {"x": -1, "y": (1, 0), "n": None},
+        "axis_size": 4,
+    }
+    ours, right = (transform(fun, **options)(x, y, z=np.arange(4)) for transform in (lockstep, jax.vmap))
+    compare(str, ours, right)
+    none = {"axis_size": 3, "in_axes": None, "axis_name": AXIS}
+    compare(str, *(f(lambda: (lax.axis_index(AXIS), ()), **none)() for f in (lockstep, jax.vmap)))

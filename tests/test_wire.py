@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+import replicax._layout
 from replicax import pmap
+from replicax._engine.collectives import REGISTRY
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "c64": 8}
 OPERATION = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -117,6 +119,14 @@ def compiled(fun, n, d):
     return pmap(fun, "i", devices=jax.devices()[:d]).lower(x).compile().as_text()
 
 
+def by_the_registry(fun, n, d):
+    """What the entry of the one collective in a function says that devices send each other."""
+    jaxpr = jax.make_jaxpr(fun, axis_env=[("i", n)])(np.ones(25, np.float32))
+    (eqn,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in REGISTRY]
+    axis = replicax._layout.layout("i", n, jax.devices()[:d]).axis
+    return REGISTRY[eqn.primitive.name].bytes_sent(axis, [var.aval for var in eqn.invars], eqn.params)
+
+
 @pytest.mark.parametrize("kind", ["all", "neighbours", "interleaved", "halves", "shuffled"])
 @pytest.mark.parametrize("pair", [(8, 8), (16, 8), (6, 2), (12, 4)], ids="{0[0]}on{0[1]}".format)
 @pytest.mark.parametrize("name", COLLECTIVES)
@@ -125,8 +135,10 @@ def test_the_least_crosses(name, pair, kind):
     fun, least = COLLECTIVES[name]
     device, devices = layout(n, d)
     groups = groups_of(n, kind)
-    text = compiled(lambda x: fun(x, groups, len((groups or [range(n)])[0])), n, d)
+    one = lambda x: fun(x, groups, len((groups or [range(n)])[0]))
+    text = compiled(one, n, d)
     assert sum(crossing(text, devices).values()) == 100 * least(groups or [range(n)], device)
+    assert by_the_registry(one, n, d) == 100 * least(groups or [range(n)], device)
 
 
 @pytest.mark.parametrize("kind", ["interleaved", "halves", "shuffled"])
@@ -138,6 +150,7 @@ def test_padding_adds_nothing_to_groups(name, kind):
     groups = groups_of(14, kind)
     text = compiled(lambda x: fun(x, groups, 7), 14, 4)
     assert crossing_inside(text, devices) == 100 * least(groups, device)
+    assert by_the_registry(lambda x: fun(x, groups, 7), 14, 4) == 100 * least(groups, device)
 
 
 def crossing_inside(text, devices):
@@ -164,8 +177,10 @@ def test_only_replicas_that_change_device_travel(name, pair):
     n, d = pair
     perm = PERMUTATIONS[name](n)
     device, devices = layout(n, d)
-    sent = crossing(compiled(lambda x: lax.ppermute(x, "i", perm), n, d), devices)
+    one = lambda x: lax.ppermute(x, "i", perm)
+    sent = crossing(compiled(one, n, d), devices)
     assert sum(sent.values()) == 100 * sum(device[a] != device[b] for a, b in perm)
+    assert by_the_registry(one, n, d) == sum(sent.values())
 
 
 def test_a_shift_by_one_is_one_permutation_of_one_lane():
@@ -176,7 +191,9 @@ def test_a_shift_by_one_is_one_permutation_of_one_lane():
 
 
 def test_a_broadcast_puts_one_lane_of_each_device_into_a_sum():
-    assert crossing(compiled(lambda x: lax.pbroadcast(x, "i", 5), 64, 8), 8) == {"all-reduce": 8 * 100}
+    one = lambda x: lax.pbroadcast(x, "i", 5)
+    assert crossing(compiled(one, 64, 8), 8) == {"all-reduce": 8 * 100}
+    assert by_the_registry(one, 64, 8) == 8 * 100
 
 
 @pytest.mark.parametrize("name", ["all_gather", "psum_scatter", "all_to_all"])
@@ -186,3 +203,20 @@ def test_all_replicas_at_once_carry_their_padding(name):
     text = compiled(lambda x: fun(x, None, 14), 14, 4)
     device, devices = layout(16, 4)
     assert crossing_inside(text, devices) == 100 * least([range(16)], device)
+    assert by_the_registry(lambda x: fun(x, None, 14), 14, 4) == 100 * least([range(16)], device)
+
+
+@pytest.mark.parametrize("d", [1, 2, 4])
+@pytest.mark.parametrize("groups", [None, [[0, 2, 4, 6], [1, 3, 5, 7]]])
+def test_other_types_and_a_ragged_exchange_are_counted_too(groups, d):
+    size = 8 if groups is None else 4
+    ones = {
+        "pmax of complex numbers": lambda x: lax.pmax(x * 1j, "i", axis_index_groups=groups),
+        "psum of complex numbers": lambda x: lax.psum(x * 1j, "i", axis_index_groups=groups),
+        "ragged_all_to_all": lambda x: lax.ragged_all_to_all(
+            x, x, *[(x[:size] * k).astype(jnp.int32) for k in range(4)], axis_name="i", axis_index_groups=groups
+        ),
+    }
+    for name, one in ones.items():
+        found = sum(crossing(compiled(one, 8, d), min(d, 8)).values())
+        assert by_the_registry(one, 8, d) == found, name

@@ -19,7 +19,7 @@ from jax import lax
 
 from replicax import _callback_primitives, _jax, _primitives
 from replicax._blocks import lane_position
-from replicax._collectives import is_replica
+from replicax._engine.collectives import is_replica
 from replicax._errors import OrderedCallbackError
 from replicax._failures import NONE, Guarded, raise_failure
 from replicax._jax import Equation, Jaxpr

@@ -42,6 +42,8 @@ AxisName = Hashable
 _Closed: Any = vars(extend_core)["ClosedJaxpr"]
 _Open: Any = extend_core.Jaxpr
 
+VERSION: str = jax.__version__
+
 #: JAX's own, whatever stands in their places in ``jax``.
 devices, local_devices = xla_bridge.devices, xla_bridge.local_devices
 
@@ -850,14 +852,6 @@ def _batches(impl: Any, step: str) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Callbacks
-
-
-def awaits_collective(eqn: Equation) -> bool:
-    """Whether the equation waits for a collective that ``lax.psum_scatter_start`` or its like has started."""
-    return str(eqn.primitive.name).endswith("_done") and eqn.primitive.name.removesuffix("_done") in _STARTED
-
-
-_STARTED = ("all_gather", "psum", "reduce_scatter", "all_to_all", "ppermute")
 
 
 def needs_one_mesh(primitives: set[str]) -> bool:

@@ -17,7 +17,7 @@ from jax import lax
 from replicax import _callback_primitives, _jax, _primitives
 from replicax._blocks import any_lane, lane_by_lane, one_by_one
 from replicax._callbacks import call_guarded, runs_here
-from replicax._collectives import REGISTRY, any_replica, equal_value, where_replica
+from replicax._engine.collectives import AWAITING, REGISTRY, any_replica, equal_value, unsupported, where_replica
 from replicax._errors import CollectiveArgumentError, UnsupportedCollectiveError
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxis, Scope
@@ -136,11 +136,16 @@ class Rewriter:
             if known is None and (expansion := _jax.expansion(eqn)) is not None:
                 return self._expanded(expansion, args, apart=len(eqn.outvars))
             if known is None:
-                raise UnsupportedCollectiveError(_unsupported(_jax.equation_name(eqn), names))
-            return [known.rule(self.scope, *_jax.operands(eqn, args), **eqn.params)]
+                raise unsupported(_jax.equation_name(eqn), names)
+            return [known.on_lanes(self.scope, _jax.operands(eqn, args), eqn.params)]
         if _jax.has_side_effect(eqn):
             return self._guarded(eqn, args)
-        return args  # nothing to await: the rule of what was started gave the result itself
+        if eqn.primitive.name in AWAITING:
+            return args  # nothing to await: the rule of what was started gave the result itself
+        raise UnsupportedCollectiveError(
+            f"{_jax.equation_name(eqn)}: replicax has no rule for this operation over mapped axes, and does not leave "
+            f"it as it is. Call it outside the mapped function."
+        )
 
     def _draw(self, eqn: Equation, args: list[Any], varying: Varying) -> list[Any]:
         """Random numbers of each replica's own key, however many replicas a device runs."""
@@ -193,11 +198,11 @@ class Rewriter:
         if subs:
             return any(any(self._changes(sub)) for sub in subs)
         if repeated := [name for name in _jax.repeated_axes(eqn) if name in self.scope]:
-            raise CollectiveArgumentError(_repeated(_jax.equation_name(eqn), repeated[0]))
+            raise CollectiveArgumentError(_repeated(eqn, repeated[0]))
         return (
             any(name in self.scope for name in _jax.named_axes(eqn))
             or (self._doubled and _jax.has_side_effect(eqn))
-            or _jax.awaits_collective(eqn)
+            or eqn.primitive.name in AWAITING
             or (self._vectorized and _jax.draws_batches(eqn))
         )
 
@@ -254,7 +259,8 @@ class Rewriter:
         Where maps are nested, a permutation along one axis of the mesh is one of all devices to XLA.
         """
         axes = {self.scope[name] for name in _jax.named_axes(eqn) if name in self.scope}
-        by_groups = eqn.primitive.name in BY_GROUPS and eqn.params.get("axis_index_groups") is None
+        entry = REGISTRY.get(eqn.primitive.name)
+        by_groups = entry is not None and entry.by_groups and eqn.params.get("axis_index_groups") is None
         return axes if by_groups or not axes else set(self.scope.axes)
 
     @cached_property
@@ -400,35 +406,9 @@ def _where_still(goes_on: Any, new: Any, old: Any) -> Any:
     return lax.select_n(lax.broadcast_in_dim(goes_on, new.shape, range(goes_on.ndim)), old, new)
 
 
-#: What XLA carries out among each group of devices by itself: the groups need not come at the same time.
-BY_GROUPS = ("psum", "psum_invariant", "pmax", "pmin", "all_gather", "axis_index")
-
-#: What a user calls the collectives in the registry.
-KNOWN = (
-    "psum, pmean, pmax, pmin, ppermute, pshuffle, pbroadcast, all_gather, psum_scatter, "
-    "all_to_all, pswapaxes, ragged_all_to_all, axis_index, axis_size"
-)
-
-#: Why JAX itself has no meaning for the others in a mapped function.
-REASONS = {
-    "psend": "JAX has one-sided sends on GPUs alone, and without a rule for vmap. Send and receive with ppermute.",
-    "precv": "JAX has one-sided receives on GPUs alone, and without a rule for vmap. Send and receive with ppermute.",
-}
-
-
-def _repeated(primitive: str, name: Hashable) -> str:
-    called = {"psum": "psum, or pmean,", "reduce_scatter": "psum_scatter", "ppermute": "ppermute, or pshuffle,"}
-    primitive = primitive.removesuffix("_start").removesuffix("_invariant")
+def _repeated(eqn: Equation, name: Hashable) -> str:
+    entry = REGISTRY.get(eqn.primitive.name)
     return (
-        f"{called.get(primitive, primitive)} names the mapped axis {name!r} more than once, and a replica has one "
-        f"place along it. Name each axis once, as in {name!r} or ({name!r}, 'another')."
-    )
-
-
-def _unsupported(primitive: str, names: Sequence[Hashable]) -> str:
-    axes = ", ".join(map(repr, names))
-    reason = REASONS.get(primitive, "Express the exchange with those, for example with all_gather and indexing.")
-    return (
-        f"{primitive} over the mapped axis {axes}: replicax has no rule for this collective. "
-        f"It has rules for {KNOWN}. {reason}"
+        f"{entry.called if entry else _jax.equation_name(eqn)} names the mapped axis {name!r} more than once, and a "
+        f"replica has one place along it. Name each axis once, as in {name!r} or ({name!r}, 'another')."
     )

@@ -18,7 +18,7 @@ from jax import lax
 
 from replicax import _jax
 from replicax._blocks import block, is_narrow
-from replicax._collectives import Names, where_replica
+from replicax._engine.collectives import REGISTRY, Names, where_replica
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxes, LogicalAxis, Scope
 from replicax._varying import Varying
@@ -45,7 +45,12 @@ class Sum:
         return {atom for atom in operands if atom not in self.made}
 
     def run(self, scope: Scope, read: Read) -> Any:
-        """The sum over all replicas."""
+        """The sum over all replicas.
+
+        Raises:
+            UnsupportedCollectiveError: the ``psum`` has a parameter of a later JAX.
+        """
+        REGISTRY[self.eqn.primitive.name].known(self.eqn.params)
         of_lanes = self._of_lanes(self.eqn.invars[0], scope, read)
         with _jax.equation_context(self.eqn):
             return psum_of_devices(scope, of_lanes, axes=self.eqn.params["axes"])

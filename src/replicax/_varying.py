@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from replicax import _callback_primitives, _jax, _primitives
-from replicax._collectives import REGISTRY, Result
+from replicax._engine.collectives import REGISTRY, Result
 from replicax._jax import Equation, Jaxpr
 from replicax._layout import LogicalAxis, Scope
 

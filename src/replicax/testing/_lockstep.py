@@ -1,9 +1,10 @@
 """A reference that runs replicas in lock step: equation by equation, all replicas stacked along a first axis.
 
-It shares nothing with the engine but the tracing of the program. A collective is what NumPy's documentation would
-make of its definition in JAX's: a sum, a maximum, a concatenation along the first axis. It has rules where
-``jax.vmap`` has none, or a wrong one (found with JAX 0.12: the derivative of a ``cond`` that replicas disagree on
-and that communicates). It is slow.
+It shares nothing with the engine but the tracing of the program. Arguments and results are cut and joined along their
+axes by ``jax.vmap``. A collective is the definition in its registry entry, which is what NumPy's documentation would
+make of that in JAX's: a sum, a maximum, a concatenation along the first axis. There are definitions where ``jax.vmap``
+has no rule, or a wrong one (found with JAX 0.12: the derivative of a ``cond`` that replicas disagree on and that
+communicates). It is slow.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from replicax import _jax
-from replicax._axes import Leaf, check_spec, mapped_size, match_in_axes, match_out_axes, name_leaves, parameter_names
+from replicax._engine.collectives import AWAITING, REGISTRY
 from replicax._errors import DivergentOutputError, UnsupportedCollectiveError
 
 
@@ -48,36 +48,40 @@ def lockstep(
         >>> replicax.testing.lockstep(lambda x: jax.lax.psum(x, "i"), axis_name="i")(np.arange(3))
         Array([3, 3, 3], dtype=int32)
     """
-    in_spec, out_spec = check_spec("in_axes", in_axes), check_spec("out_axes", out_axes)
 
     def mapped(*args: Any, **kwargs: Any) -> Any:
-        leaves = jax.tree.leaves((args, kwargs))
-        names = name_leaves(fun, dict(enumerate(args)), kwargs)
-        named = [
-            Leaf(name, jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)))
-            for name, x in zip(names, leaves, strict=True)
-        ]
-        at = dict(enumerate(args))
-        axes, own_tree = match_in_axes(in_spec, at, kwargs, parameter_names(fun, at), (), named)
-        size = mapped_size(axes, named, axis_size)
-        stacked = [
-            jnp.broadcast_to(x, (size, *jnp.shape(x))) if axis is None else jnp.moveaxis(jnp.asarray(x), axis, 0)
-            for x, axis in zip(leaves, axes, strict=True)
-        ]
-        one_args, one_kwargs = jax.tree.unflatten(own_tree, [x[0] for x in stacked])
+        trees: list[Any] = []
+
+        def one_replica(*own: Any, **own_kwargs: Any) -> list[Any]:
+            leaves, tree = jax.tree.flatten((own, own_kwargs))
+            trees.append(tree)
+            return leaves
+
+        stacked = jax.vmap(one_replica, in_axes=in_axes, axis_size=axis_size)(*args, **kwargs)
+        size = stacked[0].shape[0] if stacked else int(axis_size or 0)
+        one_args, one_kwargs = jax.tree.unflatten(trees[0], [x[0] for x in stacked])
         name = object() if axis_name is None else axis_name
         jaxpr, consts, out = _jax.trace(fun, one_args, one_kwargs, (), {name: size})
-        results = _Interpreter(name, size).run(
-            jaxpr, [jnp.broadcast_to(c, (size, *jnp.shape(c))) for c in consts], stacked
-        )
-        out_axes_each, out_tree = match_out_axes(out_spec, out, size)
-        placed = [
-            _only(x) if axis is None else jnp.moveaxis(x, 0, axis)
-            for x, axis in zip(results, out_axes_each, strict=True)
-        ]
-        return jax.tree.unflatten(out_tree, placed)
+        consts = [jnp.broadcast_to(c, (size, *jnp.shape(c))) for c in consts]
+        return _placed(_Interpreter(name, size).run(jaxpr, consts, stacked), out, out_axes, size)
 
     return mapped
+
+
+def _placed(results: Sequence[jax.Array], out: Any, out_axes: Any, size: int) -> Any:
+    """The results of all replicas, each with the mapped axis where ``out_axes`` has it, nested as one replica's."""
+    same = jax.tree.map(lambda axis: axis is None, out_axes, is_leaf=lambda axis: axis is None)
+    rows = [
+        (_only(x), None) if equal else (x, 0)
+        for x, equal in zip(results, jax.tree.leaves(jax.tree.broadcast(same, out)), strict=True)
+    ]
+    nest = jax.vmap(
+        lambda *own: jax.tree.unflatten(jax.tree.structure(out), own),
+        in_axes=tuple(axis for _, axis in rows),
+        out_axes=out_axes,
+        axis_size=size,
+    )
+    return nest(*(x for x, _ in rows))
 
 
 def _only(x: jax.Array) -> jax.Array:
@@ -121,7 +125,7 @@ class _Interpreter:
                         jaxpr, *_ = _jax.trace_rule(expansion[0], [x[0] for x in args])
                     return self.closed(jaxpr, args)
                 return [self.collective(eqn, *args)]
-            if _jax.awaits_collective(eqn):
+            if eqn.primitive.name in AWAITING:
                 return args
             return list(jax.vmap(lambda *xs: _jax.bind(eqn, xs), axis_size=self.size)(*args))
         match eqn.primitive.name:
@@ -167,10 +171,10 @@ class _Interpreter:
         return carry
 
     def collective(self, eqn: Any, *args: Any) -> Any:
-        definition = _DEFINITIONS.get(eqn.primitive.name)
-        if definition is None:
+        entry = REGISTRY.get(eqn.primitive.name)
+        if entry is None:
             raise UnsupportedCollectiveError(f"lockstep has no definition of {eqn.primitive.name}")
-        return definition(self.size, *args, eqn.params)
+        return entry.on_rows(self.size, args, eqn.params)
 
 
 def _select(chosen: jax.Array, cases: Sequence[jax.Array]) -> jax.Array:
@@ -178,96 +182,3 @@ def _select(chosen: jax.Array, cases: Sequence[jax.Array]) -> jax.Array:
     for k, case in enumerate(cases[1:], 1):
         out = jnp.where((chosen == k).reshape(*chosen.shape, *[1] * (out.ndim - chosen.ndim)), case, out)
     return out
-
-
-def _groups(size: int, params: Any) -> list[list[int]]:
-    groups = params.get("axis_index_groups")
-    return [list(range(size))] if groups is None else [list(group) for group in groups]
-
-
-def _in_each_group(
-    size: int, x: jax.Array, params: Any, results: Callable[[jax.Array], Sequence[jax.Array] | jax.Array]
-) -> jax.Array:
-    """The results for each member of each group, given the members' operands in order."""
-    rows: list[Any] = [None] * size
-    for group in _groups(size, params):
-        for replica, result in zip(group, results(x[np.asarray(group)]), strict=True):
-            rows[replica] = result
-    return jnp.stack(rows)
-
-
-def _reduce(reduce: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    def definition(size: int, x: jax.Array, params: Any) -> jax.Array:
-        over = (0, *(axis + 1 for axis in params["axes"] if isinstance(axis, int)))
-        return _in_each_group(size, x, params, lambda mine: [reduce(mine, over)] * len(mine))
-
-    return definition
-
-
-def _all_gather(size: int, x: jax.Array, params: Any) -> jax.Array:
-    dimension, join = params["all_gather_dimension"], jnp.concatenate if params["tiled"] else jnp.stack
-    return _in_each_group(size, x, params, lambda mine: [join(list(mine), dimension)] * len(mine))
-
-
-def _psum_scatter(size: int, x: jax.Array, params: Any) -> jax.Array:
-    def one_group(mine: jax.Array) -> Sequence[jax.Array] | jax.Array:
-        total, dimension = jnp.sum(mine, 0, dtype=mine.dtype), params["scatter_dimension"]
-        return jnp.split(total, len(mine), dimension) if params["tiled"] else jnp.moveaxis(total, dimension, 0)
-
-    return _in_each_group(size, x, params, one_group)
-
-
-def _all_to_all(size: int, x: jax.Array, params: Any) -> jax.Array:
-    def one_group(mine: jax.Array) -> Sequence[jax.Array]:
-        cut = [jnp.split(operand, len(mine), params["split_axis"]) for operand in mine]
-        return [jnp.concatenate([pieces[k] for pieces in cut], params["concat_axis"]) for k in range(len(mine))]
-
-    return _in_each_group(size, x, params, one_group)
-
-
-def _ppermute(size: int, x: jax.Array, params: Any) -> jax.Array:
-    rows = [jnp.zeros_like(x[0])] * size
-    for source, destination in params["perm"]:
-        rows[destination] = x[source]
-    return jnp.stack(rows)
-
-
-def _pbroadcast(size: int, x: jax.Array, params: Any) -> jax.Array:
-    return jnp.stack([x[params["source"]]] * size)
-
-
-def _ragged_all_to_all(size: int, operand: jax.Array, output: jax.Array, *rest: Any) -> jax.Array:
-    """JAX's definition, one slice after the other."""
-    start, length, target, _, params = rest
-    rows, row = list(output), jnp.arange(output.shape[1])
-    for group in _groups(size, params):
-        slices = start.shape[1] // len(group)
-        for receiver, replica in enumerate(group):
-            for sender in group:
-                for k in range(receiver * slices, (receiver + 1) * slices):
-                    at = row - target[sender, k]
-                    sent = operand[sender][jnp.clip(start[sender, k] + at, 0, operand.shape[1] - 1)]
-                    inside = ((at >= 0) & (at < length[sender, k])).reshape(-1, *[1] * (sent.ndim - 1))
-                    rows[replica] = jnp.where(inside, sent, rows[replica])
-    return jnp.stack(rows)
-
-
-def _axis_index(size: int, params: Any) -> jax.Array:
-    del params
-    return jnp.arange(size, dtype=jnp.int32)
-
-
-_DEFINITIONS: dict[str, Callable[..., jax.Array]] = {
-    "psum": _reduce(lambda x, axis: jnp.sum(x, axis, dtype=x.dtype)),
-    "pmax": _reduce(jnp.max),
-    "pmin": _reduce(jnp.min),
-    "ppermute": _ppermute,
-    "pbroadcast": _pbroadcast,
-    "all_gather": _all_gather,
-    "all_gather_invariant": _all_gather,
-    "reduce_scatter": _psum_scatter,
-    "reduce_scatter_start": _psum_scatter,
-    "all_to_all": _all_to_all,
-    "ragged_all_to_all": _ragged_all_to_all,
-    "axis_index": _axis_index,
-}

@@ -1,0 +1,58 @@
+"""The arguments of collectives, as JAX's primitives have them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from itertools import chain
+from typing import Any
+
+from replicax._errors import CollectiveArgumentError
+from replicax._exchange import Groups, groups
+from replicax._layout import LogicalAxes, LogicalAxis
+
+Names = Sequence[Hashable]
+
+
+def as_names(axis_name: Names | Hashable) -> Names:
+    """The names of a collective that takes one or several."""
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+
+
+def direct(axis: LogicalAxis | None) -> Hashable | None:
+    """The mesh axis on which JAX's own collective is right as it is: one replica a device, and no padding."""
+    return axis.device_axis if axis is not None and axis.lanes == 1 and not axis.padding else None
+
+
+def split_axes(logical: LogicalAxes, axes: Names) -> tuple[list[LogicalAxis], tuple[int, ...], tuple[Hashable, ...]]:
+    """The logical axes, the operand's own dimensions (where an inner vmap bound the name), and foreign axes."""
+    ours = [logical[name] for name in axes if name in logical]
+    positional = tuple(name for name in axes if isinstance(name, int))
+    foreign = tuple(name for name in axes if name not in logical and not isinstance(name, int))
+    return ours, positional, foreign
+
+
+def groups_of(primitive: str, axis_index_groups: Any, size: int, *, of_one_size: bool) -> Groups | None:
+    """The groups as tables; None where all replicas are one group.
+
+    Raises:
+        CollectiveArgumentError: the groups do not cover all replicas once, or differ in size where they must not.
+    """
+    if axis_index_groups is None:
+        return None
+    if sorted(chain.from_iterable(axis_index_groups)) != list(range(size)):
+        raise CollectiveArgumentError(
+            f"{primitive}: axis_index_groups={shown(axis_index_groups)} must hold each of the {size} replicas' "
+            f"indices, 0 to {size - 1}, exactly once."
+        )
+    if of_one_size and len(set(map(len, axis_index_groups))) > 1:
+        raise CollectiveArgumentError(
+            f"{primitive}: the groups of axis_index_groups={shown(axis_index_groups)} must be of one size, because "
+            f"the result's shape depends on it. psum, pmax and pmin take groups of different sizes."
+        )
+    return groups([group for group in axis_index_groups if group], size)
+
+
+def shown(argument: Any) -> str:
+    """Groups or pairs as a message has them."""
+    text = str([list(map(int, item)) for item in argument])
+    return text if len(text) < 200 else f"{text[:197]}..."

@@ -1,0 +1,232 @@
+"""What all replicas have, for each of them; and a sum of it, scattered among them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from replicax import _primitives
+from replicax._blocks import block, exchanged, fetch, gather, only_axis, own_lane, size_of
+from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
+from replicax._engine.collectives.definitions import IndexGroups, in_each_group
+from replicax._engine.collectives.reductions import over_segments
+from replicax._engine.collectives.registry import collective, equal, keeps_constants, moves_data, own
+from replicax._engine.collectives.replicas import where_replica
+from replicax._engine.collectives.wire import fetched, gathered, sent, size_in_bytes
+from replicax._errors import CollectiveArgumentError
+from replicax._exchange import (
+    NOTHING,
+    DeviceGroups,
+    Groups,
+    Segments,
+    Table,
+    device_groups,
+    exchange,
+    ranks,
+    segments,
+)
+from replicax._layout import LogicalAxes, LogicalAxis
+from replicax._reductions import SUM
+
+
+def _gathered_rows(
+    size: int,
+    x: jax.Array,
+    *,
+    all_gather_dimension: int,
+    tiled: bool,
+    axis_index_groups: IndexGroups = None,
+    **_: Any,
+) -> jax.Array:
+    join = jnp.concatenate if tiled else jnp.stack
+    return in_each_group(size, x, axis_index_groups, lambda mine: [join(list(mine), all_gather_dimension)] * len(mine))
+
+
+def wire_of_gather(axis: LogicalAxis, x: Any, *, axis_index_groups: Any = None, **_: Any) -> int:
+    """Each replica's operand, for all replicas of its group."""
+    lane = size_in_bytes(x)
+    split = groups_of("all_gather", axis_index_groups, axis.size, of_one_size=True)
+    if split is None:
+        return gathered(axis, lane)
+    return lane * fetched(axis, split.members)
+
+
+@collective(
+    "all_gather",
+    "all_gather_invariant",
+    "all_gather_start",
+    awaited_by=("all_gather_done",),
+    result=equal,
+    definition=_gathered_rows,
+    wire=wire_of_gather,
+    by_groups=True,
+)
+@moves_data
+@keeps_constants
+def all_gather(
+    logical: LogicalAxes,
+    x: Any,
+    *,
+    all_gather_dimension: int,
+    axis_name: Names | Hashable,
+    axis_size: int,
+    tiled: bool,
+    axis_index_groups: Any = None,
+) -> Any:
+    """The group's operands along a new dimension, or (tiled) along an old one; padding is cut off."""
+    names = as_names(axis_name)
+    split = groups_of("all_gather", axis_index_groups, size_of(logical, names), of_one_size=True)
+    axis = only_axis(logical, names)
+    if (name := direct(axis)) is not None:
+        together = split and split.groups
+        x = x if tiled else lax.expand_dims(x, [all_gather_dimension])  # the transpose of an untiled one fails in vmap
+        return lax.all_gather(x, name, axis=all_gather_dimension, tiled=True, axis_index_groups=together)
+    if split is None:
+        gathered = gather(logical, names, x)
+    elif axis is not None and axis.device_axis is not None and (whole := device_groups(axis, split)) is not None:
+        gathered = lax.all_gather(block(axis, x)[None], axis.device_axis, axis_index_groups=whole, tiled=True)
+        gathered = gathered.reshape(axis_size, *x.shape)
+    else:
+        gathered = fetch(logical, names, x[None], split.members)
+    return joined(gathered, all_gather_dimension) if tiled else jnp.moveaxis(gathered, 0, all_gather_dimension)
+
+
+def joined(x: Any, dimension: int) -> Any:
+    """``x`` with its first dimension laid out along another of the rest."""
+    x = jnp.moveaxis(x, 0, dimension)
+    return x.reshape(*x.shape[:dimension], x.shape[dimension] * x.shape[dimension + 1], *x.shape[dimension + 2 :])
+
+
+def chunks(x: Any, dimension: int, count: int) -> Any:
+    """``x`` cut along a dimension into so many pieces, which are a new first dimension."""
+    x = x.reshape(*x.shape[:dimension], count, x.shape[dimension] // count, *x.shape[dimension + 1 :])
+    return jnp.moveaxis(x, dimension, 0)
+
+
+def _scattered_rows(
+    size: int,
+    x: jax.Array,
+    *,
+    scatter_dimension: int,
+    tiled: bool,
+    axis_index_groups: IndexGroups = None,
+    **_: Any,
+) -> jax.Array:
+    def one_group(mine: jax.Array) -> Sequence[jax.Array] | jax.Array:
+        total = jnp.sum(mine, 0, dtype=mine.dtype)
+        if tiled:
+            return jnp.split(total, len(mine), scatter_dimension)
+        return jnp.moveaxis(total, scatter_dimension, 0)
+
+    return in_each_group(size, x, axis_index_groups, one_group)
+
+
+def _wire_of_scatter(axis: LogicalAxis, x: Any, *, axis_size: int, axis_index_groups: Any = None, **_: Any) -> int:
+    piece = size_in_bytes(x) // axis_size
+    split = groups_of("psum_scatter", axis_index_groups, axis.size, of_one_size=True)
+    whole = device_groups(axis, split) if split else None
+    if split is None or whole is not None:
+        return gathered(axis, piece, whole)
+    plan = segments(axis, split)
+    wants = sums_wanted(axis, split, plan, axis_size)
+    return piece * sent(exchange(wants.reshape(axis.devices, -1), plan.count * axis_size))
+
+
+@collective(
+    "reduce_scatter",
+    "reduce_scatter_start",
+    names=("psum_scatter",),
+    awaited_by=("reduce_scatter_done",),
+    result=own,
+    definition=_scattered_rows,
+    wire=_wire_of_scatter,
+    sums=True,
+)
+@keeps_constants
+def psum_scatter(
+    logical: LogicalAxes,
+    x: Any,
+    *,
+    scatter_dimension: int,
+    axis_name: Names | Hashable,
+    axis_size: int,
+    tiled: bool,
+    axis_index_groups: Any = None,
+) -> Any:
+    """Of the sum over the group, this replica's slice along a dimension: the transpose of ``all_gather``.
+
+    Raises:
+        CollectiveArgumentError: the operand is of truth values, which JAX has no sum of here.
+    """
+    if x.dtype == bool:
+        raise CollectiveArgumentError("psum_scatter: JAX has no sum of bool here. Convert the operand to int32 first.")
+    names, scatter_dimension = as_names(axis_name), scatter_dimension % x.ndim
+    split = groups_of("psum_scatter", axis_index_groups, size_of(logical, names), of_one_size=True)
+    axis = only_axis(logical, names)
+    if (name := direct(axis)) is not None:
+        together = split and split.groups
+        part = lax.psum_scatter(x, name, scatter_dimension=scatter_dimension, tiled=True, axis_index_groups=together)
+        return part if tiled else lax.squeeze(part, [scatter_dimension])  # untiled, JAX has no right rule for vmap
+    x = chunks(x, scatter_dimension, axis_size) if tiled else jnp.moveaxis(x, scatter_dimension, 0)
+    if axis is not None:
+        whole = device_groups(axis, split) if split else None
+        if split is None or whole is not None:
+            return scatter_sum(axis, x, whole)
+        return scatter_sum_over_segments(axis, x, split)
+    if split is None:
+        return scatter_sum_over(logical, names, x)
+    items = split.members * axis_size + split.rank[:, None]
+    return SUM.local(fetch(logical, names, x, items), 0)
+
+
+def scatter_sum(axis: LogicalAxis, x: Any, whole: DeviceGroups | None) -> Any:
+    """Of the sum over the replicas of ``x``, whose first dimension is theirs, this replica's element.
+
+    The replicas are all, or those of the device's group of whole devices.
+    """
+    x = where_replica([axis], x)
+    if axis.lane_axis is not None:
+        x = lax.psum(x, axis.lane_axis)
+    if axis.padding:  # A padding lane gets what the replica gets that it copies.
+        x = _primitives.pad_rows(x, 0, axis.placement)
+    x = x.reshape(x.shape[0] // axis.lanes, axis.lanes, *x.shape[1:])
+    if axis.device_axis is None:
+        return own_lane(axis, x[0])
+    return own_lane(axis, lax.psum_scatter(x, axis.device_axis, axis_index_groups=whole))
+
+
+def scatter_sum_over(logical: LogicalAxes, names: Names, x: Any) -> Any:
+    """The same along several axes as one."""
+    sizes = [size_of(logical, [name]) for name in names]
+    x = x.reshape(*sizes, *x.shape[1:])
+    for name in names:
+        x = scatter_sum(logical[name], x, None) if name in logical else lax.psum_scatter(x, name)
+    return x
+
+
+def scatter_sum_over_segments(axis: LogicalAxis, x: Any, split: Groups) -> Any:
+    """The same for groups that share devices: a device sends one sum for each replica of its lanes' groups."""
+    plan, size = segments(axis, split), x.shape[0]
+    sums = over_segments(axis, block(axis, x), plan.lanes, plan.count, SUM)  # (segments, group, ...)
+    items = sums.reshape(plan.count * size, *sums.shape[2:])
+    wants = sums_wanted(axis, split, plan, size)
+    found = exchanged(axis, items, exchange(wants.reshape(axis.devices, -1), plan.count * size))
+    return own_lane(axis, SUM.local(found.reshape(axis.lanes, wants.shape[1], *items.shape[1:]), 1))
+
+
+def sums_wanted(axis: LogicalAxis, split: Groups, plan: Segments, size: int) -> Table:
+    """``(slots, devices)``: the sums that each lane wants, of the items that devices have of their segments."""
+    contributing = axis.placement.devices_with_replicas
+    group, source = np.nonzero((plan.of[contributing] != NOTHING).T)
+    counts = np.bincount(group, minlength=len(split.groups))
+    sources = contributing[source]
+    sums_of = np.full((len(counts), int(counts.max())), NOTHING)
+    sums_of[group, ranks(counts)] = sources * plan.count + plan.of[sources, group]
+    replica = axis.placement.replica_at
+    wants = sums_of[split.of[replica]]
+    return np.where(wants == NOTHING, NOTHING, wants * size + split.rank[replica][:, None])

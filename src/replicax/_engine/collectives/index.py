@@ -1,0 +1,32 @@
+"""A replica's own index."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from replicax._blocks import replica_index
+from replicax._engine.collectives.arguments import Names, as_names
+from replicax._engine.collectives.registry import collective, own
+from replicax._engine.collectives.wire import nothing
+from replicax._layout import LogicalAxes
+
+
+def _every_index(size: int, **_: Any) -> jax.Array:
+    return jnp.arange(size, dtype=jnp.int32)
+
+
+@collective(
+    "axis_index",
+    names=("axis_index", "axis_size"),
+    result=own,
+    definition=_every_index,
+    wire=nothing,
+    by_groups=True,
+)
+def axis_index(logical: LogicalAxes, *, axis_name: Names | Hashable) -> jax.Array:
+    """The replica's index along one axis, or along several as one, the last varying fastest."""
+    return replica_index(logical, as_names(axis_name))

@@ -1,0 +1,134 @@
+"""Another replica's operand."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from replicax._blocks import block, fetch, gather, only_axis, size_of
+from replicax._engine.collectives.arguments import Names, as_names, direct, shown
+from replicax._engine.collectives.registry import Result, collective, equal, moves_data, refuse
+from replicax._engine.collectives.wire import fetched, reduced, size_in_bytes
+from replicax._errors import CollectiveArgumentError
+from replicax._exchange import NOTHING
+from replicax._layout import LogicalAxes, LogicalAxis
+
+
+def result_of_permutation(params: Mapping[str, Any], logical: LogicalAxes) -> Result:
+    """Replicas that receive nothing get zeros; where all receive, they have the same if they had the same."""
+    axis = only_axis(logical, as_names(params["axis_name"]))
+    return Result.AS_GIVEN if axis is not None and len(params["perm"]) == axis.size else Result.OWN
+
+
+def _permuted_rows(size: int, x: jax.Array, *, perm: Sequence[tuple[int, int]], **_: Any) -> jax.Array:
+    del size
+    rows = [jnp.zeros_like(x[0])] * len(x)
+    for source, destination in perm:
+        rows[destination] = x[source]
+    return jnp.stack(rows)
+
+
+def _wire_of_permutation(axis: LogicalAxis, x: Any, *, perm: Sequence[tuple[int, int]], **_: Any) -> int:
+    return size_in_bytes(x) * fetched(axis, permutation(perm, axis.size)[:, None])
+
+
+@collective(
+    "ppermute",
+    "ppermute_start",
+    names=("ppermute", "pshuffle"),
+    awaited_by=("ppermute_done",),
+    result=result_of_permutation,
+    definition=_permuted_rows,
+    wire=_wire_of_permutation,
+)
+@moves_data
+def ppermute(logical: LogicalAxes, x: Any, *, axis_name: Names | Hashable, perm: Sequence[tuple[int, int]]) -> Any:
+    """Another replica's operand, or zeros; only what changes device travels."""
+    names = as_names(axis_name)
+    sources = permutation(perm, size_of(logical, names))
+    if (name := direct(only_axis(logical, names))) is not None:
+        moved = [(int(source), r) for r, source in enumerate(sources) if source != NOTHING]
+        if any(source != r for source, r in moved):
+            return lax.ppermute(x, name, moved)
+    return fetch(logical, names, x[None], sources[:, None])[0]
+
+
+def permutation(perm: Sequence[tuple[int, int]], size: int) -> Any:
+    """``(replicas,)``: from which replica each receives, or :data:`NOTHING`.
+
+    As in JAX, a negative index counts from the end.
+
+    Raises:
+        CollectiveArgumentError: an index is out of range, or sends or receives twice.
+    """
+    try:
+        flat = np.fromiter(map(operator.index, chain.from_iterable(perm)), np.int64)
+        pairs = flat.reshape(-1, 2)
+        whole = set(map(len, perm)) <= {2}
+    except (OverflowError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise CollectiveArgumentError(
+            f"ppermute: perm={perm!r:.200} must be a list of pairs (source, destination) of replica indices."
+        )
+    sends, receives = (pairs % size).T
+    out_of_range = list(pairs[((pairs < -size) | (pairs >= size)).any(1)])
+    if out_of_range or len(np.unique(sends)) < len(pairs) or len(np.unique(receives)) < len(pairs):
+        raise CollectiveArgumentError(
+            f"ppermute: perm={shown(perm)} must hold pairs (source, destination) of replica indices from 0 to "
+            f"{size - 1}, with no source and no destination twice. "
+            + (
+                f"Out of range: {shown(out_of_range)}. (Over several axes of which a vmap inside the mapped function "
+                f"binds one, JAX has no ppermute: communicate over one axis after the other.)"
+                if out_of_range
+                else "To send to several, use all_gather."
+            )
+        )
+    sources = np.full(size, NOTHING)
+    sources[receives] = sends
+    return sources
+
+
+def _row_of_source(size: int, x: jax.Array, *, source: int, **_: Any) -> jax.Array:
+    return jnp.stack([x[source]] * size)
+
+
+def _wire_of_broadcast(axis: LogicalAxis, x: Any, **_: Any) -> int:
+    return reduced(axis, size_in_bytes(x))
+
+
+@collective("pbroadcast", result=equal, definition=_row_of_source, wire=_wire_of_broadcast)
+@moves_data
+def pbroadcast(logical: LogicalAxes, x: Any, *, axis_name: Names | Hashable, source: int) -> Any:
+    """One replica's operand, for all: a sum in which the others are zero, as JAX defines it."""
+    names = as_names(axis_name)
+    size = size_of(logical, names)
+    if not 0 <= source < size:
+        raise CollectiveArgumentError(f"pbroadcast: source={source} must be a replica's index, from 0 to {size - 1}.")
+    axis = only_axis(logical, names)
+    if axis is None:
+        return gather(logical, names, x)[source]
+    device, lane = divmod(int(axis.placement.slot_of[source]), axis.lanes)
+    x = block(axis, x)[lane]
+    if axis.device_axis is None:
+        return x
+    here = lax.axis_index(axis.device_axis) == device
+    sent = lax.select(jnp.broadcast_to(here, x.shape), x, jnp.zeros_like(x))
+    return lax.psum(sent, axis.device_axis).astype(x.dtype)
+
+
+refuse(
+    "psend",
+    because="JAX has one-sided sends on GPUs alone, and without a rule for vmap. Send and receive with ppermute.",
+)
+refuse(
+    "precv",
+    because="JAX has one-sided receives on GPUs alone, and without a rule for vmap. Send and receive with ppermute.",
+)

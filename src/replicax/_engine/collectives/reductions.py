@@ -1,0 +1,161 @@
+"""Sums and extrema over replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from replicax._blocks import block, fetch, on_device, only_axis, own_lane, size_of, take, with_zero
+from replicax._engine.collectives.arguments import Names, direct, groups_of, split_axes
+from replicax._engine.collectives.definitions import IndexGroups, in_each_group
+from replicax._engine.collectives.registry import collective, equal, keeps_constants
+from replicax._engine.collectives.replicas import physical, where_replica
+from replicax._engine.collectives.wire import fetched, reduced, size_in_bytes
+from replicax._exchange import NOTHING, Groups, Table, segments
+from replicax._layout import LaneAxis, LogicalAxes, LogicalAxis
+from replicax._reductions import MAX, MIN, SUM, Reduction, without_derivative
+
+
+def _of_rows(reduce: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The definition of a reduction: over the replicas, and the operand's own dimensions among ``axes``."""
+
+    def definition(size: int, x: jax.Array, *, axes: Names, axis_index_groups: IndexGroups = None) -> jax.Array:
+        over = (0, *(axis + 1 for axis in axes if isinstance(axis, int)))
+        return in_each_group(size, x, axis_index_groups, lambda mine: [reduce(mine, over)] * len(mine))
+
+    return definition
+
+
+def _wire_of_sum(axis: LogicalAxis, x: Any, *, axes: Names, axis_index_groups: Any = None) -> int:
+    lane = size_in_bytes(x, [dim for dim in axes if isinstance(dim, int)])
+    split = groups_of("psum", axis_index_groups, axis.size, of_one_size=False)
+    if split is None:
+        return reduced(axis, lane)
+    runs = segments(axis, split).shared
+    return lane * sum((stop - start) * sum(len(on) for on in shared if len(on) > 1) for start, stop, shared in runs)
+
+
+def _wire_of_extremum(axis: LogicalAxis, x: Any, *, axes: Names, axis_index_groups: Any = None) -> int:
+    """As that of a sum, but floats go as integers of at least 32 bits, and complex numbers are gathered."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        lane = size_in_bytes(x, [dim for dim in axes if isinstance(dim, int)])
+        split = groups_of("pmax", axis_index_groups, axis.size, of_one_size=False)
+        return lane * (fetched(axis, _members(split, MAX)) if split else axis.devices * (axis.devices - 1))
+    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4:
+        x = jax.ShapeDtypeStruct(x.shape, np.int32)
+    return _wire_of_sum(axis, x, axes=axes, axis_index_groups=axis_index_groups)
+
+
+@collective(
+    "psum",
+    "psum_invariant",
+    "psum_start",
+    names=("psum", "pmean"),
+    awaited_by=("psum_done",),
+    result=equal,
+    definition=_of_rows(lambda x, axis: jnp.sum(x, axis, dtype=x.dtype)),
+    wire=_wire_of_sum,
+    by_groups=True,
+    sums=True,
+)
+@keeps_constants
+def psum(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
+    """The sum over the replicas; padding lanes add nothing."""
+    if axis_index_groups is not None:
+        return reduce_groups(logical, x, axes, axis_index_groups, SUM)
+    ours, positional, foreign = split_axes(logical, axes)
+    x = SUM.local(x, positional) if positional else x
+    names = physical(ours) + foreign
+    return lax.psum(where_replica(ours, x), names) if names else x
+
+
+@collective("pmax", result=equal, definition=_of_rows(jnp.max), wire=_wire_of_extremum, by_groups=True)
+def pmax(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
+    """The maximum over the replicas; a copy of a replica does not change it."""
+    return extremum(logical, x, axes, axis_index_groups, MAX)
+
+
+@collective("pmin", result=equal, definition=_of_rows(jnp.min), wire=_wire_of_extremum, by_groups=True)
+def pmin(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
+    """The minimum over the replicas; a copy of a replica does not change it."""
+    return extremum(logical, x, axes, axis_index_groups, MIN)
+
+
+def extremum(logical: LogicalAxes, x: Any, axes: Names, axis_index_groups: Any, which: Reduction) -> Any:
+    """A maximum or minimum over the replicas."""
+    if axis_index_groups is not None:
+        return reduce_groups(logical, x, axes, axis_index_groups, which)
+    ours, positional, foreign = split_axes(logical, axes)
+    x = which.local(x, positional) if positional else x
+    x = without_derivative(which.name, x) if ours or foreign else x
+    names = physical(ours) + foreign
+    lanes = tuple(name for name in names if isinstance(name, LaneAxis))
+    between = tuple(name for name in names if name not in lanes)
+    if lanes:
+        x = which.named(x, lanes)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):  # which XLA's CPU backend reduces between devices by sums alone
+        for name in between:
+            x = which.local(lax.all_gather(x, name), axis=0)
+        return x
+    return which.between(x, between) if between else x
+
+
+def reduce_groups(logical: LogicalAxes, x: Any, names: Names, axis_index_groups: Any, which: Reduction) -> Any:
+    """A reduction over groups; hidden from XLA, which folds that of a constant as if all groups were the first."""
+    hidden = lax.optimization_barrier
+    x = x if which is SUM else without_derivative(which.name, x)
+    return hidden(_reduce_groups(logical, hidden(x), names, axis_index_groups, which))
+
+
+def _reduce_groups(logical: LogicalAxes, x: Any, names: Names, axis_index_groups: Any, which: Reduction) -> Any:
+    """A reduction over groups of replicas, of any sizes: over the lanes that a device has of a group, then over the
+    devices that share it, each sending one lane's bytes for a group.
+    """
+    split = groups_of(which.name, axis_index_groups, size_of(logical, names), of_one_size=False)
+    assert split is not None
+    axis = only_axis(logical, names)
+    if axis is None or (which is not SUM and jnp.issubdtype(x.dtype, jnp.complexfloating)):
+        return which.local(fetch(logical, names, x[None], _members(split, which)), axis=0)
+    if (name := direct(axis)) is not None:
+        return which.between(x, name, axis_index_groups=split.groups)
+    plan = segments(axis, split)
+    partial = over_segments(axis, block(axis, x), plan.lanes, plan.count, which)
+    done, at = [], 0
+    for start, stop, shared in plan.shared:
+        done.append(which.between(partial[start:stop], axis.device_axis, axis_index_groups=shared))
+        at = stop
+    known = jnp.concatenate([*done, partial[at:]]) if at < plan.count or len(done) > 1 else done[0]
+    return own_lane(axis, take(known, on_device(axis, plan.own)))
+
+
+def _members(split: Groups, which: Reduction) -> Table:
+    """``(replicas, largest group)``: the members of each replica's group, filled up with what makes no difference."""
+    members = split.padded_members()
+    return members if which is SUM else np.where(members == NOTHING, members[:, :1], members)
+
+
+def over_segments(axis: LogicalAxis, lanes: Any, table: Any, count: int, which: Reduction) -> Any:
+    """``(count, ...)``: a reduction over each segment of a device's lanes.
+
+    Args:
+        axis: The mapped axis.
+        lanes: ``(lanes, ...)``.
+        table: ``(devices, count · widest)``: the lanes of each segment, filled up with the number of lanes.
+        count: The number of segments.
+        which: The reduction.
+    """
+    fill = table == axis.lanes
+    if which is SUM:
+        lanes = with_zero(lanes) if fill.any() else lanes
+    else:  # the same lane once more, and any lane where a device has no part in a segment
+        by_segment = table.reshape(-1, table.shape[1] // count)
+        first = np.minimum(by_segment[:, :1], axis.lanes - 1)
+        table = np.where(by_segment == axis.lanes, first, by_segment).reshape(table.shape)
+    taken = take(lanes, on_device(axis, table))
+    taken = taken.reshape(count, table.shape[1] // count, *taken.shape[1:])
+    return taken[:, 0] if taken.shape[1] == 1 else which.local(taken, axis=1)

@@ -1,0 +1,219 @@
+"""Pieces of what each replica has, for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from replicax import _primitives
+from replicax._blocks import block, fetch, only_axis, own_lane, real_rows, replica_index, size_of
+from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
+from replicax._engine.collectives.definitions import IndexGroups, groups_in, in_each_group
+from replicax._engine.collectives.gathers import all_gather, chunks, joined, wire_of_gather
+from replicax._engine.collectives.registry import collective, moves_data, own
+from replicax._engine.collectives.wire import fetched, gathered, size_in_bytes
+from replicax._errors import CollectiveArgumentError
+from replicax._exchange import DeviceGroups, Groups, device_groups, groups
+from replicax._layout import LogicalAxes, LogicalAxis
+
+
+def _transposed_rows(
+    size: int,
+    x: jax.Array,
+    *,
+    split_axis: int,
+    concat_axis: int,
+    axis_index_groups: IndexGroups = None,
+    **_: Any,
+) -> jax.Array:
+    def one_group(mine: jax.Array) -> Sequence[jax.Array]:
+        cut = [jnp.split(operand, len(mine), split_axis) for operand in mine]
+        return [jnp.concatenate([pieces[k] for pieces in cut], concat_axis) for k in range(len(mine))]
+
+    return in_each_group(size, x, axis_index_groups, one_group)
+
+
+def _wire_of_pieces(axis: LogicalAxis, x: Any, *, axis_index_groups: Any = None, **_: Any) -> int:
+    split = groups_of("all_to_all", axis_index_groups, axis.size, of_one_size=True)
+    size = axis.size if split is None else len(split.groups[0])
+    piece = size_in_bytes(x) // size
+    whole = device_groups(axis, split) if split else None
+    if split is None or whole is not None:
+        return gathered(axis, axis.lanes * piece, whole)
+    return piece * fetched(axis, split.members * size + split.rank[:, None], size)
+
+
+@collective(
+    "all_to_all",
+    "all_to_all_start",
+    names=("all_to_all", "pswapaxes"),
+    awaited_by=("all_to_all_done",),
+    result=own,
+    definition=_transposed_rows,
+    wire=_wire_of_pieces,
+)
+@moves_data
+def all_to_all(
+    logical: LogicalAxes,
+    x: Any,
+    *,
+    axis_name: Names | Hashable,
+    split_axis: int,
+    concat_axis: int,
+    axis_index_groups: Any,
+    tiled: bool,
+) -> Any:
+    """The group's pieces for this replica, cut along one dimension and laid out along another.
+
+    JAX's primitive is always tiled; where the user's call is not, JAX adds and removes the dimensions around it.
+
+    Raises:
+        CollectiveArgumentError: an axis counts from the end, and JAX 0.10 has added dimensions in the wrong place.
+    """
+    if not tiled and min(split_axis, concat_axis) < 0:
+        raise CollectiveArgumentError(
+            "all_to_all: split_axis or concat_axis counts from the end, which this release of JAX gets wrong unless "
+            "tiled=True. Count from the front."
+        )
+    names, split_axis, concat_axis = as_names(axis_name), split_axis % x.ndim, concat_axis % x.ndim
+    size = size_of(logical, names)
+    split = groups_of("all_to_all", axis_index_groups, size, of_one_size=True)
+    axis = only_axis(logical, names)
+    if (name := direct(axis)) is not None:
+        return all_to_all_devices(x, name, split_axis, concat_axis, split.groups if split else None)
+    size = size if split is None else len(split.groups[0])
+    return joined(pieces(logical, names, chunks(x, split_axis, size), split), concat_axis)
+
+
+def pieces(logical: LogicalAxes, names: Names, x: Any, split: Groups | None) -> Any:
+    """``(group, ...)``: what each member has for this replica.
+
+    Args:
+        logical: The mapped axes.
+        names: The axes of the collective.
+        x: ``(group, ...)``: what this replica has for each member.
+        split: The groups, or None for one.
+    """
+    axis = only_axis(logical, names)
+    if axis is not None:
+        whole = device_groups(axis, split) if split else None
+        if split is None or whole is not None:
+            return pieces_between_devices(axis, x, whole)
+    split = split or groups([range(x.shape[0])], x.shape[0])
+    return fetch(logical, names, x, split.members * x.shape[0] + split.rank[:, None])
+
+
+def pieces_between_devices(axis: LogicalAxis, x: Any, whole: DeviceGroups | None) -> Any:
+    """The same for all replicas, or for groups of whole devices: one exchange of lanes' pieces between devices."""
+    rest = x.shape[1:]
+    if axis.padding:  # A padding lane gets what the replica gets that it copies.
+        x = _primitives.pad_rows(x, 0, axis.placement)
+    devices = x.shape[0] // axis.lanes
+    x = block(axis, x).reshape(axis.lanes, devices, axis.lanes, *rest)  # from lanes, to devices, to lanes
+    if devices > 1:
+        x = all_to_all_devices(x, axis.device_axis, 1, 1, whole)
+    x = jnp.moveaxis(x, 2, 0).swapaxes(1, 2)  # to lanes, from devices, from lanes
+    x = x.reshape(axis.lanes, devices * axis.lanes, *rest)
+    return own_lane(axis, real_rows(x, 1, axis.placement) if axis.padding else x)
+
+
+def all_to_all_devices(x: Any, name: Hashable, split_axis: int, concat_axis: int, split: DeviceGroups | None) -> Any:
+    """JAX's collective over devices, or over groups of them."""
+    if split is None:
+        return lax.all_to_all(x, name, split_axis, concat_axis, tiled=True)
+    return _primitives.grouped_all_to_all(x, name, split_axis, concat_axis, split)
+
+
+def _ragged_rows(
+    size: int,
+    operand: jax.Array,
+    output: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    target: jax.Array,
+    received: jax.Array,
+    *,
+    axis_index_groups: IndexGroups = None,
+    **_: Any,
+) -> jax.Array:
+    """JAX's definition, one slice after the other."""
+    del received
+    rows, row = list(output), jnp.arange(output.shape[1])
+    for group in groups_in(size, axis_index_groups):
+        slices = start.shape[1] // len(group)
+        for receiver, replica in enumerate(group):
+            for sender in group:
+                for k in range(receiver * slices, (receiver + 1) * slices):
+                    at = row - target[sender, k]
+                    sent = operand[sender][jnp.clip(start[sender, k] + at, 0, operand.shape[1] - 1)]
+                    inside = ((at >= 0) & (at < length[sender, k])).reshape(-1, *[1] * (sent.ndim - 1))
+                    rows[replica] = jnp.where(inside, sent, rows[replica])
+    return jnp.stack(rows)
+
+
+def _wire_of_ragged(
+    axis: LogicalAxis,
+    operand: Any,
+    output: Any,
+    input_offsets: Any,
+    send_sizes: Any,
+    output_offsets: Any,
+    recv_sizes: Any,
+    **params: Any,
+) -> int:
+    del output, recv_sizes
+    return sum(wire_of_gather(axis, x, **params) for x in (operand, input_offsets, send_sizes, output_offsets))
+
+
+@collective("ragged_all_to_all", result=own, definition=_ragged_rows, wire=_wire_of_ragged)
+def ragged_all_to_all(
+    logical: LogicalAxes,
+    operand: Any,
+    output: Any,
+    input_offsets: Any,
+    send_sizes: Any,
+    output_offsets: Any,
+    recv_sizes: Any,
+    *,
+    axis_name: Names | Hashable,
+    axis_index_groups: Any,
+) -> Any:
+    """``output`` with the rows that the group sends this replica.
+
+    How many rows go where is known only when the program runs, so that every replica's whole operand goes to each
+    device of its group, and each replica picks its rows. A later slice covers an earlier one, as in JAX's definition.
+    """
+    del recv_sizes  # what the senders call send_sizes
+    names = as_names(axis_name)
+    size = size_of(logical, names)
+    split = groups_of("ragged_all_to_all", axis_index_groups, size, of_one_size=True)
+    size, rows = size if split is None else len(split.groups[0]), operand.shape[0]
+    if input_offsets.shape[0] % size:
+        raise CollectiveArgumentError(
+            f"ragged_all_to_all: input_offsets has {input_offsets.shape[0]} elements, which {size} replicas do not "
+            f"divide. It needs as many slices for each replica."
+        )
+
+    def from_all(x: Any) -> Any:
+        x = jnp.asarray(x)
+        params = {"axis_name": names, "axis_size": size, "axis_index_groups": axis_index_groups}
+        return all_gather(logical, x, all_gather_dimension=0, tiled=False, **params)
+
+    me = replica_index(logical, names)
+    me = me if split is None else jnp.asarray(split.rank, jnp.int32)[me]
+    table = jnp.stack([from_all(x) for x in (input_offsets, send_sizes, output_offsets)])
+    mine = lax.dynamic_index_in_dim(table.reshape(3, size, size, -1), me, 2, keepdims=False)  # (3, from, slices)
+    sender = jnp.repeat(jnp.arange(size), mine.shape[2])[:, None]
+    start, length, target = mine.reshape(3, -1, 1)
+    row = jnp.arange(output.shape[0])
+    covers = (target <= row) & (row < target + length)  # (slices, rows of the output)
+    last = len(covers) - 1 - jnp.argmax(covers[::-1], 0)
+    source = jnp.take_along_axis(sender * rows + start + row - target, last[None], 0)[0]
+    received = from_all(operand).reshape(size * rows, *operand.shape[1:])
+    received = received[jnp.clip(source, 0, max(size * rows - 1, 0))] if rows else output
+    covered = jnp.broadcast_to(covers.any(0).reshape(-1, *[1] * (output.ndim - 1)), output.shape)
+    return lax.select(covered, received.astype(output.dtype), output)
