@@ -27,7 +27,6 @@ from replicax._axes import (
 from replicax._errors import (
     DevicesError,
     NestedMapError,
-    NotAnArrayError,
     OptionTypeError,
     StaticArgumentError,
     UnknownBackendError,
@@ -36,7 +35,7 @@ from replicax._errors import (
     too_large,
 )
 from replicax._layout import layout, replicas_of
-from replicax._lowering import Program, Recorded, describe_type, lower, record, trace_replica
+from replicax._lowering import Program, Recorded, lower, no_arrays, record, trace_replica
 from replicax._packing import comes_packed, may_be_packed, packed
 from replicax._references import refuse_passed
 from replicax._run import delete_taken, run, stage
@@ -130,19 +129,20 @@ class Entrance(Generic[R]):
         _copying: The same behind a copy of small NumPy arrays.
         _careful: The way by Python: see :meth:`Dispatcher.careful`.
         _fun: The function.
+        _in_python: The way by Python alone, which knows the names of the arguments.
     """
 
-    __slots__ = ("__call__", "__weakref__", "_careful", "_copying", "_dispatcher", "_entry", "_fun")
+    __slots__ = ("__call__", "__weakref__", "_careful", "_copying", "_dispatcher", "_entry", "_fun", "_in_python")
 
     __call__: Callable[..., R]
 
     def __init__(self, dispatcher: Dispatcher, fun: Callable[..., R]) -> None:
         self._dispatcher, self._fun = dispatcher, fun
-        self._entry, in_python = dispatcher.entry(fun), functools.partial(dispatcher.in_python, fun)
+        self._entry, self._in_python = dispatcher.entry(fun), functools.partial(dispatcher.in_python, fun)
         if dispatcher.donates:
-            self._entry = _guarding(self._entry, in_python)
+            self._entry = _guarding(self._entry, self._in_python)
         elif dispatcher.options.static.positions or dispatcher.options.static.names:
-            self._entry = _explaining(self._entry, in_python)
+            self._entry = _explaining(self._entry, self._in_python)
         self._copying = _copying(self._entry)
         self._careful = functools.partial(dispatcher.careful, fun, self._entry, self._copying)
         dispatcher.open(self)
@@ -190,7 +190,7 @@ class Dispatcher:
             for entrance in entrances or self._entrances:
                 direct = entrance._copying if self._copies else entrance._entry
                 call = entrance._careful if careful else direct
-                entrance.__call__ = _cpu_threads.bounded(call) if self._may_hang else call
+                entrance.__call__ = _cpu_threads.bounded(call, entrance._in_python) if self._may_hang else call
 
     def careful(
         self,
@@ -207,6 +207,7 @@ class Dispatcher:
             return self._call(fun, args, kwargs)[0]
         return (copying if self._copies else entry)(*args, **kwargs)
 
+    @_jax.api_boundary
     def in_python(self, fun: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Runs a call of ``fun`` in Python alone."""
         return self._call(fun, args, kwargs)[0]
@@ -568,7 +569,7 @@ def _type(x: Any) -> jax.ShapeDtypeStruct:
 
 def _types_of_arrays(fun: Callable[..., Any], call: Call, leaves: Sequence[Any], *, abstract: bool) -> Hashable:
     """What the usual look at all of them at once has not found: the types of some that are arrays nevertheless."""
-    faults, names = [], name_leaves(fun, call.by_position(), call.kwargs)
+    faults, names = {}, name_leaves(fun, call.by_position(), call.kwargs)
     refuse_passed(names, leaves)
     for name, x in zip(names, leaves, strict=True):
         try:
@@ -579,20 +580,20 @@ def _types_of_arrays(fun: Callable[..., Any], call: Call, leaves: Sequence[Any],
         except OverflowError:
             raise too_large(name, x) from None
         except ValueError as error:
-            error.add_note(f"It is the argument {name}.")
-            raise
+            if not _jax.is_unconverted(x):
+                error.add_note(f"It is the argument {name}.")
+                raise
+            known = False
         if not known:
-            faults.append(f"{name} {describe_type(x)}")
+            faults[name] = x
     if not faults:
         return _jax.type_key(leaves)
-    raise NotAnArrayError(
-        report(
-            "pmap maps arrays, and these arguments are none:",
-            faults,
-            "Convert them to arrays of numbers; or name what is none in static_broadcasted_argnums or "
-            "static_broadcasted_argnames (it has to be hashable); or bind it beforehand with functools.partial.",
-        )
-    )
+    raise no_arrays(
+        "pmap maps arrays, and these arguments are none:",
+        faults,
+        "Convert them to arrays of numbers; or name what is none in static_broadcasted_argnums or "
+        "static_broadcasted_argnames (it has to be hashable); or bind it beforehand with functools.partial.",
+    ) from None
 
 
 def _refuse_static(fun: Callable[..., Any], call: Call) -> None:
@@ -618,7 +619,7 @@ def _refuse_static(fun: Callable[..., Any], call: Call) -> None:
                 unhashable,
                 "Pass a hashable value, such as a tuple for a list, or do not name the argument as static.",
             )
-        )
+        ) from None
     if incomparable:
         raise StaticArgumentError(
             report(
@@ -626,7 +627,7 @@ def _refuse_static(fun: Callable[..., Any], call: Call) -> None:
                 incomparable,
                 "Give the type an __eq__ that returns True or False, and a __hash__ that goes with it.",
             )
-        )
+        ) from None
 
 
 def _refuse_inner_devices(options: Options, name: str) -> None:

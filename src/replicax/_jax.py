@@ -755,7 +755,31 @@ def is_array_type(x: object) -> bool:
         core.typeof(x)
     except TypeError:
         return False
+    except ValueError:
+        if is_unconverted(x):
+            return False
+        raise
     return True
+
+
+def is_unconverted(x: object) -> bool:
+    """Whether JAX has the user convert ``x`` to an array: a masked array, or an object with ``__jax_array__``."""
+    return is_masked(x) or (hasattr(type(x), "__jax_array__") and not isinstance(x, jax.Array | core.Tracer))
+
+
+def is_masked(x: object) -> bool:
+    """Whether ``x`` is a masked array of NumPy's."""
+    return isinstance(x, np.ma.MaskedArray | Masked)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Masked:
+    """A masked array as something that C++ takes for no array: of an array it would use what is behind the mask."""
+
+    array: Any
+
+    def __jax_array__(self) -> Any:
+        raise TypeError("a masked array")
 
 
 def is_vmappable(x: object) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from replicax._errors import (
     DivergentOutputError,
     NotAnArrayError,
     UnboundAxisError,
+    UnconvertedArrayError,
     UnsupportedCollectiveError,
     UnsupportedDtypeError,
     report,
@@ -175,23 +176,36 @@ def _explain(error: Exception) -> None:
 
 
 def _check_results(out: Any) -> None:
-    faults = [
-        f"result{keystr(path)} {describe_type(x)}"
+    faults = {
+        f"result{keystr(path)}": x
         for path, x in jax.tree_util.tree_leaves_with_path(out)
         if (not _jax.is_array_type(x) and not isinstance(x, bool)) or _jax.is_reference(x)
-    ]
+    }
     if faults:
-        raise NotAnArrayError(
-            report(
-                "pmap returns arrays, and these results of the mapped function are none:",
-                faults,
-                "Return arrays, scalars and trees of them, and the rest outside the mapped function.",
-            )
+        raise no_arrays(
+            "pmap returns arrays, and these results of the mapped function are none:",
+            faults,
+            "Return arrays, scalars and trees of them, and the rest outside the mapped function.",
         )
+
+
+def no_arrays(headline: str, named: Mapping[str, Any], remedy: str) -> NotAnArrayError:
+    """The error about what is no array, by its name."""
+    unconverted = list(filter(_jax.is_unconverted, named.values()))
+    if any(map(_jax.is_masked, unconverted)):
+        remedy += " Of a masked array JAX would lose the mask: write x.filled(0)."
+    if not all(map(_jax.is_masked, unconverted)):
+        remedy += " What has a __jax_array__ is converted by jax.numpy.asarray(x)."
+    kind = UnconvertedArrayError if unconverted else NotAnArrayError
+    return kind(report(headline, [f"{name} {describe_type(x)}" for name, x in named.items()], remedy))
 
 
 def describe_type(x: object) -> str:
     """What a message says of something that is no array."""
+    if _jax.is_masked(x):
+        return "is a masked array of NumPy's"
+    if _jax.is_unconverted(x):
+        return f"is of type {type(x).__name__}, which has a __jax_array__"
     if isinstance(x, np.ndarray):
         return f"is a NumPy array of dtype {x.dtype}"
     if _jax.is_reference(x):
