@@ -304,6 +304,34 @@ def test_ordered_callbacks_are_refused_by_name(n, d):
             run(lambda x, fun=fun: pmap(fun, "j")(x), n, d, jnp.ones((n, 2)))
 
 
+#: Where JAX cannot vectorize an io_callback, with what the message says of it.
+UNVECTORIZED = {
+    "branch of jax.lax.cond": lambda c, x: lax.cond(x > 3, lambda: io_callback(c, NUMBER, x), lambda: x),
+    "branch of jax.lax.cond or jax.lax.switch": lambda c, x: lax.switch(
+        jnp.int32(x) % 3, [lambda: x, lambda: 2 * x, lambda: io_callback(c, NUMBER, x)]
+    ),
+    "jax.lax.while_loop": lambda c, x: lax.while_loop(lambda s: io_callback(c, NUMBER, s) < 20, lambda s: s + 1, x),
+    "jax.lax.while_loop, which": lambda c, x: lax.while_loop(
+        lambda s: s < 20, lambda s: s + io_callback(lambda s: np.float32(1), NUMBER, s), x
+    ),
+}
+
+
+@pytest.mark.parametrize("where", UNVECTORIZED)
+def test_an_io_callback_that_several_replicas_of_a_device_cannot_make_is_refused_by_name(where):
+    fun = functools.partial(UNVECTORIZED[where], lambda x: np.float32(x))
+    run(fun, 5, 8)  # one replica a device
+    for thunk in (
+        lambda: run(fun, 16, 8),
+        lambda: jax.jit(pmap(fun, "i"))(jnp.arange(16.0)),
+        lambda: run(lambda x: pmap(fun, "j")(x), 16, 8, jnp.ones((16, 2))),
+    ):
+        with pytest.raises(replicax.UnsupportedCallbackError, match=where) as caught:
+            thunk()
+        assert isinstance(caught.value, NotImplementedError)
+        assert "vmap-of-cond" not in str(caught.value)
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_an_interrupt_while_devices_wait_for_each_other_does_not_lose_the_session(devices):
     script = """

@@ -28,6 +28,7 @@ from replicax._errors import StaticArgumentError as StaticArgumentError
 from replicax._errors import UnboundAxisError as UnboundAxisError
 from replicax._errors import UnconvertedArrayError as UnconvertedArrayError
 from replicax._errors import UnknownBackendError as UnknownBackendError
+from replicax._errors import UnsupportedCallbackError as UnsupportedCallbackError
 from replicax._errors import UnsupportedCollectiveError as UnsupportedCollectiveError
 from replicax._errors import UnsupportedDtypeError as UnsupportedDtypeError
 from replicax._errors import UnsupportedTransformationError as UnsupportedTransformationError
@@ -69,6 +70,7 @@ __all__ = [
     "UnboundAxisError",
     "UnconvertedArrayError",
     "UnknownBackendError",
+    "UnsupportedCallbackError",
     "UnsupportedCollectiveError",
     "UnsupportedDtypeError",
     "UnsupportedTransformationError",

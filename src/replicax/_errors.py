@@ -26,6 +26,7 @@ has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written
     ├── CollectiveArgumentError      ValueError           a permutation, group or index that no collective can follow
     ├── DivergentOutputError         ValueError           out_axes=None for a result that differs between replicas
     ├── OrderedCallbackError         ValueError           a callback with ordered=True, in a mapped function
+    ├── UnsupportedCallbackError     NotImplementedError  an io_callback where JAX cannot vectorize it
     ├── CallbackError                RuntimeError         a callback of the user's raised an exception in a replica
     ├── ShardsError                  ValueError           the shards of device_put_sharded do not fit together
     ├── SimulationError              RuntimeError         simulate_devices after JAX has started
@@ -135,6 +136,10 @@ class DivergentOutputError(ReplicaxError, ValueError):
 
 class OrderedCallbackError(ReplicaxError, ValueError):
     """A mapped function calls back into Python with ``ordered=True``, and nothing orders the calls of replicas."""
+
+
+class UnsupportedCallbackError(ReplicaxError, NotImplementedError):
+    """An ``io_callback`` in a branch or loop that replicas of one device go through differently."""
 
 
 class CallbackError(ReplicaxError, RuntimeError):

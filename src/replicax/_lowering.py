@@ -22,6 +22,7 @@ from replicax._blocks import real_rows, unfolded
 from replicax._callbacks import guard, raise_after, refuse_ordered
 from replicax._errors import (
     DivergentOutputError,
+    NestedMapError,
     NotAnArrayError,
     UnboundAxisError,
     UnconvertedArrayError,
@@ -128,7 +129,14 @@ def trace_replica(
         ).with_traceback(error.__traceback__) from None
     except (NotImplementedError, TypeError, ValueError) as error:
         _explain(error)
-        raise
+        if not _jax.is_about_explicit_meshes(error):
+            raise
+        raise NestedMapError(
+            "A jax.shard_map in the mapped function is over a mesh that jax.set_mesh has set, or one with Explicit "
+            "axes, and a map puts such a mesh aside: its replicas have devices of their own. Pass the mesh to the "
+            "jax.shard_map, and make it with Auto axes, as in mesh=jax.make_mesh(shape, names, axis_types="
+            "(jax.sharding.AxisType.Auto,) * len(names))."
+        ).with_traceback(error.__traceback__) from None
     called = getattr(fun, "__name__", "The mapped function")
     refuse_closed_over(called, consts)
     jaxpr = as_nested_maps(jaxpr, {name: size}, called)
@@ -168,7 +176,7 @@ def _explain(error: Exception) -> None:
     for theirs, ours in REFUSALS.items():
         if theirs in said:
             error.add_note(ours)
-    if isinstance(error, AssertionError) and not said:
+    if isinstance(error, AssertionError) and not said and _jax.raised(error):
         error.add_note(
             "If this is a collective over the axis of the map, in a jax.shard_map inside the map: JAX's types there "
             "know the axes of its own mesh alone. Write check_vma=False in the jax.shard_map."
