@@ -520,7 +520,7 @@ def lower(
         donated=tuple(donated),
         closed=closed,
         name=name,
-        one_mesh=_jax.needs_one_mesh(replica.primitives),
+        one_mesh=_jax.needs_one_mesh(replica.primitives | (watched[2] if watched else set())),
         replica=replica,
         agreeing=agreeing,
     )
