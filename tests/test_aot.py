@@ -156,7 +156,7 @@ def test_arguments_that_it_was_not_compiled_for():
         "compiled with float32[8,4] and called with int32[8,4]": ({"a": x.astype(np.int32)}, 2),
         "Argument \"x['a']\" compiled with float32[8,4] and called with float32[9,4]": ({"a": table(9)}, 2),
         "Argument 'y' compiled with int32[] (weakly typed) and called with float32[] (weakly typed)": ({"a": x}, 2.5),
-        "Argument 'y' compiled with int32[] (weakly typed) and called with 'text'": ({"a": x}, "text"),
+        "Argument 'y' compiled with int32[] (weakly typed): it is of type str: 'text'": ({"a": x}, "text"),
         "x is an array, and was a dict": (x, 2),
         "x is a dict with 2 entries, different in 'b', and was a dict with 1 entry": ({"a": x, "b": x}, 2),
         "the positional arguments are a tuple of length 1, and were a tuple of length 2": ({"a": x},),

@@ -15,7 +15,8 @@ PUBLIC = {
     "DeletedArrayError", "DevicesError", "DivergentOutputError", "MappedFunction", "MappedSizeError", "MismatchError",
     "NestedMapError", "NotAFunctionError", "NotAnArrayError", "NumberTooLargeError", "OptionTypeError",
     "OrderedCallbackError", "ReplicasError", "ReplicaxError", "ShardsError", "SimulationError", "StaticArgumentError",
-    "UnboundAxisError", "UnknownBackendError", "UnsupportedCollectiveError", "UnsupportedDtypeError",
+    "UnboundAxisError", "UnconvertedArrayError", "UnknownBackendError", "UnsupportedCallbackError",
+    "UnsupportedCollectiveError", "UnsupportedDtypeError",
     "UnsupportedTransformationError", "fetch", "local_replicas",
     "pmap", "replicate", "shard", "show_replicas", "simulate_devices", "unreplicate",
 }  # fmt: skip

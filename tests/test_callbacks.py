@@ -262,6 +262,73 @@ def test_functions_with_derivative_rules_that_call_back(function, n, d):
     sine.refused = ()
 
 
+CALLS = {
+    "pure_callback": pure,
+    "io_callback": lambda c, x: io_callback(c, NUMBER, x),
+    "debug.callback": lambda c, x: (jax.debug.callback(c, x), x)[1],
+}
+
+
+def in_a_rule(kind, call):
+    """The sine, whose program calls nothing back, and whose forward rule does."""
+    sine_of = getattr(jax, f"custom_{kind}")(jnp.sin)
+    if kind == "jvp":
+        sine_of.defjvp(lambda p, t: (jnp.sin(*p), (jnp.cos(*p) + 0 * call(*p)) * t[0]))
+    else:
+        sine_of.defvjp(lambda x: (jnp.sin(x) + 0 * call(x), x), lambda x, ct: (jnp.cos(x) * ct,))
+    return sine_of
+
+
+WHERE = {
+    "at the top": lambda f, x: f(x),
+    "in a jit": lambda f, x: jax.jit(f)(x),
+    "in a scan": lambda f, x: lax.scan(lambda s, _: (lax.pmean(f(s), "i"), None), x, None, length=2)[0] + f(x),
+    "in a branch": lambda f, x: lax.cond(x > -1, f, jnp.cos, x),
+    "in a map inside": lambda f, x: pmap(lambda y: lax.psum(f(y), ("i", "j")), "j")(jnp.stack([x, x + 20])).sum(),
+}
+
+
+#: Every call at the top, and one call everywhere.
+RULES = [(call, "at the top", *layout) for call in CALLS for layout in [(8, 8), (5, 3)]]
+RULES += [("pure_callback", where, 5, 3) for where in WHERE if where != "at the top"]
+
+
+@pytest.mark.parametrize(("call", "where", "n", "d"), RULES)
+@pytest.mark.parametrize("kind", ["jvp", "vjp"])
+def test_callbacks_that_a_forward_rule_alone_makes(n, d, kind, call, where):
+    callback = Picky()
+    ruled = in_a_rule(kind, functools.partial(CALLS[call], callback))
+    mapped = pmap(lambda x: lax.psum(WHERE[where](ruled, x), "i") * x, "i", devices=jax.devices()[:d])
+    plain = jax.vmap(lambda x: lax.psum(WHERE[where](jnp.sin, x), "i") * x, axis_name="i")
+    x = jnp.arange(n, dtype=jnp.float32)
+    ways = [
+        lambda f: jax.grad(lambda x: f(x).sum())(x),
+        lambda f: jax.jit(jax.grad(lambda x: jax.jit(f)(x).sum()))(x),
+    ]
+    for way in ways:
+        callback.refused = ()
+        np.testing.assert_allclose(way(mapped), way(plain), rtol=1e-4, atol=1e-4)
+        callback.refused = (3.0,)
+        with pytest.raises(RuntimeError, match=r"raised ZeroDivisionError in replica 3 of 'i'.*: not 3"):
+            jax.block_until_ready(way(mapped))
+    np.testing.assert_allclose(mapped(x), plain(x), rtol=1e-4)  # calls nothing back
+
+
+def test_a_forward_rule_that_cannot_be_traced_is_not_needed_without_a_derivative():
+    @jax.custom_vjp
+    def fun(x):
+        return 2 * x
+
+    def refuses(x):
+        raise ZeroDivisionError("no derivative")
+
+    fun.defvjp(refuses, refuses)
+    x = jnp.arange(8.0)
+    np.testing.assert_array_equal(jax.jit(pmap(fun))(x), 2 * x)
+    with pytest.raises(ZeroDivisionError, match="no derivative"):
+        jax.grad(lambda x: pmap(fun)(x).sum())(x)
+
+
 def test_debug_callbacks_under_derivatives_and_checkpoint():
     seen = []
 
@@ -302,6 +369,34 @@ def test_ordered_callbacks_are_refused_by_name(n, d):
             run(fun, n, d)
         with pytest.raises(replicax.OrderedCallbackError, match=rf"<lambda> calls {name} with ordered=True"):
             run(lambda x, fun=fun: pmap(fun, "j")(x), n, d, jnp.ones((n, 2)))
+
+
+#: Where JAX cannot vectorize an io_callback, with what the message says of it.
+UNVECTORIZED = {
+    "branch of jax.lax.cond": lambda c, x: lax.cond(x > 3, lambda: io_callback(c, NUMBER, x), lambda: x),
+    "branch of jax.lax.cond or jax.lax.switch": lambda c, x: lax.switch(
+        jnp.int32(x) % 3, [lambda: x, lambda: 2 * x, lambda: io_callback(c, NUMBER, x)]
+    ),
+    "jax.lax.while_loop": lambda c, x: lax.while_loop(lambda s: io_callback(c, NUMBER, s) < 20, lambda s: s + 1, x),
+    "jax.lax.while_loop, which": lambda c, x: lax.while_loop(
+        lambda s: s < 20, lambda s: s + io_callback(lambda s: np.float32(1), NUMBER, s), x
+    ),
+}
+
+
+@pytest.mark.parametrize("where", UNVECTORIZED)
+def test_an_io_callback_that_several_replicas_of_a_device_cannot_make_is_refused_by_name(where):
+    fun = functools.partial(UNVECTORIZED[where], lambda x: np.float32(x))
+    run(fun, 5, 8)  # one replica a device
+    for thunk in (
+        lambda: run(fun, 16, 8),
+        lambda: jax.jit(pmap(fun, "i"))(jnp.arange(16.0)),
+        lambda: run(lambda x: pmap(fun, "j")(x), 16, 8, jnp.ones((16, 2))),
+    ):
+        with pytest.raises(replicax.UnsupportedCallbackError, match=where) as caught:
+            thunk()
+        assert isinstance(caught.value, NotImplementedError)
+        assert "vmap-of-cond" not in str(caught.value)
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -48,6 +48,11 @@ def deleted():
     return x
 
 
+class Converts:
+    def __jax_array__(self):
+        return jnp.asarray(x8)
+
+
 class Incomparable:
     def __hash__(self):
         return 1
@@ -98,6 +103,14 @@ FAULTS = {
     ),
     "axis_size zero": (
         call(lambda: 1, axis_size=0), replicax.MappedSizeError, ValueError, ["axis_size is 0"],
+    ),
+    "axis_size zero, and arrays": (
+        call(add, x8, x8, axis_size=0),
+        replicax.MappedSizeError, ValueError, ["at least one replica", "axis_size is 0", "leave axis_size out"],
+    ),
+    "replicate into none": (
+        lambda: replicax.replicate(x8, 0),
+        replicax.MappedSizeError, ValueError, ["replicate into 0 copies", "at least 1"],
     ),
     "a mapped scalar": (
         call(add, x8, 3.0),
@@ -154,6 +167,36 @@ FAULTS = {
     ),
     "an array of strings": (
         call(add, x8, np.array(["a"] * 8)), replicax.NotAnArrayError, TypeError, ["right is a NumPy array of dtype"],
+    ),
+    "a masked array": (
+        call(add, {"a": np.ma.masked_array(x8, x8 > 5), "b": "text"}, x8),
+        replicax.UnconvertedArrayError, ValueError,
+        ["left['a'] is a masked array of NumPy's", "left['b'] is of type str: 'text'", "x.filled(0)"],
+    ),
+    "an object with __jax_array__": (
+        call(add, x8, {"w": Converts()}),
+        replicax.UnconvertedArrayError, TypeError,
+        ["right['w'] is of type Converts, which has a __jax_array__", "converted by jax.numpy.asarray(x)"],
+    ),
+    "a result that is a masked array": (
+        call(lambda x: {"bad": np.ma.masked_array(x8)}, x8),
+        replicax.UnconvertedArrayError, ValueError, ["result['bad'] is a masked array", "x.filled(0)"],
+    ),
+    "shard a masked array": (
+        lambda: replicax.shard([x8, np.ma.masked_array(x8)]),
+        replicax.UnconvertedArrayError, ValueError, ["shard takes arrays", "tree[1] is a masked array", "x.filled(0)"],
+    ),
+    "fetch an object with __jax_array__": (
+        lambda: replicax.fetch({"w": Converts()}),
+        replicax.UnconvertedArrayError, TypeError, ["tree['w'] is of type Converts", "jax.numpy.asarray(x)"],
+    ),
+    "a compiled program called with a masked array": (
+        lambda: pmap(add).lower(x8, x8).compile()(x8, np.ma.masked_array(x8)),
+        replicax.AheadOfTimeError, TypeError, ["Argument 'right' compiled with float32[8]: it is a masked array"],
+    ),
+    "a compiled program called with many other types": (
+        lambda: pmap(lambda xs: xs).lower([x8] * 30).compile()([x4] * 30),
+        replicax.AheadOfTimeError, TypeError, ["Argument 'xs[0]' compiled with float32[8]", "and 21 more"],
     ),
     "a result that is no array": (
         call(lambda x: {"good": x, "bad": "text"}, x8),
@@ -396,6 +439,9 @@ def test_fault(fault):
     assert not INTERNAL.search(message), message
     assert len(message.splitlines()) <= 12, message
     assert message.rstrip().endswith((".", ")")), "a message ends with what to write instead"
+    assert len(frames_of_ours(caught.value)) <= 2
+    shown = "".join(traceback.format_exception(caught.value))
+    assert not re.search("not a valid JAX type|not supported as direct inputs|Triggering __jax", shown), shown
 
 
 def test_a_fault_inside_the_function_passes_as_it_is():
@@ -471,14 +517,9 @@ def test_an_exception_whose_own_text_fails_passes_as_it_is():
             pmap(fun, static_broadcasted_argnums=())(x8)
 
 
-def frames_of_ours(thunk):
-    try:
-        thunk()
-    except ZeroDivisionError as error:
-        files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-        assert files[-1] == __file__  # where it was raised
-        return [file for file in files if file.startswith(SOURCE)]
-    raise AssertionError("nothing was raised")
+def frames_of_ours(error):
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return [file for file in files if file.startswith(SOURCE)]
 
 
 SOURCE = str(pathlib.Path(replicax.__file__).parent)
@@ -506,4 +547,24 @@ def test_an_exception_of_the_users_shows_their_code_and_not_ours():
         lambda: many([wrong] * 30), lambda: nests(np.ones((2, 2, 2, 2))), lambda: jax.jit(cold)(wrong),
         lambda: cold.lower(wrong), lambda: cold.eval_shape(wrong), lambda: replicax.compat.pmap(fails)(wrong),
     ):  # fmt: skip
-        assert len(frames_of_ours(thunk)) <= 2
+        with pytest.raises(ZeroDivisionError) as caught:
+            thunk()
+        assert len(frames_of_ours(caught.value)) <= 2
+        assert str(caught.traceback[-1].path) == __file__  # where it was raised
+
+
+def test_the_traceback_of_a_warm_call_has_as_few_frames():
+    masked = np.ma.masked_array(x8, x8 > 5)
+    for options in ({}, {"donate_argnums": 0}, {"static_broadcasted_argnums": 1}, {"devices": jax.devices()[:1]}):
+        fun, last = pmap(lambda x, n=2: x, **options), [1] * ("static_broadcasted_argnums" in options)
+        for given in (on_devices, lambda: x8):
+            for _ in range(3):
+                fun(given(), *last)
+            for wrong in masked, Converts(), "text", np.ones(()):
+                with pytest.raises(replicax.ReplicaxError) as caught:
+                    fun(wrong, *last)
+                assert len(frames_of_ours(caught.value)) <= 2
+            if last:
+                with pytest.raises(replicax.StaticArgumentError) as caught:
+                    fun(given(), [1])
+                assert len(frames_of_ours(caught.value)) <= 2

@@ -1,5 +1,7 @@
 """jax.shard_map and jax.pmap inside a map, which run as maps inside it: the values are those of jax.vmap."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,3 +129,26 @@ def test_a_collective_over_the_map_in_a_shard_map_that_looks_at_types():
     with pytest.raises(AssertionError) as caught:
         pmap(sharded(lambda x: lax.psum(x, "i"), P("a"), P("a"), mesh(a=8)), "i")(rows(4, 8))
     assert "Write check_vma=False in the jax.shard_map" in "".join(caught.value.__notes__)
+
+
+def test_an_assertion_of_the_users_gets_no_note_about_shard_map():
+    def fun(x):
+        assert x.ndim == 5
+        return x
+
+    for program in fun, lambda x: lax.map(fun, x):
+        with pytest.raises(AssertionError) as caught:
+            pmap(program)(np.ones((8, 2)))
+        assert "shard_map" not in "".join(getattr(caught.value, "__notes__", ()))
+
+
+def test_a_mesh_with_explicit_axes_or_none_is_refused_in_our_words():
+    explicit = jax.make_mesh((2,), ("k",), (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    doubled = functools.partial(jax.shard_map, lambda x: 2 * x, in_specs=P("k"), out_specs=P("k"))
+    message = r"jax\.shard_map in the mapped function.*Auto axes, as in mesh=jax\.make_mesh"
+    with pytest.raises(replicax.NestedMapError, match=message):
+        pmap(lambda x: doubled(mesh=explicit)(x))(np.ones((8, 2)))
+    with jax.set_mesh(explicit), pytest.raises(replicax.NestedMapError, match=message):
+        pmap(lambda x: doubled()(x))(np.ones((8, 2)))
+    automatic = jax.make_mesh((2,), ("k",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    np.testing.assert_array_equal(pmap(lambda x: doubled(mesh=automatic)(x))(np.ones((8, 2))), np.full((8, 2), 2))

@@ -26,7 +26,9 @@ from replicax._errors import ShardsError as ShardsError
 from replicax._errors import SimulationError as SimulationError
 from replicax._errors import StaticArgumentError as StaticArgumentError
 from replicax._errors import UnboundAxisError as UnboundAxisError
+from replicax._errors import UnconvertedArrayError as UnconvertedArrayError
 from replicax._errors import UnknownBackendError as UnknownBackendError
+from replicax._errors import UnsupportedCallbackError as UnsupportedCallbackError
 from replicax._errors import UnsupportedCollectiveError as UnsupportedCollectiveError
 from replicax._errors import UnsupportedDtypeError as UnsupportedDtypeError
 from replicax._errors import UnsupportedTransformationError as UnsupportedTransformationError
@@ -66,7 +68,9 @@ __all__ = [
     "SimulationError",
     "StaticArgumentError",
     "UnboundAxisError",
+    "UnconvertedArrayError",
     "UnknownBackendError",
+    "UnsupportedCallbackError",
     "UnsupportedCollectiveError",
     "UnsupportedDtypeError",
     "UnsupportedTransformationError",

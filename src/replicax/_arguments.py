@@ -10,9 +10,9 @@ import jax
 
 from replicax import _jax
 from replicax._axes import Chosen, name_leaves, parameter_names
-from replicax._errors import NotAnArrayError, StaticArgumentError, report, text_of, too_large
+from replicax._errors import StaticArgumentError, report, text_of, too_large
 from replicax._references import refuse_passed
-from replicax._replica import describe_type
+from replicax._replica import no_arrays
 
 
 class Call(NamedTuple):
@@ -118,7 +118,7 @@ def check_types(call: Call, leaves: Sequence[Any], *, abstract: bool) -> Hashabl
         NotAnArrayError: naming every leaf that is no array.
         NumberTooLargeError: an int does not fit into 32 bits.
     """
-    faults, names = [], call.leaf_names()
+    faults, names = {}, call.leaf_names()
     refuse_passed(names, leaves)
     for name, x in zip(names, leaves, strict=True):
         try:
@@ -129,20 +129,20 @@ def check_types(call: Call, leaves: Sequence[Any], *, abstract: bool) -> Hashabl
         except OverflowError:
             raise too_large(name, x) from None
         except ValueError as error:
-            error.add_note(f"It is the argument {name}.")
-            raise
+            if not _jax.is_unconverted(x):
+                error.add_note(f"It is the argument {name}.")
+                raise
+            known = False
         if not known:
-            faults.append(f"{name} {describe_type(x)}")
+            faults[name] = x
     if not faults:
         return _jax.type_key(leaves)
-    raise NotAnArrayError(
-        report(
-            "pmap maps arrays, and these arguments are none:",
-            faults,
-            "Convert them to arrays of numbers; or name what is none in static_broadcasted_argnums or "
-            "static_broadcasted_argnames (it has to be hashable); or bind it beforehand with functools.partial.",
-        )
-    )
+    raise no_arrays(
+        "pmap maps arrays, and these arguments are none:",
+        faults,
+        "Convert them to arrays of numbers; or name what is none in static_broadcasted_argnums or "
+        "static_broadcasted_argnames (it has to be hashable); or bind it beforehand with functools.partial.",
+    ) from None
 
 
 def refuse_static(call: Call) -> None:
@@ -172,7 +172,7 @@ def refuse_static(call: Call) -> None:
                 unhashable,
                 "Pass a hashable value, such as a tuple for a list, or do not name the argument as static.",
             )
-        )
+        ) from None
     if incomparable:
         raise StaticArgumentError(
             report(
@@ -180,4 +180,4 @@ def refuse_static(call: Call) -> None:
                 incomparable,
                 "Give the type an __eq__ that returns True or False, and a __hash__ that goes with it.",
             )
-        )
+        ) from None

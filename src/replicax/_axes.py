@@ -149,6 +149,7 @@ class Chosen:
     aliases: tuple[tuple[int, str], ...] = ()
 
 
+@_jax.api_boundary
 def choose(which: str, fun: Callable[..., Any], argnums: int | Iterable[int], argnames: str | Iterable[str]) -> Chosen:
     """Checks ``<which>_argnums`` and ``<which>_argnames``, and completes each by the other.
 
@@ -448,16 +449,16 @@ def mapped_size(axes: Sequence[int | None], leaves: Sequence[Leaf], axis_size: i
                 "Map an argument with in_axes, or give the number of replicas, as in pmap(f, axis_size=8).",
             )
         )
-    if len(sizes) == 1:
+    if axis_size is not None:
+        faults.insert(0, f"axis_size is {axis_size}")
+    if len(sizes) == 1 or (axis_size is not None and axis_size < 1):
         raise MappedSizeError(
             report(
                 "pmap needs at least one replica:",
-                faults or [f"axis_size is {axis_size}"],
-                "Map an axis that is not empty, and give an axis_size of at least 1.",
+                faults,
+                "Map an axis that is not empty, and give an axis_size of at least 1, or leave axis_size out.",
             )
         )
-    if axis_size is not None:
-        faults.insert(0, f"axis_size is {axis_size}")
     raise MappedSizeError(
         report(
             "pmap got inconsistent sizes for array axes to be mapped:",

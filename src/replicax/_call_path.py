@@ -25,7 +25,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy import ndarray
 
-from replicax import _cpp, _cpu_threads
+from replicax import _cpp, _cpu_threads, _jax
 from replicax._arguments import function_name
 from replicax._options import Options
 from replicax._packing import MANY
@@ -98,7 +98,7 @@ class Switch:
         with self._lock:
             for taker in takers:
                 call = taker._slow_path if self._tracing else taker._paths[taker._start]
-                taker.__call__ = _cpu_threads.bounded(call) if self._bounded else call
+                taker.__call__ = _cpu_threads.bounded(call, taker._slow_path) if self._bounded else call
 
 
 class PathTaker(Generic[R]):
@@ -127,14 +127,15 @@ class PathTaker(Generic[R]):
             switch: Tells when calls have to take it.
         """
         self._switch, self._start, self._copies = switch, Path.IN_PLACE, False
-        self._slow_path = lambda *args, **kwargs: slow_path(args, kwargs, False).result
+        self._slow_path = _jax.api_boundary(lambda *args, **kwargs: slow_path(args, kwargs, False).result)
         itself = weakref.ref(self)
         copied = table(functools.partial(_run_and_learn, itself, slow_path, True), copied=True)
         in_place = table(functools.partial(_missed, itself, slow_path, copied), copied=False)
+        maybe_packed = functools.partial(_maybe_packed, itself, slow_path, in_place)
         self._paths = {
             Path.IN_PLACE: in_place,
-            Path.COPY_HOST_LEAVES: _starting(itself, in_place, functools.partial(_copy_host_leaves, copied)),
-            Path.PACKED: _starting(itself, in_place, functools.partial(_maybe_packed, itself, slow_path, in_place)),
+            Path.COPY_HOST_LEAVES: _starting(itself, in_place, copied, _copies),
+            Path.PACKED: _starting(itself, in_place, _jax.api_boundary(maybe_packed)),
         }
         switch.add(self)
 
@@ -175,27 +176,33 @@ def _missed(
     if (found := taker()) is not None and found._copies and has_host_leaves(args, kwargs):
         if starts_with_host_leaf(args, kwargs):
             found._begin(Path.COPY_HOST_LEAVES)
-        return _copy_host_leaves(copied, *args, **kwargs), None
+        args, kwargs = _copies(args, kwargs)
+        return copied(*args, **kwargs), None
     return _run_and_learn(taker, slow_path, False, args, kwargs)
 
 
-def _copy_host_leaves(copied: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A call on copies of its small NumPy arrays, whose owner may change them before the program has run."""
+def _copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with copies of small NumPy arrays, whose owner may change them before the program has run."""
     if kwargs or len(args) != 1:
-        return copied(*map(copy_small, args), **{name: copy_small(tree) for name, tree in kwargs.items()})
-    return copied(copy_small(args[0]))  # the same with fewer steps
+        return tuple(map(copy_small, args)), {name: copy_small(tree) for name, tree in kwargs.items()}
+    return (copy_small(args[0]),), kwargs  # the same with fewer steps
 
 
 def _starting(
-    taker: weakref.ref[PathTaker[Any]], in_place: Callable[..., Any], with_host_leaves: Callable[..., Any]
+    taker: weakref.ref[PathTaker[Any]],
+    in_place: Callable[..., Any],
+    with_host_leaves: Callable[..., Any],
+    prepare: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
 ) -> Callable[..., Any]:
-    """Runs calls that begin with NumPy arrays so, and others in place."""
+    """Runs calls that begin with NumPy arrays so, once they are prepared, and others in place."""
     others = 0
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal others
         if starts_with_host_leaf(args, kwargs):
             others = 0
+            if prepare is not None:
+                args, kwargs = prepare(args, kwargs)
             return with_host_leaves(*args, **kwargs)
         others += 1
         if others >= IN_A_ROW and (found := taker()) is not None:
@@ -237,6 +244,7 @@ def table(
     donates = bool(options.donated.positions or options.donated.names)
     static = options.static.positions, options.static.names
 
+    @_jax.api_boundary
     def in_python(*args: Any, **kwargs: Any) -> Any:
         return slow(args, kwargs)[0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jax._src import ad_util, callback, core, debugging
 from jax._src import linear_util as lu
 from jax._src.interpreters import ad, batching, mlir
 
-from replicax._jax import Equation, Jaxpr, constants, derivative_rules, sub_jaxprs, trace_rule
+from replicax._jax import Equation, Jaxpr, axis_env, constants, derivative_rules, rule_jaxprs, sub_jaxprs, trace_rule
 
 #: Runs a jaxpr on constants, arguments and the number of an earlier failure; the results, and the number after it.
 Run = Callable[[Jaxpr, Sequence[Any], Sequence[Any], Any], tuple[list[Any], Any]]
@@ -207,6 +207,22 @@ def bind_custom(eqn: Equation, args: Sequence[Any], failed: Any, run: Run) -> tu
     with eqn.ctx.manager:
         *results, number = eqn.primitive.bind(*args, failed, **params)
     return results, _no_tangent_p.bind(number)
+
+
+def forward_rule(eqn: Equation, sizes: Mapping[Hashable, int]) -> Jaxpr | None:
+    """The program that JAX runs in place of a ``custom_jvp`` or ``custom_vjp`` function that it differentiates.
+
+    None where it cannot be traced: it will not run then, either.
+
+    Args:
+        eqn: The equation.
+        sizes: The mapped axes in scope.
+    """
+    try:
+        with axis_env(sizes):
+            return next(rule_jaxprs(eqn))
+    except Exception:  # a rule of the user's may raise anything
+        return None
 
 
 _no_tangent_p = core.Primitive("no_tangent")  # JAX gives every result of a custom_vjp a tangent

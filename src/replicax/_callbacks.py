@@ -4,6 +4,10 @@ Before a program is rewritten, each callback in it becomes a :func:`_callback_pr
 the first failure goes through the program as data, in the carries of loops and the results of branches. What it would
 mean to raise at once, and what is raised in the end, stands in :mod:`replicax._failures`.
 
+A forward rule of ``custom_jvp`` or ``custom_vjp`` is run only by a derivative, and from outside that comes after the
+program is lowered. So the rules are traced beforehand, where there may be one, to see whether they call back. A reverse
+rule has no result that could carry a number.
+
 While there is a failure, loops end and branches are chosen alike where replicas communicate inside, since what a
 callback left behind, zeros, may differ from what the other replicas go by.
 """
@@ -11,7 +15,7 @@ callback left behind, zeros, may differ from what the other replicas go by.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +47,21 @@ def refuse_ordered(jaxpr: Jaxpr, name: str) -> None:
         )
 
 
-def guard(jaxpr: Jaxpr, consts: Sequence[Any], axis: LogicalAxis, name: str) -> tuple[Jaxpr, Sequence[Any]] | None:
+class GuardedProgram(NamedTuple):
+    """The program of one replica with its callbacks guarded.
+
+    Attributes:
+        jaxpr: The program.
+        consts: The values of its constants; those that it had before come last.
+        in_rules: The names of the primitives in the forward rules that a derivative would run.
+    """
+
+    jaxpr: Jaxpr
+    consts: Sequence[Any]
+    in_rules: set[str]
+
+
+def guard(jaxpr: Jaxpr, consts: Sequence[Any], axis: LogicalAxis, name: str) -> GuardedProgram | None:
     """The program of one replica with its callbacks guarded, or None if it has none.
 
     Args:
@@ -53,10 +71,9 @@ def guard(jaxpr: Jaxpr, consts: Sequence[Any], axis: LogicalAxis, name: str) -> 
         name: What the user calls the mapped function.
 
     Returns:
-        A program with one result more: the number of the first failure in any replica. And its constants; those of
-        ``jaxpr`` come last.
+        A program with one result more: the number of the first failure in any replica.
     """
-    guarding = _Guarding({axis.name: axis.size}, name)
+    guarding = _Guarding({axis.name: axis.size}, name, rules=not _jax.eager())
     if not guarding.calls_back(jaxpr):
         return None
 
@@ -66,7 +83,7 @@ def guard(jaxpr: Jaxpr, consts: Sequence[Any], axis: LogicalAxis, name: str) -> 
 
     body = _jax.body(jaxpr)
     new, own = _jax.trace_flat(guarded, [var.aval for var in [*body.constvars, *body.invars]], {axis.name: axis.size})
-    return _jax.open_constants(new, len(own) + len(consts)), [*own, *consts]
+    return GuardedProgram(_jax.open_constants(new, len(own) + len(consts)), [*own, *consts], guarding.in_rules)
 
 
 class _Guarding:
@@ -75,18 +92,47 @@ class _Guarding:
     Args:
         sizes: The mapped axes in scope.
         name: What the user calls the mapped function.
+        rules: Whether there may be a derivative from outside, which runs forward rules of the user's.
+
+    Attributes:
+        in_rules: The names of the primitives in the forward rules that have been looked at.
     """
 
-    def __init__(self, sizes: Mapping[Hashable, int], name: str) -> None:
-        self.sizes, self.name = sizes, name
-        self._calls: dict[int, tuple[Jaxpr, bool]] = {}
+    def __init__(self, sizes: Mapping[Hashable, int], name: str, *, rules: bool) -> None:
+        self.sizes, self.name, self.rules = sizes, name, rules
+        self._calls: dict[int, tuple[Jaxpr | Equation, bool]] = {}
+        self._inside: dict[Hashable, _Guarding] = {}
+        self.in_rules: set[str] = set()
         self._named: dict[int, tuple[Jaxpr, frozenset[Hashable]]] = {}
 
     def calls_back(self, jaxpr: Jaxpr) -> bool:
         """Whether there is a callback anywhere in a jaxpr."""
         if id(jaxpr) not in self._calls:
-            self._calls[id(jaxpr)] = (jaxpr, _find(jaxpr, _callback_primitives.is_callback) is not None)
+            self._calls[id(jaxpr)] = (jaxpr, any(map(self.equation_calls_back, _jax.body(jaxpr).eqns)))
         return self._calls[id(jaxpr)][1]
+
+    def equation_calls_back(self, eqn: Equation) -> bool:
+        """Whether an equation is a callback, or has one anywhere inside."""
+        if _callback_primitives.is_callback(eqn):
+            return True
+        guarding = self.inside(eqn) if _primitives.is_nested_map(eqn) else self
+        if any(map(guarding.calls_back, _jax.sub_jaxprs(eqn))):
+            return True
+        if not self.rules or not _jax.derivative_rules(eqn):
+            return False
+        if id(eqn) not in self._calls:
+            rule = _callback_primitives.forward_rule(eqn, self.sizes)
+            self._calls[id(eqn)] = (eqn, rule is not None and self.calls_back(rule))
+            self.in_rules |= _jax.primitives(rule) if rule is not None else set()
+        return self._calls[id(eqn)][1]
+
+    def inside(self, eqn: Equation) -> _Guarding:
+        """What guards the callbacks of a map inside."""
+        name, size = eqn.params["name"], eqn.params["size"]
+        if (name, size) not in self._inside:
+            inside = self._inside[name, size] = _Guarding({**self.sizes, name: size}, self.name, rules=self.rules)
+            inside.in_rules = self.in_rules
+        return self._inside[name, size]
 
     def named(self, jaxprs: Sequence[Jaxpr]) -> frozenset[Hashable]:
         """The mapped axes in scope that collectives anywhere in the jaxprs are over."""
@@ -136,7 +182,7 @@ class _Guarding:
             results, number = _callback_primitives.guarded(eqn, args, failed, self.name)
             return results, jnp.maximum(failed, number)
         subs = list(_jax.sub_jaxprs(eqn))
-        calls = any(map(self.calls_back, subs))
+        calls = self.equation_calls_back(eqn)
         kind = eqn.primitive.name
         if kind in ("while", "cond") and (calls or self.named(subs)):
             return {"while": self._while, "cond": self._cond}[kind](eqn, args, failed)
@@ -216,7 +262,7 @@ class _Guarding:
     def _nested(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
         """A map inside, which takes an earlier failure for all its replicas and gives the first one of any."""
         (inner,), (name, size) = _jax.sub_jaxprs(eqn), (eqn.params["name"], eqn.params["size"])
-        inside = _Guarding({**self.sizes, name: size}, self.name)
+        inside = self.inside(eqn)
 
         def guarded(failed: Any, *args: Any) -> list[Any]:
             results, failed = inside.run(inner, _jax.constants(inner), args, failed)

@@ -35,6 +35,7 @@ from typing import Any
 import jax
 
 from replicax import _cpp, _jax
+from replicax._errors import ReplicaxError
 
 
 def threads_for(devices: int) -> int:
@@ -149,11 +150,19 @@ def may_hang(mesh: jax.sharding.Mesh) -> bool:
     return True
 
 
-def bounded(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs calls so that few are in flight, where more might hang."""
+def bounded(call: Callable[..., Any], in_python: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Runs calls so that few are in flight, where more might hang.
+
+    A call that C++ refuses without the argument's name is refused again ``in_python``, which knows the name.
+    """
 
     def bounding(*args: Any, **kwargs: Any) -> Any:
-        result = call(*args, **kwargs)
+        try:
+            result = call(*args, **kwargs)
+        except ReplicaxError as error:
+            if not error.nameless or in_python is None:
+                raise
+            result = in_python(*args, **kwargs)  # which raises it with the name
         if _calls.caller != threading.get_ident():
             _calls.note(result)
         return result

@@ -8,6 +8,7 @@ has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written
     ├── AxisSpecError                ValueError           in_axes or out_axes does not fit
     ├── AxisSpecTypeError            TypeError            in_axes or out_axes holds something that is no axis
     ├── NotAnArrayError              TypeError            an argument or a result is no array
+    │   └── UnconvertedArrayError    ValueError           it has to be converted: a masked array, or __jax_array__
     ├── UnsupportedDtypeError        TypeError            an argument or a result of a dtype that XLA cannot pad
     ├── NotAFunctionError            TypeError            what was to be mapped is no function
     ├── NestedMapError               ValueError           what cannot run as a map inside a mapped function
@@ -25,6 +26,7 @@ has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written
     ├── CollectiveArgumentError      ValueError           a permutation, group or index that no collective can follow
     ├── DivergentOutputError         ValueError           out_axes=None for a result that differs between replicas
     ├── OrderedCallbackError         ValueError           a callback with ordered=True, in a mapped function
+    ├── UnsupportedCallbackError     NotImplementedError  an io_callback where JAX cannot vectorize it
     ├── CallbackError                RuntimeError         a callback of the user's raised an exception in a replica
     ├── ShardsError                  ValueError           the shards of device_put_sharded do not fit together
     ├── SimulationError              RuntimeError         simulate_devices after JAX has started
@@ -39,7 +41,13 @@ from collections.abc import Sequence
 
 
 class ReplicaxError(Exception):
-    """The base of every error that replicax raises."""
+    """The base of every error that replicax raises.
+
+    Attributes:
+        nameless: Whether it is about an argument whose name was not known where it was raised.
+    """
+
+    nameless = False
 
 
 class MappedSizeError(ReplicaxError, ValueError):
@@ -56,6 +64,10 @@ class AxisSpecTypeError(ReplicaxError, TypeError):
 
 class NotAnArrayError(ReplicaxError, TypeError):
     """An argument, or a result of the mapped function, is not an array."""
+
+
+class UnconvertedArrayError(NotAnArrayError, ValueError):
+    """An argument is a masked array, or of a type with ``__jax_array__``: JAX takes neither as it is."""
 
 
 class UnsupportedDtypeError(ReplicaxError, TypeError):
@@ -126,6 +138,10 @@ class OrderedCallbackError(ReplicaxError, ValueError):
     """A mapped function calls back into Python with ``ordered=True``, and nothing orders the calls of replicas."""
 
 
+class UnsupportedCallbackError(ReplicaxError, NotImplementedError):
+    """An ``io_callback`` in a branch or loop that replicas of one device go through differently."""
+
+
 class CallbackError(ReplicaxError, RuntimeError):
     """A callback of the user's raised an exception in a replica; JAX shows it as text in an error of its own."""
 
@@ -166,6 +182,12 @@ def too_large(which: str, x: object) -> NumberTooLargeError:
         f"{which} is {x}, which is too large for a 32-bit int. Enable 64-bit types with "
         f"jax.config.update('jax_enable_x64', True), or pass a float."
     )
+
+
+def nameless(error: ReplicaxError) -> ReplicaxError:
+    """The error, marked as one about an argument whose name is not known here."""
+    error.nameless = True
+    return error
 
 
 def text_of(error: BaseException) -> str:

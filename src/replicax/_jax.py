@@ -215,9 +215,27 @@ def unbound_axis_name(error: NameError) -> str | None:
     return found and found.group(1)
 
 
+def raised(error: BaseException) -> bool:
+    """Whether it was JAX's own code that raised an exception, and not the user's."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_code.co_filename.startswith(_JAX)
+
+
+_JAX = os.path.dirname(jax.__file__) + os.sep
+
+
 def is_about_shard_map_types(error: AssertionError) -> bool:
     """Whether JAX failed on a type that says over which axes of a mesh a value varies, since here is no mesh."""
     return text_of(error).startswith("ManualAxisType(")
+
+
+def is_about_explicit_meshes(error: Exception) -> bool:
+    """Whether ``shard_map`` misses a mesh, or arguments that lie on one with ``Explicit`` axes."""
+    said = text_of(error)
+    misplaced = "in_specs passed to shard_map" in said and "does not match the specs of the input" in said
+    return misplaced or said.startswith("The context mesh cannot be empty") or "sharded on `Explicit` axes is" in said
 
 
 def one_level(tree: Any) -> tuple[list[Any], Any] | None:
@@ -781,7 +799,31 @@ def is_array_type(x: object) -> bool:
         core.typeof(x)
     except TypeError:
         return False
+    except ValueError:
+        if is_unconverted(x):
+            return False
+        raise
     return True
+
+
+def is_unconverted(x: object) -> bool:
+    """Whether JAX has the user convert ``x`` to an array: a masked array, or an object with ``__jax_array__``."""
+    return is_masked(x) or (hasattr(type(x), "__jax_array__") and not isinstance(x, jax.Array | core.Tracer))
+
+
+def is_masked(x: object) -> bool:
+    """Whether ``x`` is a masked array of NumPy's."""
+    return isinstance(x, np.ma.MaskedArray | Masked)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Masked:
+    """A masked array as something that C++ takes for no array: of an array it would use what is behind the mask."""
+
+    array: Any
+
+    def __jax_array__(self) -> Any:
+        raise TypeError("a masked array")
 
 
 def is_vmappable(x: object) -> bool:

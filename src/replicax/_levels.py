@@ -13,6 +13,7 @@ from jax import lax
 
 from replicax import _primitives
 from replicax._blocks import on_data, real_rows
+from replicax._errors import UnsupportedCallbackError, text_of
 from replicax._layout import LogicalAxis
 from replicax._placement import Placement
 
@@ -24,7 +25,9 @@ def over_lanes(
 ) -> OneReplica:
     """What one device runs on its block of each argument: its lanes, vectorized."""
     if axis.lane_axis is not None:
-        return jax.vmap(one_replica, tuple(in_axes), tuple(out_axes), axis_name=axis.lane_axis, axis_size=axis.lanes)
+        options = {"axis_name": axis.lane_axis, "axis_size": axis.lanes}
+        vectorized = jax.vmap(one_replica, tuple(in_axes), tuple(out_axes), **options)
+        return functools.partial(_explaining, vectorized, axis)
 
     def only_lane(*blocks: Any) -> tuple[Any, ...]:
         args = (x if a is None else lax.squeeze(x, [a]) for x, a in zip(blocks, in_axes, strict=True))
@@ -32,6 +35,36 @@ def over_lanes(
         return tuple(y if a is None else lax.expand_dims(y, [a]) for y, a in zip(outs, out_axes, strict=True))
 
     return only_lane
+
+
+def _explaining(vectorized: OneReplica, axis: LogicalAxis, *blocks: Any) -> Sequence[Any]:
+    """Runs several lanes, where JAX refuses some callbacks."""
+    try:
+        return vectorized(*blocks)
+    except Exception as error:  # JAX has no class of its own for these
+        for theirs, (where, instead) in UNVECTORIZED.items():
+            if theirs in text_of(error):
+                raise UnsupportedCallbackError(
+                    f"The mapped function calls jax.experimental.io_callback in {where}. Here {axis.lanes} replicas "
+                    f"share a device, which runs them together and cannot make the calls of one alone. {instead}; or "
+                    f"use jax.pure_callback or jax.debug.callback, if a call too many does no harm; or map over no "
+                    f"more replicas than there are devices."
+                ).with_traceback(error.__traceback__) from None
+        raise
+
+
+#: What JAX refuses of callbacks with an effect, where it is found, and what to write instead.
+UNVECTORIZED = {
+    "IO effect not supported in vmap-of-cond": (
+        "a branch of jax.lax.cond or jax.lax.switch, which replicas choose differently",
+        "Call it outside of the branch, and pass the choice along, as in io_callback(f, result, chosen, x)",
+    ),
+    "Unordered IO effects not supported in while_loop with batched predicate": (
+        "a jax.lax.while_loop, which replicas leave at different times",
+        "Write a loop with as many rounds for all, as jax.lax.fori_loop, and pass along whether a replica is still "
+        "in it, as in io_callback(f, result, goes_on, x)",
+    ),
+}
 
 
 def pad_rows(x: Any, dim: int, placement: Placement) -> Any:

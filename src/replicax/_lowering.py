@@ -67,7 +67,7 @@ def lower(replica: Replica, layout: Layout, inputs: Inputs, outputs: Outputs, na
         out_splits=out_splits,
         function=function,
         closed=body.closed,
-        one_mesh=_jax.needs_one_mesh(replica.primitives),
+        one_mesh=_jax.needs_one_mesh(replica.primitives | body.in_rules),
         policy=outputs.policy,
     )
 
@@ -84,6 +84,7 @@ class _Body:
         in_places: Where each argument has the axis of a map inside, split over devices.
         out_places: The same of each result.
         passed: Which of the closed-over arrays are passed, after the arguments.
+        in_rules: The names of the primitives in forward rules that call back.
         by_replica: Whether it matters which replica gets which part of a cotangent of an equal result.
     """
 
@@ -94,6 +95,7 @@ class _Body:
     in_places: Sequence[_Place]
     out_places: Sequence[_Place]
     passed: Sequence[int]
+    in_rules: frozenset[str]
     by_replica: bool
 
     @property
@@ -132,7 +134,7 @@ def _body(
 ) -> _Body:
     running, guarded = replica, guard(replica.jaxpr, replica.consts, layout.axis, name)
     if guarded is not None:
-        running = dataclasses.replace(replica, jaxpr=guarded[0], consts=guarded[1])
+        running = dataclasses.replace(replica, jaxpr=guarded.jaxpr, consts=guarded.consts)
     every = [*out_axes, *[None] * (guarded is not None)]
     in_places, out_places = _places(running.jaxpr, layout, every)
     return _Body(
@@ -143,6 +145,7 @@ def _body(
         in_places=in_places,
         out_places=out_places,
         passed=[k for k, const in enumerate(running.consts) if _has_to_be_passed(const)],
+        in_rules=frozenset() if guarded is None else frozenset(guarded.in_rules),
         by_replica="custom_vjp_call" in replica.primitives or policy is OutputPolicy.TAKE_FIRST,
     )
 

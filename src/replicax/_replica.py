@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,15 @@ import numpy as np
 from jax.tree_util import keystr
 
 from replicax import _jax
-from replicax._errors import NotAnArrayError, UnboundAxisError, UnsupportedCollectiveError, report, text_of
+from replicax._errors import (
+    NestedMapError,
+    NotAnArrayError,
+    UnboundAxisError,
+    UnconvertedArrayError,
+    UnsupportedCollectiveError,
+    report,
+    text_of,
+)
 from replicax._references import refuse_closed_over
 from replicax._shard_maps import as_nested_maps
 
@@ -108,7 +116,14 @@ def trace_replica(
         ).with_traceback(error.__traceback__) from None
     except (NotImplementedError, TypeError, ValueError) as error:
         _explain(error)
-        raise
+        if not _jax.is_about_explicit_meshes(error):
+            raise
+        raise NestedMapError(
+            "A jax.shard_map in the mapped function is over a mesh that jax.set_mesh has set, or one with Explicit "
+            "axes, and a map puts such a mesh aside: its replicas have devices of their own. Pass the mesh to the "
+            "jax.shard_map, and make it with Auto axes, as in mesh=jax.make_mesh(shape, names, axis_types="
+            "(jax.sharding.AxisType.Auto,) * len(names))."
+        ).with_traceback(error.__traceback__) from None
     called = getattr(fun, "__name__", "The mapped function")
     refuse_closed_over(called, consts)
     jaxpr = as_nested_maps(jaxpr, {name: size}, called)
@@ -148,7 +163,7 @@ def _explain(error: Exception) -> None:
     for theirs, ours in REFUSALS.items():
         if theirs in said:
             error.add_note(ours)
-    if isinstance(error, AssertionError) and not said:
+    if isinstance(error, AssertionError) and not said and _jax.raised(error):
         error.add_note(
             "If this is a collective over the axis of the map, in a jax.shard_map inside the map: JAX's types there "
             "know the axes of its own mesh alone. Write check_vma=False in the jax.shard_map."
@@ -156,23 +171,36 @@ def _explain(error: Exception) -> None:
 
 
 def _check_results(out: Any) -> None:
-    faults = [
-        f"result{keystr(path)} {describe_type(x)}"
+    faults = {
+        f"result{keystr(path)}": x
         for path, x in jax.tree_util.tree_leaves_with_path(out)
         if (not _jax.is_array_type(x) and not isinstance(x, bool)) or _jax.is_reference(x)
-    ]
+    }
     if faults:
-        raise NotAnArrayError(
-            report(
-                "pmap returns arrays, and these results of the mapped function are none:",
-                faults,
-                "Return arrays, scalars and trees of them, and the rest outside the mapped function.",
-            )
+        raise no_arrays(
+            "pmap returns arrays, and these results of the mapped function are none:",
+            faults,
+            "Return arrays, scalars and trees of them, and the rest outside the mapped function.",
         )
+
+
+def no_arrays(headline: str, named: Mapping[str, Any], remedy: str) -> NotAnArrayError:
+    """The error about what is no array, by its name."""
+    unconverted = list(filter(_jax.is_unconverted, named.values()))
+    if any(map(_jax.is_masked, unconverted)):
+        remedy += " Of a masked array JAX would lose the mask: write x.filled(0)."
+    if not all(map(_jax.is_masked, unconverted)):
+        remedy += " What has a __jax_array__ is converted by jax.numpy.asarray(x)."
+    kind = UnconvertedArrayError if unconverted else NotAnArrayError
+    return kind(report(headline, [f"{name} {describe_type(x)}" for name, x in named.items()], remedy))
 
 
 def describe_type(x: object) -> str:
     """What a message says of something that is no array."""
+    if _jax.is_masked(x):
+        return "is a masked array of NumPy's"
+    if _jax.is_unconverted(x):
+        return f"is of type {type(x).__name__}, which has a __jax_array__"
     if isinstance(x, np.ndarray):
         return f"is a NumPy array of dtype {x.dtype}"
     if _jax.is_reference(x):

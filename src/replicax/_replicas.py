@@ -11,11 +11,11 @@ import numpy as np
 from jax.tree_util import keystr
 
 from replicax import _cpp, _jax
-from replicax._errors import AxisSpecError, DeletedArrayError, MappedSizeError, NotAnArrayError, as_int, report
+from replicax._errors import AxisSpecError, DeletedArrayError, MappedSizeError, as_int, report
 from replicax._layout import layout
 from replicax._options import check_devices
 from replicax._pmap import pmap
-from replicax._replica import describe_type
+from replicax._replica import no_arrays
 
 Tree = TypeVar("Tree")
 
@@ -34,6 +34,10 @@ def replicate(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax
     Returns:
         The same tree, its arrays of shape ``(replicas, ...)``, lying where :func:`pmap` would put results.
 
+    Raises:
+        NotAnArrayError: naming every leaf that is no array.
+        MappedSizeError: ``axis_size`` is less than 1.
+
     Example:
         >>> import numpy as np, replicax
         >>> replicax.replicate({"w": np.ones(3)}, 4)["w"].shape
@@ -42,6 +46,8 @@ def replicate(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax
     check_arrays("replicate", tree)
     if axis_size is None:
         axis_size = len(jax.devices() if devices is None else check_devices(devices))
+    if as_int("axis_size", axis_size) < 1:
+        raise MappedSizeError(f"replicate into {axis_size} copies: axis_size is the number of replicas, at least 1.")
     return pmap(_identity, in_axes=None, axis_size=axis_size, devices=devices)(tree)
 
 
@@ -289,6 +295,7 @@ def _is_array(x: Any) -> bool:
     return type(x) is _cpp.ArrayImpl or isinstance(x, jax.Array)
 
 
+@_jax.api_boundary
 def check_arrays(caller: str, tree: Any, leaves: Sequence[Any] | None = None) -> None:
     """Refuses a tree (of these leaves, where they are known) that holds something without a value as an array.
 
@@ -297,18 +304,12 @@ def check_arrays(caller: str, tree: Any, leaves: Sequence[Any] | None = None) ->
     """
     if all(map(_has_value, jax.tree.leaves(tree) if leaves is None else leaves)):
         return
-    faults = [
-        f"tree{keystr(path)} {describe_type(x)}"
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        if not _has_value(x)
-    ]
+    faults = {f"tree{keystr(path)}": x for path, x in jax.tree_util.tree_leaves_with_path(tree) if not _has_value(x)}
     if faults:
-        raise NotAnArrayError(
-            report(
-                f"{caller} takes arrays that have values, and these have none:",
-                faults,
-                "Take out of the tree what is no array of numbers; under jit, map with pmap instead.",
-            )
+        raise no_arrays(
+            f"{caller} takes arrays that have values, and these have none:",
+            faults,
+            "Take out of the tree what is no array of numbers; under jit, map with pmap instead.",
         )
 
 
@@ -342,6 +343,7 @@ def _is_deleted(x: Any) -> bool:
     return _is_array(x) and x.is_deleted()
 
 
+@_jax.api_boundary
 def _check_leading_axis(caller: str, tree: Any, leaves: Sequence[Any]) -> None:
     check_arrays(caller, tree, leaves)
     _check_deleted(caller, tree, leaves)

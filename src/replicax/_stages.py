@@ -15,6 +15,7 @@ from replicax._dispatch import Dispatcher
 from replicax._errors import AheadOfTimeError, report
 from replicax._executable import Executable
 from replicax._lowering import Recorded
+from replicax._replica import describe_type
 from replicax._run import run
 from replicax._signature import Signature, structure_differences, type_name
 
@@ -52,6 +53,7 @@ class Plan:
         flat, _ = values
         return self.signature.tree.unflatten(flat[: len(self.signature.leaves)])
 
+    @_jax.api_boundary
     def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The arguments of a call of the compiled program, checked.
 
@@ -81,7 +83,7 @@ class Plan:
             try:
                 aval = _jax.typeof(x)
             except (TypeError, ValueError):
-                faults.append(f"Argument {leaf.name!r} compiled with {type_name(leaf.aval)} and called with {x!r:.60}")
+                faults.append(f"Argument {leaf.name!r} compiled with {type_name(leaf.aval)}: it {describe_type(x)}")
                 continue
             if (aval.shape, aval.dtype) != (leaf.aval.shape, leaf.aval.dtype):
                 was, now = type_name(leaf.aval), type_name(aval)
@@ -97,13 +99,10 @@ class Plan:
             )
         if faults:
             raise AheadOfTimeError(
-                "\n".join(
-                    [
-                        "Argument types differ from the types for which this computation was compiled. "
-                        "The mismatches are:",
-                        *faults,
-                        "Convert the arguments, or call the map itself, which compiles for new types.",
-                    ]
+                report(
+                    "Argument types differ from the types for which this computation was compiled. The mismatches are:",
+                    faults,
+                    "Convert the arguments, or call the map itself, which compiles for new types.",
                 )
             )
 

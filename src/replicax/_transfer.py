@@ -15,7 +15,7 @@ from numpy import ndarray
 
 from replicax import _cpp, _jax
 from replicax._cpp import ArrayImpl
-from replicax._errors import too_large
+from replicax._errors import UnconvertedArrayError, nameless, too_large
 from replicax._placement import Placement
 
 #: Up to so many bytes, copying an array twice takes no longer than copying it to where a device can use it.
@@ -63,7 +63,7 @@ def _as_numpy(x: Any) -> np.ndarray[Any, Any]:
     try:
         return np.asarray(x, _jax.typeof(x).dtype)
     except OverflowError:
-        raise too_large("An argument", x) from None
+        raise nameless(too_large("An argument", x)) from None
 
 
 def copy_small(tree: Any) -> Any:
@@ -76,6 +76,8 @@ def copy_small(tree: Any) -> Any:
     if kind is list:
         return [copy_small(x) for x in tree]
     if isinstance(tree, ndarray):
+        if isinstance(tree, np.ma.MaskedArray):
+            return _jax.Masked(tree)
         host = plain(tree)
         return host.copy() if kind is not ndarray and host.nbytes <= SMALL else host
     return tree if jax.tree_util.all_leaves((tree,)) else jax.tree.map(copy_small, tree)
@@ -85,10 +87,15 @@ def plain(x: Any) -> Any:
     """A NumPy array, or one of a subclass (a memory map, a matrix), of NumPy's own class and native.
 
     Raises:
-        ValueError: it is masked; C++ would take no notice of the mask.
+        UnconvertedArrayError: it is masked.
     """
     if isinstance(x, np.ma.MaskedArray):
-        _jax.typeof(x)  # which refuses it
+        raise nameless(
+            UnconvertedArrayError(
+                f"pmap maps arrays, and an argument of shape {x.shape} is a masked array of NumPy's, of which JAX "
+                f"would lose the mask. Write x.filled(0)."
+            )
+        )
     return np.asarray(native(x))
 
 
