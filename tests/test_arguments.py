@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from replicax import DeletedArrayError, _run, pmap
+from replicax import DeletedArrayError, pmap
+from replicax._runtime import run as _run
 from replicax.testing import check
 from test_inputs import everywhere
 

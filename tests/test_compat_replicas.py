@@ -50,7 +50,7 @@ def test_afterwards_it_counts_those_that_there_are():
         assert [getattr(jax, name) for name in names] == before
 
 
-@pytest.mark.parametrize("package", ["jax.experimental.multihost_utils", "orbax.checkpoint", "replicax._replicas"])
+@pytest.mark.parametrize("package", ["jax.experimental.multihost_utils", "orbax.checkpoint", "replicax._arrays"])
 def test_jax_and_orbax_see_those_that_there_are(package):
     asking = {"jax": jax, "__name__": package}
     with compat.installed(replicas=12):

@@ -12,7 +12,8 @@ import pytest
 from jax import lax
 
 import replicax
-from replicax import _cpu_threads, _jax
+from replicax import _jax
+from replicax._runtime import cpu_threads as _cpu_threads
 
 needed = pytest.mark.skipif(not _jax.FEW_CPU_THREADS_HANG, reason="this jaxlib has threads enough")
 

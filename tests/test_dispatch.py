@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from jax import lax
 
-from replicax import DeletedArrayError, StaticArgumentError, _cpu_threads, _dispatch, _transfer, pmap
-from replicax._call_path import Path
+from replicax import DeletedArrayError, StaticArgumentError, pmap
+from replicax._runtime import cpu_threads as _cpu_threads
+from replicax._runtime import dispatch as _dispatch
+from replicax._runtime import transfer as _transfer
+from replicax._runtime.call_path import Path
 
 
 @pytest.fixture
@@ -324,7 +327,7 @@ def test_donated_arrays_beside_packed_ones_are_taken():
 
 
 def test_large_programs_are_not_compiled_a_second_time(monkeypatch):
-    monkeypatch.setattr("replicax._packing.EQUATIONS", 5)
+    monkeypatch.setattr("replicax._runtime.packing.EQUATIONS", 5)
     mapped = pmap(lambda tree: sum(tree))
     for _ in range(3):
         np.testing.assert_array_equal(mapped([rows(8)] * 10), 10 * rows(8))

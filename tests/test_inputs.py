@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from replicax import _run, pmap
+from replicax import pmap
+from replicax._runtime import run as _run
 from replicax.testing import check
 
 N = {"direct": 8, "lanes": 16, "fewer": 5, "padded": 13, "one": 1}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replicax._layout import layout
+from replicax._layout.layout import layout
 
 
 @given(st.integers(1, 10_000), st.integers(1, 8), st.booleans())

@@ -9,8 +9,9 @@ from jax import lax
 
 import test_nested
 from collectives import CONTEXTS, faults
-from replicax import _placement, pmap
-from replicax._placement import Placement
+from replicax import pmap
+from replicax._layout import placement as _placement
+from replicax._layout.placement import Placement
 from replicax.testing._check import compare
 from transforms import AXIS, PROGRAMS, TRANSFORMS, rows
 

@@ -12,11 +12,12 @@ from jax import lax
 from jax.extend.core import Primitive
 
 from collectives import AXIS, CONTEXTS, PAIRS, rows
-from replicax import UnsupportedCollectiveError, _layout, pmap
+from replicax import UnsupportedCollectiveError, pmap
 from replicax._engine.collectives import AWAITING, REGISTRY, reductions, unsupported
 from replicax._engine.collectives.registry import REFUSED
-from replicax._rewrite import Rewriter
-from replicax._sums import Sum
+from replicax._engine.rewrite import Rewriter
+from replicax._engine.sums import Sum
+from replicax._layout.layout import layout as _layout
 from replicax.testing import check, lockstep
 from test_wire import crossing
 

@@ -11,7 +11,8 @@ import pytest
 from jax import lax
 
 import replicax
-from replicax import _dispatch, pmap
+from replicax import pmap
+from replicax._runtime import dispatch as _dispatch
 
 THREADS = 8
 

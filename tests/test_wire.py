@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-import replicax._layout
+import replicax._layout.layout
 from replicax import pmap
 from replicax._engine.collectives import REGISTRY
 

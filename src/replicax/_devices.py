@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from replicax._errors import SimulationError, as_int
+from replicax._messages import as_int
+from replicax.errors import SimulationError
 
 
 def simulate_devices(count: int) -> None:

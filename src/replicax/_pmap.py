@@ -9,15 +9,16 @@ from typing import Any, TypeVar, final, overload
 
 import jax
 
-from replicax._arguments import function_name
-from replicax._axes import check_spec, choose
-from replicax._call_path import PathTaker
-from replicax._dispatch import dispatcher
-from replicax._errors import NotAFunctionError, OptionTypeError, StaticArgumentError, as_int
-from replicax._options import Options, check_devices
-from replicax._replica import ANONYMOUS
-from replicax._spec import Outputs
-from replicax._stages import Lowered, Traced, trace
+from replicax._engine.replica import ANONYMOUS
+from replicax._engine.spec import Outputs
+from replicax._layout.axes import check_spec, choose
+from replicax._messages import as_int
+from replicax._runtime.arguments import function_name
+from replicax._runtime.call_path import PathTaker
+from replicax._runtime.dispatch import dispatcher
+from replicax._runtime.options import Options, check_devices
+from replicax._runtime.stages import Lowered, Traced, trace
+from replicax.errors import NotAFunctionError, OptionTypeError, StaticArgumentError
 
 R = TypeVar("R")
 

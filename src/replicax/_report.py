@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from replicax._errors import AxisSpecError, NotAnArrayError
+from replicax.errors import AxisSpecError, NotAnArrayError
 
 #: How many devices, replicas of a device (half as many when they are no scalars) and values of a replica are shown
 #: before the middle is left out.

@@ -10,9 +10,9 @@ import os
 import subprocess
 import sys
 
-from replicax._errors import ReplicaxError
 from replicax.compat._bootstrap import __file__ as bootstrap
 from replicax.compat._virtual import VARIABLE, number, wanted
+from replicax.errors import ReplicaxError
 
 USAGE = """\
 usage: python -m replicax.compat [--replicas N] SCRIPT [ARG ...]

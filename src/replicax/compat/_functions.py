@@ -12,14 +12,15 @@ from jax import lax
 from jax.tree_util import keystr
 
 from replicax import _jax
-from replicax._axes import takes_position
-from replicax._errors import OptionTypeError, ShardsError, report
-from replicax._layout import layout
+from replicax._arrays import check_arrays, replicate
+from replicax._engine.spec import OutputPolicy
+from replicax._layout.axes import takes_position
+from replicax._layout.layout import layout
+from replicax._messages import report
 from replicax._pmap import MappedFunction
 from replicax._pmap import pmap as mapped
-from replicax._replicas import check_arrays, replicate
-from replicax._spec import OutputPolicy
 from replicax.compat._virtual import distinct
+from replicax.errors import OptionTypeError, ShardsError
 
 R = TypeVar("R")
 Tree = TypeVar("Tree")

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
+from replicax._arrays import unreplicate
 from replicax._pmap import MappedFunction
-from replicax._replicas import unreplicate
 from replicax.compat._bootstrap import AfterImport
 from replicax.compat._functions import device_put_replicated, pmap, put_rows
 from replicax.compat._virtual import distinct, padded, program_devices

@@ -12,10 +12,10 @@ import jax
 from jax.sharding import Mesh
 
 from replicax import _jax
-from replicax._errors import ReplicasError
 from replicax.compat._functions import device_put_replicated, device_put_sharded, pmap
 from replicax.compat._helpers import Helpers
 from replicax.compat._virtual import FUNCTIONS, REAL, guarded_mesh, see, seen, wanted
+from replicax.errors import ReplicasError
 
 #: The attributes of ``jax`` that are taken, and what takes them.
 _OURS: dict[str, Callable[..., Any]] = {

@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from replicax import _jax
-from replicax._errors import DevicesError, ReplicasError, as_int, report
-from replicax._options import check_devices
+from replicax._messages import as_int, report
+from replicax._runtime.options import check_devices
+from replicax.errors import DevicesError, ReplicasError
 
 VARIABLE = "REPLICAX_REPLICAS"
 

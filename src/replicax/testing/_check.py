@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from replicax._errors import MismatchError, report
+from replicax._messages import report
 from replicax._pmap import pmap
+from replicax.errors import MismatchError
 
 
 def check(

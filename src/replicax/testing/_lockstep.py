@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from replicax import _jax
 from replicax._engine.collectives import AWAITING, REGISTRY
-from replicax._errors import DivergentOutputError, UnsupportedCollectiveError
+from replicax.errors import DivergentOutputError, UnsupportedCollectiveError
 
 
 def lockstep(

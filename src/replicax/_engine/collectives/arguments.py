@@ -6,9 +6,9 @@ from collections.abc import Hashable, Sequence
 from itertools import chain
 from typing import Any
 
-from replicax._errors import CollectiveArgumentError
-from replicax._exchange import Groups, groups
-from replicax._layout import LogicalAxes, LogicalAxis
+from replicax._layout.exchange import Groups, groups
+from replicax._layout.layout import LogicalAxes, LogicalAxis
+from replicax.errors import CollectiveArgumentError
 
 Names = Sequence[Hashable]
 

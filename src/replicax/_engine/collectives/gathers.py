@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from replicax import _primitives
-from replicax._blocks import block, exchanged, fetch, gather, only_axis, own_lane, size_of
+from replicax._engine.blocks import block, exchanged, fetch, gather, only_axis, own_lane, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
 from replicax._engine.collectives.definitions import IndexGroups, in_each_group
 from replicax._engine.collectives.reductions import over_segments
 from replicax._engine.collectives.registry import collective, equal, keeps_constants, moves_data, own
 from replicax._engine.collectives.replicas import where_replica
 from replicax._engine.collectives.wire import fetched, gathered, sent, size_in_bytes
-from replicax._errors import CollectiveArgumentError
-from replicax._exchange import (
+from replicax._engine.primitives import mapped as _primitives
+from replicax._engine.reductions import SUM
+from replicax._layout.exchange import (
     NOTHING,
     DeviceGroups,
     Groups,
@@ -30,8 +30,8 @@ from replicax._exchange import (
     ranks,
     segments,
 )
-from replicax._layout import LogicalAxes, LogicalAxis
-from replicax._reductions import SUM
+from replicax._layout.layout import LogicalAxes, LogicalAxis
+from replicax.errors import CollectiveArgumentError
 
 
 def _gathered_rows(

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from replicax._blocks import replica_index
+from replicax._engine.blocks import replica_index
 from replicax._engine.collectives.arguments import Names, as_names
 from replicax._engine.collectives.registry import collective, own
 from replicax._engine.collectives.wire import nothing
-from replicax._layout import LogicalAxes
+from replicax._layout.layout import LogicalAxes
 
 
 def _every_index(size: int, **_: Any) -> jax.Array:

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from replicax._blocks import block, fetch, gather, only_axis, size_of
+from replicax._engine.blocks import block, fetch, gather, only_axis, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, shown
 from replicax._engine.collectives.registry import Result, collective, equal, moves_data, refuse
 from replicax._engine.collectives.wire import fetched, reduced, size_in_bytes
-from replicax._errors import CollectiveArgumentError
-from replicax._exchange import NOTHING
-from replicax._layout import LogicalAxes, LogicalAxis
+from replicax._layout.exchange import NOTHING
+from replicax._layout.layout import LogicalAxes, LogicalAxis
+from replicax.errors import CollectiveArgumentError
 
 
 def result_of_permutation(params: Mapping[str, Any], logical: LogicalAxes) -> Result:

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from replicax._blocks import block, fetch, on_device, only_axis, own_lane, size_of, take, with_zero
+from replicax._engine.blocks import block, fetch, on_device, only_axis, own_lane, size_of, take, with_zero
 from replicax._engine.collectives.arguments import Names, direct, groups_of, split_axes
 from replicax._engine.collectives.definitions import IndexGroups, in_each_group
 from replicax._engine.collectives.registry import collective, equal, keeps_constants
 from replicax._engine.collectives.replicas import physical, where_replica
 from replicax._engine.collectives.wire import fetched, reduced, size_in_bytes
-from replicax._exchange import NOTHING, Groups, Table, segments
-from replicax._layout import LaneAxis, LogicalAxes, LogicalAxis
-from replicax._reductions import MAX, MIN, SUM, Reduction, without_derivative
+from replicax._engine.reductions import MAX, MIN, SUM, Reduction, without_derivative
+from replicax._layout.exchange import NOTHING, Groups, Table, segments
+from replicax._layout.layout import LaneAxis, LogicalAxes, LogicalAxis
 
 
 def _of_rows(reduce: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -20,9 +20,9 @@ from enum import Enum, auto
 from typing import Any, TypeVar
 
 from replicax import _jax
-from replicax._blocks import narrow, on_data, unfolded, wide
-from replicax._errors import UnsupportedCollectiveError
-from replicax._layout import LogicalAxes, LogicalAxis
+from replicax._engine.blocks import narrow, on_data, unfolded, wide
+from replicax._layout.layout import LogicalAxes, LogicalAxis
+from replicax.errors import UnsupportedCollectiveError
 
 
 class Result(Enum):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from replicax import _jax
-from replicax._blocks import any_lane, lane_position
-from replicax._layout import LogicalAxis
+from replicax._engine.blocks import any_lane, lane_position
+from replicax._layout.layout import LogicalAxis
 
 
 def is_replica(axis: LogicalAxis) -> jax.Array:

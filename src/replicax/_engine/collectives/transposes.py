@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from replicax import _primitives
-from replicax._blocks import block, fetch, only_axis, own_lane, real_rows, replica_index, size_of
+from replicax._engine.blocks import block, fetch, only_axis, own_lane, real_rows, replica_index, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
 from replicax._engine.collectives.definitions import IndexGroups, groups_in, in_each_group
 from replicax._engine.collectives.gathers import all_gather, chunks, joined, wire_of_gather
 from replicax._engine.collectives.registry import collective, moves_data, own
 from replicax._engine.collectives.wire import fetched, gathered, size_in_bytes
-from replicax._errors import CollectiveArgumentError
-from replicax._exchange import DeviceGroups, Groups, device_groups, groups
-from replicax._layout import LogicalAxes, LogicalAxis
+from replicax._engine.primitives import mapped as _primitives
+from replicax._layout.exchange import DeviceGroups, Groups, device_groups, groups
+from replicax._layout.layout import LogicalAxes, LogicalAxis
+from replicax.errors import CollectiveArgumentError
 
 
 def _transposed_rows(

@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from replicax._exchange import DeviceGroups, Exchange, Table, exchange, wants_of
-from replicax._layout import LogicalAxis
+from replicax._layout.exchange import DeviceGroups, Exchange, Table, exchange, wants_of
+from replicax._layout.layout import LogicalAxis
 
 
 def size_in_bytes(x: Any, without: Sequence[int] = ()) -> int:

@@ -1,0 +1,377 @@
+"""Callbacks into Python, in programs of many replicas: a failure in one of them ends the run of all.
+
+Before a program is rewritten, each callback in it becomes a :func:`_callback_primitives.guarded` one, and the number of
+the first failure goes through the program as data, in the carries of loops and the results of branches. What it would
+mean to raise at once, and what is raised in the end, stands in :mod:`replicax._engine.failures`.
+
+A forward rule of ``custom_jvp`` or ``custom_vjp`` is run only by a derivative, and from outside that comes after the
+program is lowered. So the rules are traced beforehand, where there may be one, to see whether they call back. A reverse
+rule has no result that could carry a number.
+
+While there is a failure, loops end and branches are chosen alike where replicas communicate inside, since what a
+callback left behind, zeros, may differ from what the other replicas go by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from replicax import _jax
+from replicax._engine.blocks import lane_position
+from replicax._engine.collectives import is_replica
+from replicax._engine.failures import NONE, Guarded, raise_failure
+from replicax._engine.primitives import callbacks as _callback_primitives
+from replicax._engine.primitives import mapped as _primitives
+from replicax._engine.varying import Varying
+from replicax._jax import Equation, Jaxpr
+from replicax._layout.layout import LogicalAxis, Scope
+from replicax.errors import OrderedCallbackError
+
+
+def refuse_ordered(jaxpr: Jaxpr, name: str) -> None:
+    """Refuses callbacks with ``ordered=True``.
+
+    Raises:
+        OrderedCallbackError: there is one.
+    """
+    found = _find(jaxpr, _callback_primitives.is_ordered)
+    if found is not None:
+        what = {"io_callback": "jax.experimental.io_callback", "debug_print": "jax.debug.print"}
+        raise OrderedCallbackError(
+            f"{name} calls {what.get(found.primitive.name, 'jax.debug.callback')} with ordered=True. Replicas run at "
+            f"the same time, and nothing orders their calls. Leave ordered out (calls of one replica come in the "
+            f"order of the program), and pass jax.lax.axis_index along to sort by."
+        )
+
+
+class GuardedProgram(NamedTuple):
+    """The program of one replica with its callbacks guarded.
+
+    Attributes:
+        jaxpr: The program.
+        consts: The values of its constants; those that it had before come last.
+        in_rules: The names of the primitives in the forward rules that a derivative would run.
+    """
+
+    jaxpr: Jaxpr
+    consts: Sequence[Any]
+    in_rules: set[str]
+
+
+def guard(jaxpr: Jaxpr, consts: Sequence[Any], axis: LogicalAxis, name: str) -> GuardedProgram | None:
+    """The program of one replica with its callbacks guarded, or None if it has none.
+
+    Args:
+        jaxpr: The program.
+        consts: The values of its constants.
+        axis: The mapped axis.
+        name: What the user calls the mapped function.
+
+    Returns:
+        A program with one result more: the number of the first failure in any replica.
+    """
+    guarding = _Guarding({axis.name: axis.size}, name, rules=not _jax.eager())
+    if not guarding.calls_back(jaxpr):
+        return None
+
+    def guarded(*flat: Any) -> list[Any]:
+        results, failed = guarding.run(jaxpr, flat[: len(consts)], flat[len(consts) :], jnp.int32(NONE))
+        return [*results, lax.pmax(failed, axis.name)]
+
+    body = _jax.body(jaxpr)
+    new, own = _jax.trace_flat(guarded, [var.aval for var in [*body.constvars, *body.invars]], {axis.name: axis.size})
+    return GuardedProgram(_jax.open_constants(new, len(own) + len(consts)), [*own, *consts], guarding.in_rules)
+
+
+class _Guarding:
+    """Runs jaxprs with their callbacks guarded.
+
+    Args:
+        sizes: The mapped axes in scope.
+        name: What the user calls the mapped function.
+        rules: Whether there may be a derivative from outside, which runs forward rules of the user's.
+
+    Attributes:
+        in_rules: The names of the primitives in the forward rules that have been looked at.
+    """
+
+    def __init__(self, sizes: Mapping[Hashable, int], name: str, *, rules: bool) -> None:
+        self.sizes, self.name, self.rules = sizes, name, rules
+        self._calls: dict[int, tuple[Jaxpr | Equation, bool]] = {}
+        self._inside: dict[Hashable, _Guarding] = {}
+        self.in_rules: set[str] = set()
+        self._named: dict[int, tuple[Jaxpr, frozenset[Hashable]]] = {}
+
+    def calls_back(self, jaxpr: Jaxpr) -> bool:
+        """Whether there is a callback anywhere in a jaxpr."""
+        if id(jaxpr) not in self._calls:
+            self._calls[id(jaxpr)] = (jaxpr, any(map(self.equation_calls_back, _jax.body(jaxpr).eqns)))
+        return self._calls[id(jaxpr)][1]
+
+    def equation_calls_back(self, eqn: Equation) -> bool:
+        """Whether an equation is a callback, or has one anywhere inside."""
+        if _callback_primitives.is_callback(eqn):
+            return True
+        guarding = self.inside(eqn) if _primitives.is_nested_map(eqn) else self
+        if any(map(guarding.calls_back, _jax.sub_jaxprs(eqn))):
+            return True
+        if not self.rules or not _jax.derivative_rules(eqn):
+            return False
+        if id(eqn) not in self._calls:
+            rule = _callback_primitives.forward_rule(eqn, self.sizes)
+            self._calls[id(eqn)] = (eqn, rule is not None and self.calls_back(rule))
+            self.in_rules |= _jax.primitives(rule) if rule is not None else set()
+        return self._calls[id(eqn)][1]
+
+    def inside(self, eqn: Equation) -> _Guarding:
+        """What guards the callbacks of a map inside."""
+        name, size = eqn.params["name"], eqn.params["size"]
+        if (name, size) not in self._inside:
+            inside = self._inside[name, size] = _Guarding({**self.sizes, name: size}, self.name, rules=self.rules)
+            inside.in_rules = self.in_rules
+        return self._inside[name, size]
+
+    def named(self, jaxprs: Sequence[Jaxpr]) -> frozenset[Hashable]:
+        """The mapped axes in scope that collectives anywhere in the jaxprs are over."""
+        names: frozenset[Hashable] = frozenset()
+        for jaxpr in jaxprs:
+            if id(jaxpr) not in self._named:
+                own: set[Hashable] = set()
+                for eqn in _jax.body(jaxpr).eqns:
+                    inside = self.named(list(_jax.sub_jaxprs(eqn)))
+                    hidden = {eqn.params["name"]} if _primitives.is_nested_map(eqn) else set()
+                    own |= (inside - hidden) | {name for name in _jax.named_axes(eqn) if name in self.sizes}
+                self._named[id(jaxpr)] = (jaxpr, frozenset(own))
+            names |= self._named[id(jaxpr)][1]
+        return names
+
+    def anywhere(self, failed: Any, jaxprs: Sequence[Jaxpr]) -> Any:
+        """The number of a failure in any of the replicas that communicate in the jaxprs."""
+        names = self.named(jaxprs)
+        return lax.pmax(failed, tuple(name for name in self.sizes if name in names)) if names else failed
+
+    def run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], failed: Any) -> tuple[list[Any], Any]:
+        """Runs a jaxpr on the values of one replica.
+
+        Args:
+            jaxpr: The program.
+            consts: The values of its constants.
+            args: The values of its arguments.
+            failed: The number of a failure before it.
+
+        Returns:
+            The values of its results, and the number of the first failure so far.
+        """
+        body = _jax.body(jaxpr)
+        env = dict(zip([*body.constvars, *body.invars], [*consts, *args], strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if _jax.is_literal(atom) else env[atom]
+
+        for eqn in body.eqns:
+            with _jax.equation_context(eqn):
+                results, failed = self._equation(eqn, list(map(read, eqn.invars)), failed)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return list(map(read, body.outvars)), failed
+
+    def _equation(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
+        if _callback_primitives.is_callback(eqn):
+            results, number = _callback_primitives.guarded(eqn, args, failed, self.name)
+            return results, jnp.maximum(failed, number)
+        subs = list(_jax.sub_jaxprs(eqn))
+        calls = self.equation_calls_back(eqn)
+        kind = eqn.primitive.name
+        if kind in ("while", "cond") and (calls or self.named(subs)):
+            return {"while": self._while, "cond": self._cond}[kind](eqn, args, failed)
+        if _jax.derivative_rules(eqn) and calls:
+            return _callback_primitives.bind_custom(eqn, args, failed, self.run)
+        bind = {"jit": self._jit, "scan": self._scan, "remat2": self._checkpoint, "nested_map": self._nested}.get(kind)
+        if calls and bind is not None:
+            return bind(eqn, args, failed)
+        return _jax.bind(eqn, args), failed
+
+    def _jit(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
+        (inner,) = _jax.sub_jaxprs(eqn)
+        return self.run(inner, _jax.constants(inner), args, failed)
+
+    def _scan(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
+        (body,), (consts, carries) = _jax.sub_jaxprs(eqn), _jax.loop_counts(eqn)
+
+        def step(state: tuple[list[Any], Any], xs: list[Any]) -> tuple[tuple[list[Any], Any], list[Any]]:
+            carry, failed = state
+            results, failed = self.run(body, _jax.constants(body), [*args[:consts], *carry, *xs], failed)
+            return (_like(results[:carries], carry), failed), results[carries:]
+
+        options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
+        carry = _arrays(args, eqn)[consts : consts + carries]
+        (carry, failed), ys = lax.scan(step, (carry, failed), args[consts + carries :], **options)
+        return [*carry, *ys], failed
+
+    def _while(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
+        """A loop that ends at a failure; where the replicas communicate in it, at one in any of them."""
+        cond, body = _jax.sub_jaxprs(eqn)
+        first, last = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+
+        def goes_on(carry: Sequence[Any], failed: Any) -> tuple[Any, Any]:
+            (on,), failed = self.run(cond, _jax.constants(cond), [*args[:first], *carry], failed)
+            failed = self.anywhere(failed, (cond, body))
+            return on & (failed == NONE), failed
+
+        def step(state: tuple[Any, list[Any], Any]) -> tuple[Any, list[Any], Any]:
+            _, carry, failed = state
+            results, failed = self.run(body, _jax.constants(body), [*args[first:last], *carry], failed)
+            on, failed = goes_on(results, failed)
+            return on, _like(results, carry), failed
+
+        carry = _arrays(args, eqn)[last:]
+        on, failed = goes_on(carry, failed)
+        _, carry, failed = lax.while_loop(lambda state: state[0], step, (on, carry, failed))
+        return carry, failed
+
+    def _cond(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
+        """A choice; after a failure where the replicas communicate in it the first branch for all of them."""
+        branches, (index, *operands) = list(_jax.sub_jaxprs(eqn)), args
+
+        def branch(jaxpr: Jaxpr) -> Callable[..., tuple[list[Any], Any]]:
+            def run(failed: Any, *operands: Any) -> tuple[list[Any], Any]:
+                results, failed = self.run(jaxpr, _jax.constants(jaxpr), operands, failed)
+                return [
+                    _jax.as_type(_jax.as_array(x, var.aval), var.aval)
+                    for x, var in zip(results, eqn.outvars, strict=True)
+                ], failed
+
+            return run
+
+        if self.named(branches):
+            failed = self.anywhere(failed, branches)
+            index = lax.select(failed == NONE, index, jnp.zeros_like(index))
+        return lax.switch(index, list(map(branch, branches)), failed, *operands)
+
+    def _checkpoint(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
+        (inner,), cse = _jax.sub_jaxprs(eqn), eqn.params["prevent_cse"]
+        run = jax.checkpoint(
+            lambda failed, *args: self.run(inner, _jax.constants(inner), args, failed),
+            prevent_cse=cse if isinstance(cse, bool) else any(cse),
+            policy=eqn.params["policy"],
+        )
+        return run(failed, *args)
+
+    def _nested(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
+        """A map inside, which takes an earlier failure for all its replicas and gives the first one of any."""
+        (inner,), (name, size) = _jax.sub_jaxprs(eqn), (eqn.params["name"], eqn.params["size"])
+        inside = self.inside(eqn)
+
+        def guarded(failed: Any, *args: Any) -> list[Any]:
+            results, failed = inside.run(inner, _jax.constants(inner), args, failed)
+            return [*results, lax.pmax(failed, name)]
+
+        avals = [_jax.typeof(failed), *(var.aval for var in _jax.body(inner).invars)]
+        jaxpr, consts = _jax.trace_flat(guarded, avals, {name: size})
+        *results, failed = _primitives.nested_map(
+            jaxpr,
+            [*consts, failed, *args],
+            name=name,
+            size=size,
+            in_axes=[*[None] * (len(consts) + 1), *eqn.params["in_axes"]],
+            out_axes=[*eqn.params["out_axes"], None],
+        )
+        return results, failed
+
+
+def _find(jaxpr: Jaxpr, wanted: Callable[[Equation], bool]) -> Equation | None:
+    """The first such equation anywhere in a jaxpr."""
+    for eqn in _jax.body(jaxpr).eqns:
+        if wanted(eqn):
+            return eqn
+        for sub in _jax.sub_jaxprs(eqn):
+            if (found := _find(sub, wanted)) is not None:
+                return found
+    return None
+
+
+def _arrays(args: Sequence[Any], eqn: Equation) -> list[Any]:
+    """The operands of a loop as arrays of their own types."""
+    return [_jax.as_type(_jax.as_array(x, v.aval), v.aval) for x, v in zip(args, eqn.invars, strict=True)]
+
+
+def _like(results: Sequence[Any], carry: Sequence[Any]) -> list[Any]:
+    """What a loop's body has made of its carry, of the same types."""
+    return [_jax.as_type(_jax.as_array(x, _jax.typeof(y)), _jax.typeof(y)) for x, y in zip(results, carry, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# On lanes and devices
+
+
+def call_guarded(scope: Scope, eqn: Equation, args: Sequence[Any], varying: Varying) -> list[Any]:
+    """The rule of a guarded callback: one call for each replica, or for each device where its operands do not vary.
+
+    A callback with an effect is called once for each replica: not in padding lanes, and by one of the devices that
+    run the same program for maps inside.
+
+    Args:
+        scope: The mapped axes.
+        eqn: The equation.
+        args: The number of an earlier failure, and the callback's operands.
+        varying: Where those vary.
+    """
+    failed, *operands = args
+    name, eqn, avals = eqn.params["name"], eqn.params["eqn"], [var.aval for var in eqn.invars[1:]]
+    operands = [_jax.as_array(x, aval) for x, aval in zip(operands, avals, strict=True)]
+    lanes = tuple(axis.lane_axis for axis in scope.axes if axis.lane_axis is not None)
+    # Of all lanes at once, so that it makes no difference to how vmap calls back.
+    failed = lax.pmax(failed, lanes) if lanes else failed
+    places, widths = [], []
+    for axis in scope.axes:
+        each = axis.lane_axis is None or axis in varying
+        device = jnp.int32(0) if axis.device_axis is None else lax.axis_index(axis.device_axis)
+        places.append(lane_position(axis) if each else device * axis.lanes)
+        widths.append(1 if each else axis.lanes)
+    function, results, has_effect = _callback_primitives.callback_of(eqn)
+    runs = runs_here(scope) if has_effect else []
+    guarded = Guarded(function, results, tuple(x.ndim for x in avals), scope.axes, tuple(widths), bool(runs), name)
+    outs = _callback_primitives.call(eqn, guarded, [failed, *places, *runs, *operands])
+    if has_effect:
+        for copy in scope.copies:  # zeros where it was not called
+            outs = [_primitives.total(x, copy) for x in outs]
+    elif scope.copies:
+        outs[-1] = lax.pmax(outs[-1], scope.copies)  # all of them called, and go on alike
+    return outs
+
+
+def runs_here(scope: Scope) -> list[Any]:
+    """Whether this lane, on this device, is the one to call back for its replica; empty where all are."""
+    conditions = [is_replica(axis) for axis in scope.axes if axis.padding]
+    conditions += [lax.axis_index(name) == 0 for name in scope.copies]
+    for condition in conditions[1:]:
+        conditions[0] = conditions[0] & condition
+    return conditions[:1]
+
+
+def raise_after(results: Sequence[Any], failed: Any) -> None:
+    """Raises a failure, on every device and after the last collective.
+
+    Args:
+        results: A device's blocks of all results, which it waits for.
+        failed: The number of the failure, equal on all devices.
+    """
+    waits = [_first(x) for x in results if x.size]
+    lax.cond(
+        jnp.max(failed) != NONE,
+        lambda: _callback_primitives.effect(raise_failure, failed, *waits),
+        lambda: None,
+    )
+    if jax.config.jax_disable_jit:
+        jax.effects_barrier()  # the results are others than those of the program that raises
+
+
+def _first(x: Any) -> Any:
+    """The first number of an array, of a type that Python can be called with."""
+    x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    first = lax.slice_in_dim(lax.stop_gradient(x).reshape(-1), 0, 1)
+    return (first.real if jnp.iscomplexobj(first) else first).astype(jnp.float32)

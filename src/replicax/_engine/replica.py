@@ -1,0 +1,224 @@
+"""The program of one replica: the user's function, traced with the mapped axis in scope."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import keystr
+
+from replicax import _jax
+from replicax._engine.references import refuse_closed_over
+from replicax._engine.shard_maps import as_nested_maps
+from replicax._messages import report, text_of
+from replicax.errors import (
+    NestedMapError,
+    NotAnArrayError,
+    UnboundAxisError,
+    UnconvertedArrayError,
+    UnsupportedCollectiveError,
+)
+
+
+class Anonymous:
+    """The name of a mapped axis that the user gave none: no collective can name it."""
+
+    def __repr__(self) -> str:
+        return "an unnamed mapped axis"
+
+    def __reduce__(self) -> str:
+        return "ANONYMOUS"  # there is one
+
+
+ANONYMOUS = Anonymous()
+
+
+@dataclass(frozen=True)
+class Replica:
+    """The program of one replica, traced.
+
+    Attributes:
+        jaxpr: The program, its collectives over the user's axis.
+        consts: The arrays that the function closed over.
+        out: Its result: a tree of ``jax.ShapeDtypeStruct``.
+    """
+
+    jaxpr: _jax.Jaxpr
+    consts: Sequence[Any]
+    out: Any
+
+    @cached_property
+    def primitives(self) -> set[str]:
+        """The names of all primitives in the program."""
+        return _jax.primitives(self.jaxpr)
+
+    @property
+    def closes_over_tracers(self) -> bool:
+        """Whether the program belongs to the call of an enclosing transformation, and no other call may reuse it."""
+        return any(isinstance(const, jax.core.Tracer) for const in self.consts)
+
+
+def trace_replica(
+    fun: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    static: Sequence[int],
+    name: Hashable,
+    size: int,
+) -> Replica:
+    """Traces ``fun`` as one replica runs it.
+
+    Args:
+        fun: The user's function.
+        args: The positional arguments of one replica: trees of ``jax.ShapeDtypeStruct``, static ones as they are.
+        kwargs: The keyword arguments, likewise.
+        static: The positions of the static arguments.
+        name: The user's name of the mapped axis.
+        size: The number of replicas.
+
+    Raises:
+        UnboundAxisError: a collective names an axis that no map binds.
+        NotAnArrayError: a result is no array.
+        UnsupportedCollectiveError: the function casts to a type that JAX has inside ``jax.shard_map`` alone.
+        NestedMapError: it has a ``jax.shard_map`` in it that does what no map can do.
+    """
+
+    @functools.wraps(fun)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        out = fun(*args, **kwargs)
+        _check_results(out)
+        return out
+
+    try:
+        with _jax.replica_traced():
+            jaxpr, consts, out = _jax.trace(checked, args, kwargs, static, {name: size})
+    except UnboundAxisError:
+        raise  # of a map inside
+    except NameError as error:
+        unbound = _jax.unbound_axis_name(error)
+        if unbound is None:
+            raise
+        raise _unbound(unbound, name).with_traceback(error.__traceback__) from None
+    except AssertionError as error:
+        if not _jax.is_about_shard_map_types(error):
+            _explain(error)
+            raise
+        raise UnsupportedCollectiveError(
+            "pcast, or all_gather with to=, in a mapped function: JAX knows whether a value varies over an axis only "
+            "inside jax.shard_map, and jax.vmap refuses both, too. Leave the pcast out (here every value may differ "
+            "between replicas as it is) and call all_gather without to=."
+        ).with_traceback(error.__traceback__) from None
+    except (NotImplementedError, TypeError, ValueError) as error:
+        _explain(error)
+        if not _jax.is_about_explicit_meshes(error):
+            raise
+        raise NestedMapError(
+            "A jax.shard_map in the mapped function is over a mesh that jax.set_mesh has set, or one with Explicit "
+            "axes, and a map puts such a mesh aside: its replicas have devices of their own. Pass the mesh to the "
+            "jax.shard_map, and make it with Auto axes, as in mesh=jax.make_mesh(shape, names, axis_types="
+            "(jax.sharding.AxisType.Auto,) * len(names))."
+        ).with_traceback(error.__traceback__) from None
+    called = getattr(fun, "__name__", "The mapped function")
+    refuse_closed_over(called, consts)
+    jaxpr = as_nested_maps(jaxpr, {name: size}, called)
+    return Replica(jaxpr, list(_jax.constants(jaxpr)), out)
+
+
+_OVER_A_VMAP_TOO = (
+    "If this is a collective over several axes, of which a vmap inside the mapped function binds one: JAX has a rule "
+    "for psum, pmean, pmax, pmin and axis_index there, and none for others, which jax.vmap refuses, too. Communicate "
+    "over one axis after the other, or map the inner function with replicax.pmap."
+)
+
+#: What JAX itself refuses while it traces or differentiates a collective: its words, and ours.
+REFUSALS = {
+    "axis size doesn't match": _OVER_A_VMAP_TOO,
+    "Please open a feature request": (
+        "JAX has no rule for this collective under a vmap (or jacfwd, hessian, or a map in batches) inside the mapped "
+        "function, such as all_to_all with axis_index_groups. Take it out of the vmap: it takes arrays of any shape."
+    ),
+    "full must be called with scalar fill_value": (
+        "If this comes from the derivative of pbroadcast: JAX has one for scalars alone. Write "
+        "all_gather(x, axis)[source]."
+    ),
+    "Expected cotangent type": (
+        "If this comes from the derivative of all_to_all: JAX has none that is right between two different axes. Write "
+        "tiled=True."
+    ),
+    "divisible by the size of the named axis": (
+        "If this comes from the derivative of ragged_all_to_all: JAX has none that heeds axis_index_groups."
+    ),
+}
+
+
+def _explain(error: Exception) -> None:
+    """Adds to an error of JAX's what it is about, where its own words do not say."""
+    said = text_of(error)
+    for theirs, ours in REFUSALS.items():
+        if theirs in said:
+            error.add_note(ours)
+    if isinstance(error, AssertionError) and not said and _jax.raised(error):
+        error.add_note(
+            "If this is a collective over the axis of the map, in a jax.shard_map inside the map: JAX's types there "
+            "know the axes of its own mesh alone. Write check_vma=False in the jax.shard_map."
+        )
+
+
+def _check_results(out: Any) -> None:
+    faults = {
+        f"result{keystr(path)}": x
+        for path, x in jax.tree_util.tree_leaves_with_path(out)
+        if (not _jax.is_array_type(x) and not isinstance(x, bool)) or _jax.is_reference(x)
+    }
+    if faults:
+        raise no_arrays(
+            "pmap returns arrays, and these results of the mapped function are none:",
+            faults,
+            "Return arrays, scalars and trees of them, and the rest outside the mapped function.",
+        )
+
+
+def no_arrays(headline: str, named: Mapping[str, Any], remedy: str) -> NotAnArrayError:
+    """The error about what is no array, by its name."""
+    unconverted = list(filter(_jax.is_unconverted, named.values()))
+    if any(map(_jax.is_masked, unconverted)):
+        remedy += " Of a masked array JAX would lose the mask: write x.filled(0)."
+    if not all(map(_jax.is_masked, unconverted)):
+        remedy += " What has a __jax_array__ is converted by jax.numpy.asarray(x)."
+    kind = UnconvertedArrayError if unconverted else NotAnArrayError
+    return kind(report(headline, [f"{name} {describe_type(x)}" for name, x in named.items()], remedy))
+
+
+def describe_type(x: object) -> str:
+    """What a message says of something that is no array."""
+    if _jax.is_masked(x):
+        return "is a masked array of NumPy's"
+    if _jax.is_unconverted(x):
+        return f"is of type {type(x).__name__}, which has a __jax_array__"
+    if isinstance(x, np.ndarray):
+        return f"is a NumPy array of dtype {x.dtype}"
+    if _jax.is_reference(x):
+        return "is a reference to an array (jax.Ref), whose value is ref[...]"
+    return f"is of type {type(x).__name__}" + (f": {x!r:.60}" if isinstance(x, str | bytes) else "")
+
+
+def _unbound(unbound: str, name: Hashable) -> UnboundAxisError:
+    if unbound == "None":
+        return UnboundAxisError(
+            "unbound axis name: None. A collective in the mapped function was given axis_name=None. Give it the name "
+            "of the mapped axis, as in jax.lax.psum(x, 'i') with pmap(f, axis_name='i')."
+        )
+    names = [repr(n) for n in (*_jax.axes_in_scope(), name) if n is not ANONYMOUS]
+    if names:
+        known = f"The names in scope are {', '.join(names)}. Use one of them in the collective, or name"
+    else:
+        known = "No axis in scope has a name. Name"
+    return UnboundAxisError(
+        f"unbound axis name: {unbound}. A collective in the mapped function names an axis that no enclosing map "
+        f"binds. {known} the axis where you map: pmap(f, axis_name={unbound!r})."
+    )

@@ -1,0 +1,159 @@
+"""Which values differ between replicas: a forward analysis of a jaxpr.
+
+A value *varies* over a mapped axis when it is computed from a mapped argument, or from the replica's index, with no
+collective in between that gives all replicas the same. The analysis errs on the side of "varies".
+
+It decides what ``out_axes=None`` may be asked of, and which loops and branches the replicas leave at different
+times, or enter differently: around those, the user's collectives need every replica to come along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from replicax import _jax
+from replicax._engine.collectives import REGISTRY, Result
+from replicax._engine.primitives import callbacks as _callback_primitives
+from replicax._engine.primitives import mapped as _primitives
+from replicax._jax import Equation, Jaxpr
+from replicax._layout.layout import LogicalAxis, Scope
+
+#: The mapped axes over which one value varies.
+Varying = frozenset[LogicalAxis]
+NOWHERE: Varying = frozenset()
+
+
+def union(varying: Sequence[Varying]) -> Varying:
+    """Where any of the values varies."""
+    first, *others = varying or (NOWHERE,)
+    return first if all(other is first for other in others) else first.union(*others)
+
+
+class Analysis:
+    """The analysis of one traced program, each jaxpr in it analysed once for each pattern of arguments.
+
+    Args:
+        scope: The mapped axes in scope.
+    """
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self._inside: dict[tuple[Hashable, int], Analysis] = {}
+        self._known: dict[tuple[int, tuple[Varying, ...]], tuple[Jaxpr, dict[Any, Varying]]] = {}
+
+    def inside(self, eqn: Equation) -> Analysis:
+        """The analysis of the program of a map inside."""
+        key = eqn.params["name"], eqn.params["size"]
+        if key not in self._inside:
+            self._inside[key] = Analysis(self.scope.enter(*key))
+        return self._inside[key]
+
+    def results(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> list[Varying]:
+        """Where each result of a jaxpr varies, given where each argument does."""
+        known = self.values(jaxpr, args)
+        return [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in _jax.body(jaxpr).outvars]
+
+    def values(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> dict[Any, Varying]:
+        """Where each value in a jaxpr varies, given where each argument does."""
+        key = (id(jaxpr), tuple(args))
+        if key not in self._known:
+            self._known[key] = (jaxpr, self._run(_jax.body(jaxpr), args))  # the jaxpr, so that its id stays its own
+        return self._known[key][1]
+
+    def _run(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> dict[Any, Varying]:
+        known = dict.fromkeys(jaxpr.constvars, NOWHERE) | dict(zip(jaxpr.invars, args, strict=True))
+        for eqn in jaxpr.eqns:
+            operands = [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in eqn.invars]
+            known.update(zip(eqn.outvars, self.equation(eqn, operands), strict=True))
+        return known
+
+    def equation(self, eqn: Equation, args: Sequence[Varying]) -> list[Varying]:
+        """Where each result of an equation varies."""
+        if _callback_primitives.is_guarded(eqn):  # an earlier failure makes no difference to its results
+            return [*[union(args[1:])] * (len(eqn.outvars) - 1), union(args)]
+        subs = list(_jax.sub_jaxprs(eqn))
+        if _primitives.is_nested_map(eqn):
+            inside = self.inside(eqn)
+            own = frozenset({inside.scope.axes[-1]})
+            return [out - own for out in inside.results(subs[0], mapped(eqn, args, own))]
+        if not subs:
+            return [self._leaf(eqn, union(args))] * len(eqn.outvars)
+        operands = self.operands(eqn, args)
+        outs = [self.results(sub, ops) for sub, ops in zip(subs, operands, strict=True)]
+        match eqn.primitive.name:
+            case "while":
+                return operands[1][eqn.params["body_nconsts"] :]
+            case "cond":
+                return [union([args[0], *results]) for results in zip(*outs, strict=True)]
+            case "scan":
+                return [*operands[0][_jax.loop_carry(eqn)], *outs[0][_jax.loop_counts(eqn)[1] :]]
+        if len(subs) == 1 and len(outs[0]) == len(eqn.outvars):
+            return outs[0]
+        return [union([*args, *map(union, outs)])] * len(eqn.outvars)
+
+    def operands(self, eqn: Equation, args: Sequence[Varying]) -> list[list[Varying]]:
+        """Where the arguments of each sub-jaxpr of an equation vary, in any iteration of a loop."""
+        subs = list(_jax.sub_jaxprs(eqn))
+        match eqn.primitive.name:
+            case "cond":
+                return [list(args[1:])] * len(subs)
+            case "scan":
+                return [self._scan(eqn, subs[0], args)]
+            case "while":
+                return self._while(eqn, args)
+        if len(subs) == 1 and len(_jax.body(subs[0]).invars) == len(args):  # jit, remat, custom_jvp, custom_vjp, …
+            return [list(args)]
+        return [[union(args)] * len(_jax.body(sub).invars) for sub in subs]
+
+    def _scan(self, eqn: Equation, step: Jaxpr, args: Sequence[Varying]) -> list[Varying]:
+        operands, carry = list(args), _jax.loop_carry(eqn)
+        while True:
+            after = self.results(step, operands)
+            grown = [a | b for a, b in zip(operands[carry], after, strict=False)]
+            if grown == operands[carry]:
+                return operands
+            operands[carry] = grown
+
+    def _while(self, eqn: Equation, args: Sequence[Varying]) -> list[list[Varying]]:
+        cond, body = _jax.sub_jaxprs(eqn)
+        cond_consts, body_consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        for_cond, for_body = list(args[:cond_consts]), list(args[cond_consts : cond_consts + body_consts])
+        carry = list(args[cond_consts + body_consts :])
+        while True:
+            # Replicas that leave the loop at different times keep different carries.
+            predicate = union(self.results(cond, for_cond + carry))
+            after = self.results(body, for_body + carry)
+            grown = [a | b | predicate for a, b in zip(carry, after, strict=True)]
+            if grown == carry:
+                return [for_cond + carry, for_body + carry]
+            carry = grown
+
+    def predicate(self, eqn: Equation, args: Sequence[Varying]) -> Varying:
+        """Over which axes the replicas may disagree which branch a ``cond`` takes, or when a ``while`` ends."""
+        match eqn.primitive.name:
+            case "cond":
+                return args[0]
+            case "while":
+                cond, _ = _jax.sub_jaxprs(eqn)
+                return union(self.results(cond, self.operands(eqn, args)[0]))
+        return NOWHERE
+
+    def _leaf(self, eqn: Equation, args: Varying) -> Varying:
+        axes = {self.scope[name] for name in _jax.named_axes(eqn) if name in self.scope}
+        if not axes:
+            return args
+        collective = REGISTRY.get(eqn.primitive.name)
+        if collective is None:
+            return args | axes
+        match collective.result(eqn.params, self.scope):
+            case Result.EQUAL:
+                return args - axes
+            case Result.AS_GIVEN:
+                return args
+        return args | axes
+
+
+def mapped(eqn: Equation, args: Sequence[Varying], own: Varying) -> list[Varying]:
+    """Where the arguments of a map inside vary in its replicas."""
+    return [a if axis is None else a | own for a, axis in zip(args, eqn.params["in_axes"], strict=True)]

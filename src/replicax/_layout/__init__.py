@@ -1,0 +1,1 @@
+"""Where replicas lie: plain values, computed without tracing."""

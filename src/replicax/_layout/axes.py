@@ -1,0 +1,461 @@
+"""Which axis of which argument is mapped: specifications matched with pytrees, faults told in the user's words."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.tree_util import keystr
+
+from replicax import _jax
+from replicax._layout.vmappable import all_of, one_of
+from replicax._messages import MOST, as_int, report
+from replicax.errors import ArgumentNameError, AxisSpecError, AxisSpecTypeError, MappedSizeError, OptionTypeError
+
+
+def is_none(x: object) -> bool:
+    """Whether ``x`` is None: in a specification that is a leaf ("not mapped")."""
+    return x is None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """``in_axes`` or ``out_axes``: a pytree of ints and None, hashable.
+
+    Types with rules of their own for ``vmap`` may have entries of a kind of their own, too.
+    """
+
+    leaves: tuple[Any, ...]
+    treedef: Any
+
+    @property
+    def tree(self) -> Any:
+        """The specification as the user wrote it."""
+        return jax.tree.unflatten(self.treedef, self.leaves)
+
+
+def check_spec(which: str, spec: Any) -> Spec:
+    """Checks that ``in_axes`` or ``out_axes`` holds nothing but ints and None, without looking at any argument.
+
+    Raises:
+        AxisSpecTypeError: naming every entry that is neither.
+    """
+    faults = []
+
+    def leaf(path: Any, axis: Any) -> Any:
+        if axis is None or (_jax.is_map_spec(axis) and not isinstance(axis, int)):
+            return axis
+        if _jax.is_vmappable(axis):
+            faults.append(f"{which}{keystr(path)} is a {type(axis).__name__}, where one int stands for all of it")
+            return None
+        try:
+            if isinstance(axis, bool):
+                raise TypeError
+            return operator.index(axis)
+        except TypeError:
+            faults.append(f"{which}{keystr(path)} is {axis!r}, of type {type(axis).__name__}")
+            return None
+
+    checked = jax.tree_util.tree_map_with_path(leaf, spec, is_leaf=lambda x: is_none(x) or _jax.is_vmappable(x))
+    if faults:
+        raise AxisSpecTypeError(
+            report(
+                f"{which} must be an int, None, or a tuple, list or dict of those:",
+                faults,
+                f"Write the position of the mapped axis, as in {which}=0, or None for what is not mapped.",
+            )
+        )
+    return Spec(*_flatten(checked))
+
+
+def _flatten(spec: Any) -> tuple[tuple[Any, ...], Any]:
+    leaves, treedef = jax.tree.flatten(spec, is_leaf=is_none)
+    return tuple(leaves), treedef
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array among the arguments: what to call it in a message, and its type."""
+
+    name: str
+    aval: jax.ShapeDtypeStruct
+
+    def __str__(self) -> str:
+        return f"{self.name} of shape {self.aval.shape}"
+
+
+def name_leaves(fun: Callable[..., Any], args: Mapping[int, Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """What the user calls each leaf of the arguments: parameter name and tree path.
+
+    Args:
+        fun: The function that they are passed to.
+        args: The positional arguments by position, those that are static left out.
+        kwargs: The keyword arguments.
+    """
+    names = parameter_names(fun, args)
+    roots = [(names[i], value) for i, value in args.items()]
+    roots += [(name, kwargs[name]) for name in sorted(kwargs)]
+    return [root + keystr(path) for root, tree in roots for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def parameter_names(fun: Callable[..., Any], positions: Sequence[int] | Mapping[int, Any]) -> dict[int, str]:
+    """The name of the parameter at each position; ``argument 0`` and so on where there is no telling."""
+    parameters = _parameters(fun) or []
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    variadic = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+
+    def name(i: int) -> str:
+        if 0 <= i < len(positional):
+            return positional[i].name
+        return f"argument {i}" if variadic is None or i < 0 else f"{variadic}[{i - len(positional)}]"
+
+    return {i: name(i) for i in positions}
+
+
+def _parameters(fun: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    try:
+        return list(inspect.signature(fun).parameters.values())
+    except (ValueError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The arguments that an option such as ``donate_argnums`` is about, however they are passed.
+
+    Attributes:
+        given: The positions that the user wrote; negative ones count from the end of a call's arguments.
+        positions: Those, and the positions of the parameters that the user named.
+        names: The names that the user wrote, and those of the parameters at the given positions.
+        aliases: The position and the name of each parameter that has both.
+    """
+
+    given: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+    aliases: tuple[tuple[int, str], ...] = ()
+
+
+@_jax.api_boundary
+def choose(which: str, fun: Callable[..., Any], argnums: int | Iterable[int], argnames: str | Iterable[str]) -> Chosen:
+    """Checks ``<which>_argnums`` and ``<which>_argnames``, and completes each by the other.
+
+    Raises:
+        OptionTypeError: a position is no int, or a name no string.
+        ArgumentNameError: the function has no parameter of such a name.
+    """
+    numbers = argnums if isinstance(argnums, Iterable) else (argnums,)
+    positions = tuple(as_int(f"{which}_argnums", position) for position in numbers)
+    names = (argnames,) if isinstance(argnames, str) or not isinstance(argnames, Iterable) else tuple(argnames)
+    for name in names:
+        if not isinstance(name, str):
+            raise OptionTypeError(
+                f"{which}_argnames must be the name of a parameter, or several, and has {name!r:.60} in it, of type "
+                f"{type(name).__name__}. Positions go to {which}_argnums."
+            )
+    parameters = _parameters(fun) if positions or names else None
+    if parameters is None:
+        return Chosen(positions, positions, names)
+    _refuse_unknown_names(which, fun, names, parameters)
+    if which == "donate" and (unknown := [i for i in positions if not _takes(parameters, i)]):
+        raise ArgumentNameError(
+            f"donate_argnums={argnums!r} names position {', '.join(map(str, unknown))}, and "
+            f"{getattr(fun, '__name__', repr(fun))} takes {_positional(parameters)} positional argument(s). Name "
+            f"positions from 0 to {_positional(parameters) - 1}, or use donate_argnames."
+        )
+    pairs = [
+        (i, p.name)
+        for i, p in enumerate(parameters)
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and (i in positions or p.name in names)
+    ]
+    by_name = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY]
+    return Chosen(
+        given=positions,
+        positions=tuple(dict.fromkeys((*positions, *(i for i, _ in pairs)))),
+        names=tuple(dict.fromkeys((*names, *(name for _, name in pairs if name in by_name)))),
+        aliases=tuple(pairs),
+    )
+
+
+def takes_position(fun: Callable[..., Any], position: int) -> bool:
+    """Whether a function may have a positional argument there; yes where there is no telling."""
+    parameters = _parameters(fun)
+    return parameters is None or _takes(parameters, position)
+
+
+def _takes(parameters: Sequence[inspect.Parameter], position: int) -> bool:
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return True
+    return -_positional(parameters) <= position < _positional(parameters)
+
+
+def _positional(parameters: Sequence[inspect.Parameter]) -> int:
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def _refuse_unknown_names(
+    which: str, fun: Callable[..., Any], names: Sequence[str], parameters: Sequence[inspect.Parameter]
+) -> None:
+    known = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    unknown = [name for name in names if name not in known]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ArgumentNameError(
+            report(
+                f"{which}_argnames names what {getattr(fun, '__name__', repr(fun))} has no parameter for:",
+                [repr(name) for name in unknown],
+                f"Its parameters are {', '.join(map(repr, known)) or 'none'}: name one of those.",
+            )
+        )
+
+
+def one_replica_type(aval: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
+    """The type of one replica's part of a mapped array."""
+    if axis is None:
+        return aval
+    shape = (*aval.shape[:axis], *aval.shape[axis + 1 :])
+    return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=aval.weak_type)
+
+
+def match_in_axes(
+    spec: Spec,
+    args: Mapping[int, Any],
+    kwargs: Mapping[str, Any],
+    names: Mapping[int, str],
+    static: Collection[int | str],
+    leaves: Sequence[Leaf],
+) -> tuple[list[int | None], Any]:
+    """The mapped axis of each leaf of the arguments, as a non-negative position, and how those of one replica nest.
+
+    As in ``jax.pmap``, ``in_axes`` has an entry for a static argument, too, which is not used; and where the function
+    has static arguments, entries may be left over.
+
+    Args:
+        spec: ``in_axes``: one axis for all positional arguments, or a tuple with an entry for each.
+        args: The positional arguments by position, those that are static left out.
+        kwargs: The keyword arguments, which are always mapped along axis 0.
+        names: What the user calls each positional argument, static ones included.
+        static: The positions of the function's static arguments, and the names of those passed by name.
+        leaves: The leaves of both.
+
+    Raises:
+        AxisSpecError: ``in_axes`` is no prefix of the arguments, or a leaf lacks its mapped axis.
+    """
+    in_axes = spec.tree
+    per_argument = isinstance(in_axes, tuple | list)
+    arity = len(names)
+    if per_argument and (len(in_axes) <= max(args, default=-1) or (len(in_axes) > arity and not static)):
+        called = f"in_axes={in_axes!r} is of length {len(in_axes)}, and the function was called with {arity} positional"
+        if static:
+            raise AxisSpecError(_entries(called, in_axes, names, static))
+        raise AxisSpecError(
+            f"{called} argument(s). Give one entry for each positional argument (each argument passed by keyword is "
+            f"mapped along axis 0), or a single int for all of them."
+        )
+    if not arity and not per_argument and not isinstance(in_axes, int | None):
+        raise AxisSpecError(
+            f"in_axes={in_axes!r} is about positional arguments, and the function was called with none. Arguments "
+            f"passed by keyword are mapped along axis 0: leave in_axes out, or pass them by position."
+        )
+    entries = tuple(in_axes[i] if per_argument else in_axes for i in args)
+    axes, own = broadcast_prefix("in_axes", "the tuple of arguments", entries, tuple(args.values()), one_of)
+    of_kwargs, own_kwargs = broadcast_prefix("in_axes", "the keyword arguments", 0, dict(kwargs), one_of)
+    axes = normalize("in_axes", "argument", [*axes, *of_kwargs], leaves, extra=0)
+    return axes, jax.tree.structure((own, own_kwargs))
+
+
+def _entries(called: str, in_axes: Sequence[Any], names: Mapping[int, str], static: Collection[int | str]) -> str:
+    """Which entry of ``in_axes`` belongs to which argument, where it has too few and some arguments are static."""
+    lines, dynamic = [], [i for i in names if i not in static]
+    for i, name in names.items():
+        entry = f"in_axes[{i}] is {in_axes[i]!r}" if i < len(in_axes) else "no entry"
+        lines.append(f"{name}{' (static)' if i in static else ''}: {entry}")
+    meant = dict(zip(dynamic, in_axes, strict=True)) if len(dynamic) == len(in_axes) else dict.fromkeys(dynamic, 0)
+    example = tuple(meant.get(i) for i in names)
+    return report(
+        f"{called} argument(s), static ones among them:",
+        lines,
+        f"Give one entry for each positional argument; that of a static argument is not used, and None will do. Write "
+        f"in_axes={example!r}, or a single int for all of them.",
+    )
+
+
+def match_out_axes(spec: Spec, out: Any, size: int) -> tuple[list[int | None], Any]:
+    """The mapped axis of each leaf of the result, as a non-negative position, and how those of all replicas nest.
+
+    Args:
+        spec: ``out_axes``.
+        out: The result of one replica: a tree of ``jax.ShapeDtypeStruct``.
+        size: The number of replicas.
+
+    Raises:
+        AxisSpecError: ``out_axes`` is no prefix of the result, or a leaf cannot have that axis.
+    """
+    axes, whole = broadcast_prefix("out_axes", "the result", spec.tree, out, lambda own, axis: all_of(own, axis, size))
+    paths = jax.tree_util.tree_leaves_with_path(out)
+    leaves = [Leaf(f"result{keystr(path)}", aval) for path, aval in paths]
+    return normalize("out_axes", "result", axes, leaves, extra=1), jax.tree.structure(whole)
+
+
+def broadcast_prefix(
+    which: str, what: str, spec: Any, tree: Any, mapped: Callable[[Any, Any], tuple[list[int | None], Any]]
+) -> tuple[list[int | None], Any]:
+    """The axis in a prefix tree for each leaf of ``tree``.
+
+    Args:
+        which: ``in_axes`` or ``out_axes``.
+        what: What the tree is.
+        spec: The prefix tree.
+        tree: The tree.
+        mapped: For what has rules of its own for ``vmap``, given its entry: the axis of each leaf of it, and what the
+            map makes of it.
+
+    Returns:
+        The axes, and the tree with what the map makes of such values in their places.
+    """
+    axes: list[int | None] = []
+    values: list[Any] = []
+
+    def repeat(axis: Any, subtree: Any) -> None:
+        for x in jax.tree.leaves(subtree, is_leaf=_jax.is_vmappable):
+            if not _jax.is_vmappable(x) and not isinstance(axis, int | None):
+                raise AxisSpecError(
+                    f"{which} has {axis!r}, of type {type(axis).__name__}, for an array. Write an int or None."
+                )
+            own_axes, own = mapped(x, axis) if _jax.is_vmappable(x) and axis is not None else ([axis], x)
+            axes.extend([None] * jax.tree.structure(x).num_leaves if axis is None else own_axes)
+            values.append(own)
+
+    try:
+        jax.tree.map(repeat, spec, tree, is_leaf=is_none)
+    except AxisSpecError:
+        raise
+    except ValueError:
+        raise AxisSpecError(
+            report(
+                f"{which} does not fit {what}: it must be an axis, or a tree of them with the same structure.",
+                _prefix_faults(which, spec, tree),
+                f"Write one int or None for a whole subtree, or one for each entry, following how {what} nests.",
+            )
+        ) from None
+    return axes, jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_jax.is_vmappable), values)
+
+
+def _prefix_faults(where: str, spec: Any, tree: Any) -> list[str]:
+    """Where a specification does not nest as the tree that it is about."""
+    if is_none(spec) or (ours := _jax.one_level(spec)) is None:
+        return []
+    theirs = _jax.one_level(tree)
+    if theirs is None or type(spec) is not type(tree) or ours[1] != theirs[1] or len(ours[0]) != len(theirs[0]):
+        return [f"{where} is {_kind(spec)}, for what is {_kind(tree)}"]
+    keys = ours[1] if isinstance(spec, dict) else range(len(ours[0]))
+    pairs = zip(keys, ours[0], theirs[0], strict=True)
+    return [fault for key, one, other in pairs for fault in _prefix_faults(f"{where}[{key!r}]", one, other)]
+
+
+def _kind(tree: Any) -> str:
+    if tree is None:
+        return "None"
+    if isinstance(tree, dict):
+        return f"a dict with the keys {', '.join(map(repr, tree))}" if tree else "an empty dict"
+    if isinstance(tree, tuple | list):
+        return f"a {type(tree).__name__} of length {len(tree)}"
+    return "an array" if _jax.one_level(tree) is None else f"a {type(tree).__name__}"
+
+
+def normalize(
+    which: str, role: str, axes: Sequence[int | None], leaves: Sequence[Leaf], *, extra: int
+) -> list[int | None]:
+    """Counts negative axes from the end.
+
+    Args:
+        which: ``in_axes`` or ``out_axes``.
+        role: What a leaf is.
+        axes: One entry a leaf.
+        leaves: The leaves.
+        extra: How many axes more than the leaf the mapped array has.
+
+    Raises:
+        AxisSpecError: naming every leaf that lacks its axis.
+    """
+    faults, normal = [], list[int | None]()
+    for axis, leaf in zip(axes, leaves, strict=True):
+        rank = len(leaf.aval.shape) + extra
+        if axis is not None and not -rank <= axis < rank:
+            faults.append(f"{leaf}: axis {axis}" if rank else f"{leaf}: a scalar has no axis to map")
+        normal.append(axis % rank if axis is not None and rank else axis)
+    if faults:
+        remedy = (
+            "Map an axis that the array has, or write None in in_axes for an argument that every replica gets whole, "
+            "as in in_axes=(0, None)."
+            if which == "in_axes"
+            else "The mapped axis of a result is inserted, at a position from 0 up to the number of its axes."
+        )
+        raise AxisSpecError(
+            report(
+                f"{which} names an axis that a{'n' if role == 'argument' else ''} {role} does not have:", faults, remedy
+            )
+        )
+    return normal
+
+
+def _by_argument(mapped: Sequence[tuple[Leaf, int, int]]) -> list[str]:
+    """The sizes of the mapped axes: one line for each array, or, of many, one for all alike of one argument."""
+    if len(mapped) <= MOST - 1:  # and one for axis_size
+        return [f"{leaf}: axis {axis} has size {size}" for leaf, axis, size in mapped]
+    alike: dict[tuple[str, int, int], list[Leaf]] = {}
+    for leaf, axis, size in mapped:
+        alike.setdefault((_ARGUMENT.split(leaf.name, maxsplit=1)[0], axis, size), []).append(leaf)
+    return [
+        f"{leaves[0]}: axis {axis} has size {size}"
+        if len(leaves) == 1
+        else f"{len(leaves)} arrays of {root}: axis {axis} has size {size} ({leaves[0]}, ...)"
+        for (root, axis, size), leaves in sorted(alike.items(), key=lambda item: len(item[1]))
+    ]
+
+
+#: Where the name of an argument ends, and the path in it begins.
+_ARGUMENT = re.compile(r"(?=[.\[])")
+
+
+def mapped_size(axes: Sequence[int | None], leaves: Sequence[Leaf], axis_size: int | None) -> int:
+    """The number of replicas, which all mapped arguments and ``axis_size`` have to agree on.
+
+    Raises:
+        MappedSizeError: naming every argument with its shape, its mapped axis and its size.
+    """
+    mapped = [(leaf, axis, leaf.aval.shape[axis]) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
+    sizes = {size for _, _, size in mapped} | ({axis_size} if axis_size is not None else set())
+    if len(sizes) == 1 and (size := next(iter(sizes))) > 0:
+        return size
+    faults = _by_argument(mapped)
+    if not sizes:
+        raise MappedSizeError(
+            report(
+                "pmap cannot tell the number of replicas, because no argument is mapped:",
+                [f"{leaf}: not mapped" for leaf in leaves] or ["the function was called without arrays"],
+                "Map an argument with in_axes, or give the number of replicas, as in pmap(f, axis_size=8).",
+            )
+        )
+    if axis_size is not None:
+        faults.insert(0, f"axis_size is {axis_size}")
+    if len(sizes) == 1 or (axis_size is not None and axis_size < 1):
+        raise MappedSizeError(
+            report(
+                "pmap needs at least one replica:",
+                faults,
+                "Map an axis that is not empty, and give an axis_size of at least 1, or leave axis_size out.",
+            )
+        )
+    raise MappedSizeError(
+        report(
+            "pmap got inconsistent sizes for array axes to be mapped:",
+            faults,
+            "Pass arrays of one size along the mapped axis, or write None in in_axes for an argument that every "
+            "replica gets whole, as in in_axes=(0, None).",
+        )
+    )

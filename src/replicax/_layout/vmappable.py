@@ -1,0 +1,122 @@
+"""Arguments and results of types that say themselves what ``jax.vmap`` makes of them, such as sparse matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from replicax import _jax
+from replicax.errors import AxisSpecError, NotAnArrayError
+
+
+def one_of(value: Any, spec: Any) -> tuple[list[int | None], Any]:
+    """What a replica gets of an argument: the mapped axis of each array in it, and the replica's own value.
+
+    Args:
+        value: The argument.
+        spec: Its entry in ``in_axes``.
+
+    Raises:
+        AxisSpecError: the type does not know such an entry.
+        NotAnArrayError: the type computes on its arrays.
+    """
+    into, _ = _jax.vmap_rules(type(value))
+
+    def rule(value: Any, part: Callable[..., Any]) -> Any:
+        return into(part, lambda: 0, value, spec)
+
+    def row(x: Any, axis: int) -> Any:
+        return lax.index_in_dim(x, 0, axis, keepdims=False)
+
+    return _mapped("in_axes", value, spec, rule, row)
+
+
+def all_of(own: Any, spec: Any, size: int) -> tuple[list[int | None], Any]:
+    """What becomes of the results of all replicas: where each array in them is mapped, and the whole value.
+
+    Args:
+        own: The result of one replica.
+        spec: Its entry in ``out_axes``.
+        size: The number of replicas.
+
+    Raises:
+        AxisSpecError: as :func:`one_of`.
+        NotAnArrayError: likewise.
+    """
+    _, back = _jax.vmap_rules(type(own))
+
+    def rule(own: Any, part: Callable[..., Any]) -> Any:
+        return back(lambda _, x, axis: part(x, axis), size, own, spec)
+
+    def stack(x: Any, axis: int) -> Any:
+        return jnp.repeat(jnp.expand_dims(x, axis), size, axis)
+
+    return _mapped("out_axes", own, spec, rule, stack)
+
+
+def _mapped(
+    which: str, value: Any, spec: Any, rule: Callable[..., Any], change: Callable[..., Any]
+) -> tuple[list[int | None], Any]:
+    """Follows what the rule of a type does to its arrays, and makes sure that it maps them and does no more."""
+    leaves, tree = jax.tree.flatten(value)
+    types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(_jax.typeof, leaves)]
+    axes: list[int | None] = [None] * len(types)
+
+    def noting(*arrays: Any) -> Any:
+        def part(x: Any, axis: int | None) -> Any:
+            if axis is None:
+                return x
+            axes[_index(x, arrays, type(value))] = axis
+            return change(x, axis)
+
+        return rule(tree.unflatten(arrays), part)
+
+    try:
+        changed = jax.eval_shape(noting, *types)
+    except (AxisSpecError, NotAnArrayError):
+        raise
+    except (TypeError, ValueError) as error:
+        raise AxisSpecError(
+            f"{which} has {spec!r} for a {type(value).__name__}: {error} Write an entry that jax.vmap takes, too."
+        ) from None
+    _check_order(type(value), types, axes, jax.tree.leaves(changed), tree, rule)
+    return axes, changed
+
+
+def _check_order(
+    kind: type, types: Sequence[Any], axes: Sequence[int | None], changed: Sequence[Any], tree: Any, rule: Any
+) -> None:
+    """Makes sure that each array of the value that a rule returns is one that it was given, in the same order."""
+
+    def exchanging(*arrays: Any) -> Any:
+        given, put = arrays[: len(types)], arrays[len(types) :]
+
+        def part(x: Any, axis: int | None) -> Any:
+            return x if axis is None else put[_index(x, given, kind)]
+
+        return jax.tree.leaves(rule(tree.unflatten(given), part))
+
+    if len(types) != len(changed):
+        raise _computes(kind)
+    expected = [k if axis is None else k + len(types) for k, axis in enumerate(axes)]
+    if _jax.passed_on(exchanging, [*types, *changed]) != expected:
+        raise _computes(kind)
+
+
+def _index(x: Any, arrays: Sequence[Any], kind: type) -> int:
+    for k, y in enumerate(arrays):
+        if x is y:
+            return k
+    raise _computes(kind)
+
+
+def _computes(kind: type) -> NotAnArrayError:
+    return NotAnArrayError(
+        f"The rule that {kind.__name__} has for jax.vmap computes on its arrays, and pmap follows rules that only say "
+        f"which axes of them are mapped. Pass its arrays instead, and make the {kind.__name__} inside the mapped "
+        f"function."
+    )

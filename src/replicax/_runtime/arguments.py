@@ -1,0 +1,184 @@
+"""The arguments of one call: the static ones apart, the leaves of the others, and what the user calls them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from replicax import _jax
+from replicax._engine.references import refuse_passed
+from replicax._engine.replica import no_arrays
+from replicax._layout.axes import Chosen, name_leaves, parameter_names
+from replicax._messages import report, text_of, too_large
+from replicax.errors import StaticArgumentError
+
+
+class Call(NamedTuple):
+    """The arguments of a call, the static ones apart.
+
+    Attributes:
+        fun: The function.
+        dynamic: The positional arguments that are not static.
+        positions: Where they stood.
+        kwargs: The keyword arguments that are not static.
+        static: The static arguments: position or name, type, value.
+    """
+
+    fun: Callable[..., Any]
+    dynamic: tuple[Any, ...]
+    positions: Sequence[int]
+    kwargs: dict[str, Any]
+    static: tuple[tuple[int | str, type, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the user calls the function."""
+        return function_name(self.fun)
+
+    @property
+    def static_positions(self) -> list[int]:
+        """The positions of the static arguments that were passed by position."""
+        return [where for where, _, _ in self.static if isinstance(where, int)]
+
+    def by_position(self) -> dict[int, Any]:
+        """The positional arguments that are not static."""
+        return dict(zip(self.positions, self.dynamic, strict=True))
+
+    def leaf_names(self) -> list[str]:
+        """What the user calls each leaf of the arguments."""
+        return name_leaves(self.fun, self.by_position(), self.kwargs)
+
+    def parameter_names(self) -> dict[int, str]:
+        """What the user calls each positional argument."""
+        return parameter_names(self.fun, sorted([*self.positions, *self.static_positions]))
+
+    def donated(self, chosen: Chosen) -> tuple[int, ...]:
+        """Which leaves of the arguments are donated, where these arguments are."""
+        count = len(self.positions) + len(self.static_positions)
+        at = {i % count for i in chosen.positions if -count <= i < count}
+        roots = [(i in at, tree) for i, tree in zip(self.positions, self.dynamic, strict=True)]
+        roots += [(name in chosen.names, self.kwargs[name]) for name in sorted(self.kwargs)]
+        leaves = [given for given, tree in roots for _ in jax.tree.leaves(tree)]
+        return tuple(k for k, given in enumerate(leaves) if given)
+
+
+def split(fun: Callable[..., Any], static: Chosen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Takes the static arguments out of a call.
+
+    Raises:
+        StaticArgumentError: one is missing.
+    """
+    count = len(args)
+    if not static.positions and not static.names:
+        return Call(fun, args, range(count), kwargs)
+    missing = [i for i in static.given if not -count <= i < count]
+    if missing := [i for i in missing if dict(static.aliases).get(i) not in kwargs]:
+        names = parameter_names(fun, missing)
+        raise StaticArgumentError(
+            report(
+                f"static_broadcasted_argnums={static.given} names arguments that are missing from a "
+                f"call with {count} positional argument(s):",
+                [names[i] for i in sorted(missing)],
+                "Pass static arguments by position, or by name; one with a default value may be left out of the "
+                "call if static_broadcasted_argnames names it instead.",
+            )
+        )
+    return partition(fun, static, args, kwargs)
+
+
+def partition(fun: Callable[..., Any], static: Chosen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Takes those static arguments out of a call that it has."""
+    count = len(args)
+    at = sorted({i % count for i in static.positions if -count <= i < count})
+    positions = [i for i in range(count) if i not in at]
+    values: list[tuple[int | str, type, Any]] = [(i, type(args[i]), args[i]) for i in at]
+    values += [(name, type(kwargs[name]), kwargs[name]) for name in static.names if name in kwargs]
+    rest = {name: value for name, value in kwargs.items() if name not in static.names}
+    return Call(fun, tuple(args[i] for i in positions), positions, rest, tuple(values))
+
+
+def function_name(fun: Callable[..., Any]) -> str:
+    """What the user calls a function, and what its programs are called."""
+    while isinstance(fun, functools.partial):
+        fun = fun.func
+    return getattr(fun, "__name__", type(fun).__name__)
+
+
+def check_types(call: Call, leaves: Sequence[Any], *, abstract: bool) -> Hashable:
+    """The types of leaves of which some may be no arrays, as a key.
+
+    Args:
+        call: The call.
+        leaves: The leaves of its arguments.
+        abstract: Whether a ``jax.ShapeDtypeStruct`` may stand for an array.
+
+    Raises:
+        NotAnArrayError: naming every leaf that is no array.
+        NumberTooLargeError: an int does not fit into 32 bits.
+    """
+    faults, names = {}, call.leaf_names()
+    refuse_passed(names, leaves)
+    for name, x in zip(names, leaves, strict=True):
+        try:
+            _jax.typeof(x)
+            known = abstract or not isinstance(x, jax.ShapeDtypeStruct)
+        except TypeError:
+            known = False
+        except OverflowError:
+            raise too_large(name, x) from None
+        except ValueError as error:
+            if not _jax.is_unconverted(x):
+                error.add_note(f"It is the argument {name}.")
+                raise
+            known = False
+        if not known:
+            faults[name] = x
+    if not faults:
+        return _jax.type_key(leaves)
+    raise no_arrays(
+        "pmap maps arrays, and these arguments are none:",
+        faults,
+        "Convert them to arrays of numbers; or name what is none in static_broadcasted_argnums or "
+        "static_broadcasted_argnames (it has to be hashable); or bind it beforehand with functools.partial.",
+    ) from None
+
+
+def refuse_static(call: Call) -> None:
+    """Refuses static arguments that cannot be looked up, if there are any.
+
+    Raises:
+        StaticArgumentError: naming those that have no hash, or that fail to compare.
+    """
+    names = call.parameter_names()
+    unhashable, incomparable = [], []
+    for where, kind, value in call.static:
+        name = names[where] if isinstance(where, int) else where
+        try:
+            hash(value)
+        except Exception:
+            unhashable.append(f"{name} is of type {kind.__name__}")
+            continue
+        try:
+            bool(value == value)
+        except Exception as error:
+            what = f"{type(error).__name__}: {text_of(error)}".removesuffix(": ")
+            incomparable.append(f"{name}, of type {kind.__name__}, raised {what}")
+    if unhashable:
+        raise StaticArgumentError(
+            report(
+                "Non-hashable static arguments are not supported, since each new value is compiled for anew:",
+                unhashable,
+                "Pass a hashable value, such as a tuple for a list, or do not name the argument as static.",
+            )
+        ) from None
+    if incomparable:
+        raise StaticArgumentError(
+            report(
+                "Static arguments are compared with ==, to find the program compiled for them, and this failed:",
+                incomparable,
+                "Give the type an __eq__ that returns True or False, and a __hash__ that goes with it.",
+            )
+        ) from None

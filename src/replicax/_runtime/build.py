@@ -1,0 +1,103 @@
+"""From the arguments of a call to its signature, and from that to a program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from replicax import _jax
+from replicax._engine.lowering import Recorded, lower, record
+from replicax._engine.primitives import mapped as _primitives
+from replicax._engine.replica import Replica, trace_replica
+from replicax._engine.spec import Inputs
+from replicax._layout.axes import Leaf, mapped_size, match_in_axes, one_replica_type
+from replicax._layout.layout import layout, replicas_of
+from replicax._runtime.arguments import Call
+from replicax._runtime.executable import Executable
+from replicax._runtime.options import Options
+from replicax._runtime.signature import Signature
+
+
+def signature_of(options: Options, call: Call, leaves: Sequence[Any]) -> Signature:
+    """What a program for this call has to be compiled for.
+
+    Raises:
+        AxisSpecError: ``in_axes`` does not fit the arguments.
+        MappedSizeError: they do not say one number of replicas.
+    """
+    args, every = call.by_position(), call.parameter_names()
+    named = [Leaf(name, shape_of(x)) for name, x in zip(call.leaf_names(), leaves, strict=True)]
+    static = {where for where, _, _ in call.static} | {*options.static.positions}
+    in_axes, own_tree = match_in_axes(options.in_axes, args, call.kwargs, every, static, named)
+    return Signature(
+        size=mapped_size(in_axes, named, options.axis_size),
+        leaves=tuple(named),
+        in_axes=tuple(in_axes),
+        tree=jax.tree.structure((call.dynamic, call.kwargs)),
+        own_tree=own_tree,
+        roots={(0, k): every[i] for k, i in enumerate(args)} | {(1, name): name for name in call.kwargs},
+        static={every[i] if isinstance(i, int) else i: value for i, _, value in call.static},
+        settings=_jax.settings(),
+        surroundings="inside another mapped function"
+        if _jax.tracing_replica()
+        else ("by itself" if _jax.eager() else "inside a transformation such as jit, grad or vmap"),
+    )
+
+
+def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """The type of an array."""
+    aval = _jax.typeof(x)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+def build(options: Options, call: Call, signature: Signature, *, spread: bool) -> Executable | Recorded:
+    """Traces and lowers the function for one signature; with ``spread`` onto all devices.
+
+    Inside a replica of another map it is recorded, to be lowered with it.
+    """
+    inside = _jax.tracing_replica()
+    if inside:
+        options.refuse_inner_devices(call.name)
+    devices = options.resolve_devices()
+    replica = _trace(options, call, signature)
+    if inside:
+        axis = replicas_of(options.axis_name, signature.size)
+        return record(replica, axis, signature.in_axes, options.outputs, call.name)
+    nesting, aside = _primitives.nesting(replica.jaxpr), not _jax.eager()
+    where = layout(options.axis_name, signature.size, devices, spread=spread, aside=aside, nesting=nesting)
+    inputs = Inputs(tuple(leaf.aval for leaf in signature.leaves), signature.in_axes, call.donated(options.donated))
+    executable = Executable(lower(replica, where, inputs, options.outputs, call.name))
+    if _jax.eager():  # All that is traced is traced now, in this thread's turn and before an argument is moved.
+        _ = executable.traced
+    return executable
+
+
+def _trace(options: Options, call: Call, signature: Signature) -> Replica:
+    types = (one_replica_type(leaf.aval, a) for leaf, a in zip(signature.leaves, signature.in_axes, strict=True))
+    dynamic, kwargs = jax.tree.unflatten(signature.own_tree, types)
+    by_position = dict(zip(call.positions, dynamic, strict=True))
+    static = {where: value for where, _, value in call.static}
+    by_position |= {i: value for i, value in static.items() if isinstance(i, int)}
+    return trace_replica(
+        _bound(call.fun, {name: value for name, value in static.items() if isinstance(name, str)}),
+        [by_position[i] for i in range(len(by_position))],
+        kwargs,
+        call.static_positions,
+        options.axis_name,
+        signature.size,
+    )
+
+
+def _bound(fun: Callable[..., Any], static: Mapping[str, Any]) -> Callable[..., Any]:
+    """``fun`` with its static keyword arguments."""
+    if not static:
+        return fun
+
+    @functools.wraps(fun)
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        return fun(*args, **kwargs, **static)
+
+    return bound

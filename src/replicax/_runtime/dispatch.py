@@ -1,0 +1,240 @@
+"""From a call to a compiled program: the signature looked up, the program built at most once for each."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+
+from replicax import _jax
+from replicax._engine.lowering import Recorded
+from replicax._engine.primitives import mapped as _primitives
+from replicax._jax import cpp as _cpp
+from replicax._runtime import cpu_threads as _cpu_threads
+from replicax._runtime.arguments import Call, check_types, refuse_static, split
+from replicax._runtime.build import build, shape_of, signature_of
+from replicax._runtime.call_path import Outcome, Path, Switch, table
+from replicax._runtime.executable import Executable
+from replicax._runtime.options import Options
+from replicax._runtime.packing import may_be_packed, packed
+from replicax._runtime.run import cpp_cacheable, reads_host_memory, run, stage
+from replicax._runtime.signature import Signature
+from replicax._runtime.transfer import native
+
+#: How many seconds a thread waits while another traces the same program. After that it traces for itself, which is a
+#: waste and no harm; it might be what the other one waits for.
+PATIENCE = 300.0
+
+logger = logging.getLogger("replicax")
+
+
+class Dispatcher:
+    """The programs of one function under one set of options, by signature.
+
+    It does not hold the function: a function that is dropped takes its programs with it.
+
+    Args:
+        fun: A reference to the function that does not hold it.
+        options: The options.
+
+    Attributes:
+        options: The options.
+        switch: Which path the calls of the function take.
+    """
+
+    def __init__(self, fun: Callable[[], Callable[..., Any]], options: Options) -> None:
+        self._fun = fun
+        self.options = options
+        self.switch = Switch()
+        self._programs: dict[Hashable, Executable | Recorded] = {}
+        self._signatures: dict[Hashable, Signature] = {}
+        self._tracing: dict[Hashable, threading.RLock] = {}
+        # What C++ remembers belongs to these, and is freed with them.
+        self._owners = {copied: functools.partial(_without_jit, weakref.ref(self)) for copied in (False, True)}
+
+    def __call__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs ``fun`` once for each replica, in Python alone."""
+        return self.call(fun, args, kwargs).result
+
+    @_jax.api_boundary
+    def call(
+        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], copied: bool = False
+    ) -> Outcome:
+        """Runs ``fun`` once for each replica.
+
+        Args:
+            fun: The function.
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+            copied: Whether small NumPy arrays among them are copies already.
+        """
+        with _jax.own_mesh((args, kwargs)):
+            program, leaves = self.resolve(fun, args, kwargs)
+            known, start = None, None
+            if isinstance(program, Recorded):
+                results = program.staged(*leaves, *program.closed)
+            elif not _jax.eager():
+                results = stage(program, leaves)
+            else:
+                _jax.refuse_leaked_tracers([*leaves, *program.closed])
+                names = functools.partial(_leaf_names, fun, self.options, args, kwargs)
+                results, known, start = _run(program, leaves, names, copied)
+            out = jax.tree.unflatten(program.out_tree, results)
+        return Outcome(out, known and _cpp.remember(known, out), start)
+
+    def resolve(
+        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, abstract: bool = False
+    ) -> tuple[Executable | Recorded, list[Any]]:
+        """The program for a call, traced and lowered at most once a signature, and the leaves to run it on.
+
+        With ``abstract`` a ``jax.ShapeDtypeStruct`` may stand for an array.
+        """
+        call = split(fun, self.options.static, args, kwargs)
+        leaves, key = _key(call, abstract=abstract)
+        try:
+            program = None if jax.config.jax_disable_jit else self._programs.get(key)
+        except Exception:
+            refuse_static(call)
+            raise
+        if program is None:
+            program = self._build(key, call, leaves)
+        return program, leaves
+
+    def _build(self, key: Hashable, call: Call, leaves: Sequence[Any]) -> Executable | Recorded:
+        """Traces and lowers a program, unless another thread has done so by the time that it is this one's turn."""
+        turn = self._tracing.setdefault(key, threading.RLock())
+        self.switch.trace(bool(self._tracing))
+        in_turn = turn.acquire(timeout=PATIENCE)
+        try:
+            program = None if jax.config.jax_disable_jit else self._programs.get(key)
+            if program is None:
+                signature = signature_of(self.options, call, leaves)
+                earlier = list(self._signatures.values())
+                program = build(self.options, call, signature, spread=_has_to_spread(leaves))
+                if jax.config.jax_explain_cache_misses:
+                    logger.warning(signature.explain(call.name, earlier))
+                if isinstance(program, Executable) and _cpu_threads.may_hang(program.spec.layout.mesh):
+                    self.switch.bound()
+                if program.reusable and not jax.config.jax_disable_jit:  # under it every call runs the user's Python
+                    self._signatures[key], self._programs[key] = signature, program
+            return program
+        finally:
+            if in_turn:
+                turn.release()
+            self._tracing.pop(key, None)
+            self.switch.trace(bool(self._tracing))
+
+    def describe(
+        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Executable | Recorded, Call, Signature]:
+        """The program for a call with these arguments or types, and what it stands for."""
+        program, leaves = self.resolve(fun, args, kwargs, abstract=True)
+        call = split(fun, self.options.static, args, kwargs)
+        return program, call, signature_of(self.options, call, leaves)
+
+    @_jax.api_boundary
+    def eval_shape(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The types of the results of a call with these arguments or types."""
+        with _jax.own_mesh():
+            program, leaves = self.resolve(fun, args, kwargs, abstract=True)
+            if isinstance(program, Executable) and _jax.eager():
+                out = program.traced.out_info
+            else:
+                out = jax.eval_shape(program.staged, *map(shape_of, [*leaves, *program.closed]))
+        types = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False)) for x in out]
+        return jax.tree.unflatten(program.out_tree, types)
+
+    @_jax.api_boundary
+    def explain(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Whether a call has its program already, and if not, why none of the others fits."""
+        call = split(fun, self.options.static, args, kwargs)
+        leaves, key = _key(call, abstract=True)
+        if key in self._signatures:
+            return f"{call.name} is compiled already for such a call."
+        return signature_of(self.options, call, leaves).explain(call.name, list(self._signatures.values()))
+
+    def table(self, fun: Callable[..., Any], slow: Callable[..., tuple[Any, Any]], *, copied: bool) -> Any:
+        """One of the two tables of calls in C++, and ``slow``, which takes what it does not have."""
+        return table(self._owners[copied], fun, self.options, slow)
+
+    def clear(self) -> None:
+        """Forgets all programs."""
+        for owner in self._owners.values():
+            _cpp.forget(owner)
+        self._programs.clear()
+        self._signatures.clear()
+
+
+def _run(
+    program: Executable, leaves: Sequence[Any], names: Callable[[], Sequence[str]], copied: bool
+) -> tuple[Sequence[Any], Any, Path | None]:
+    """Runs an eager call; the results, what C++ has to know to run it, and where such calls should start."""
+    if pack := packed(program, leaves):
+        return run(pack.executable, pack.leaves(leaves), pack.names(names))[0], None, Path.PACKED
+    results, placed = run(program, leaves, names)
+    if may_be_packed(program, leaves) or not cpp_cacheable(program.spec, leaves, placed):
+        return results, None, None
+    if not reads_host_memory(program.spec, leaves):
+        return results, program.known, Path.IN_PLACE
+    return results, program.known if copied else None, Path.COPY_HOST_LEAVES
+
+
+def _leaf_names(
+    fun: Callable[..., Any], options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Sequence[str]:
+    return split(fun, options.static, args, kwargs).leaf_names()
+
+
+def _key(call: Call, *, abstract: bool) -> tuple[list[Any], Hashable]:
+    """The arguments' leaves, and all that the program for them depends on."""
+    leaves, tree = jax.tree.flatten((call.dynamic, call.kwargs))
+    try:
+        types = _jax.type_key(leaves)
+        if not abstract and jax.ShapeDtypeStruct in map(type, leaves):
+            raise TypeError
+    except (OverflowError, TypeError, ValueError):
+        leaves = list(map(native, leaves))
+        types = check_types(call, leaves, abstract=abstract)
+    surroundings = _jax.eager(), _has_to_spread(leaves), _jax.tracing_replica()
+    return leaves, (tree, types, call.static, _jax.trace_context(), surroundings)
+
+
+def _has_to_spread(leaves: Sequence[Any]) -> bool:
+    """Whether a program has to take all devices: it is recorded with others, or its arguments' types name a mesh."""
+    return not _jax.eager() and (_jax.staging() or any(_primitives.split_over(x) is not None for x in leaves))
+
+
+def _without_jit(dispatcher: weakref.ref[Dispatcher], /, *args: Any, **kwargs: Any) -> Any:
+    """What C++ calls where jit is disabled."""
+    found: Any = dispatcher()
+    return found(found._fun(), args, kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One dispatcher for each function and options
+
+
+_dispatchers: dict[int, tuple[weakref.ref[Any], dict[Hashable, Dispatcher]]] = {}
+
+
+def dispatcher(fun: Callable[..., Any], options: Options) -> Dispatcher:
+    """The dispatcher of ``fun``, shared by all who map the same function in the same way, and freed with it."""
+    owner = getattr(fun, "__self__", None) if hasattr(fun, "__func__") else fun
+    try:
+        reference = weakref.ref(owner, functools.partial(_forget, id(owner)))
+        itself: Any = weakref.WeakMethod(fun) if hasattr(fun, "__func__") else weakref.ref(fun)
+        key = (getattr(fun, "__func__", None), options)
+        hash(key)
+    except TypeError:  # no weak references, or an unhashable axis name: not shared
+        return Dispatcher(lambda: fun, options)
+    _, known = _dispatchers.setdefault(id(owner), (reference, {}))
+    return known.setdefault(key, Dispatcher(itself, options))
+
+
+def _forget(owner: int, _: object) -> None:
+    _dispatchers.pop(owner, None)

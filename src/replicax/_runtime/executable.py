@@ -1,0 +1,172 @@
+"""A program compiled: what may be dropped, and made again from its spec."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from replicax import _jax
+from replicax._engine.levels import own_rows, pad_rows
+from replicax._engine.primitives import mapped as _primitives
+from replicax._engine.spec import ProgramSpec
+from replicax._jax import cpp as _cpp
+
+
+class Executable:
+    """What runs a program: each form of it is compiled when it is needed for the first time.
+
+    Args:
+        spec: The program.
+
+    Attributes:
+        spec: The program.
+        known: What C++ has to know to run it, or None where it has not run, or only Python can run it.
+        packings: Executables that do the same for packed arguments, by the classes of the arguments.
+    """
+
+    def __init__(self, spec: ProgramSpec) -> None:
+        self.spec = spec
+        self.known: Any = None
+        self.packings: dict[Hashable, Any] = {}
+        self._has_run = False
+        self._turn = threading.RLock()
+        self._pads: dict[tuple[tuple[int, ...], bool], jax.stages.Wrapped] = {}
+
+    @property
+    def closed(self) -> tuple[Any, ...]:
+        """The arrays that it takes after its arguments."""
+        return self.spec.closed
+
+    @property
+    def out_tree(self) -> Any:
+        """The structure of the result."""
+        return self.spec.out_tree
+
+    @property
+    def reusable(self) -> bool:
+        """Whether it may serve another call: it closes over no value of an enclosing transformation."""
+        return not self.spec.replica.closes_over_tracers
+
+    @cached_property
+    def traced(self) -> jax.stages.Traced:
+        """The program for arrays that lie in place, traced."""
+        return self._jitted.trace(*self.spec.padded_types)
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        """Compiled once, where ``jit`` compiles anew for each mixture of meshes that the arguments lie on."""
+        return _cpp.fast_call(self.traced.lower().compile())
+
+    @cached_property
+    def _jitted(self) -> jax.stages.Wrapped:
+        spec = self.spec
+        return jax.jit(
+            spec.function,
+            in_shardings=spec.in_shardings,
+            out_shardings=spec.out_shardings,
+            donate_argnums=spec.donated_in_place,
+        )
+
+    @cached_property
+    def closed_in_place(self) -> list[Any]:
+        """What the function closed over, on the layout's devices; moved once, since nobody can change it."""
+        return list(jax.device_put(self.spec.closed, self.spec.layout.sharding(None)))
+
+    def run(self, *leaves: Any) -> Sequence[Any]:
+        """Runs the program on arrays that lie in place: what an eager call does."""
+        if jax.config.jax_disable_jit or _jax.looks_for_nans():
+            return self._jitted(*leaves)  # which shows the user's Python, or where a NaN comes from
+        with self._turn:
+            compiled = self._compiled
+        try:
+            if self._has_run:
+                return compiled(*leaves)
+            results, self.known = _cpp.first_run(compiled, leaves)
+        except ValueError:  # an argument has another layout in memory; of four bits JAX 0.10 only thinks so
+            results = self._jitted(*leaves)
+        self._has_run = True
+        return results
+
+    def pad(self, which: tuple[int, ...], leaves: list[Any]) -> list[Any]:
+        """These arguments, which lie on the layout's devices, with a row for each padding lane."""
+        whole = all(x.sharding.is_fully_replicated and x.dtype in _WHOLE_BYTES for x in leaves)
+        if (which, whole) not in self._pads:
+            axes = [axis for i in which if (axis := self.spec.inputs.axes[i]) is not None]
+            self._pads[which, whole] = jax.jit(
+                self._take_rows(axes) if whole else self._add_rows(axes),
+                out_shardings=[self.spec.in_shardings[i] for i in which],
+            )
+        return list(self._pads[which, whole](leaves))
+
+    def _add_rows(self, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
+        where = self.spec.layout.axis.placement
+        # One row more has no type on a mesh with Explicit axes that split the rows.
+        return lambda xs: [pad_rows(_primitives.retype(x, None), a, where) for x, a in zip(xs, axes, strict=True)]
+
+    def _take_rows(self, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
+        """Each device takes its own rows of what it has whole, where XLA would have devices send each other parts."""
+        where, name = self.spec.layout, self.spec.layout.mesh.axis_names[0]
+
+        def rows(xs: list[Any]) -> list[Any]:
+            first = lax.axis_index(name) * where.axis.lanes
+            return [own_rows(x, axis, first, where.axis.placement) for x, axis in zip(xs, axes, strict=True)]
+
+        outs = list(map(where.spec, axes))
+        return jax.shard_map(rows, mesh=where.mesh, in_specs=PartitionSpec(), out_specs=outs, check_vma=False)
+
+    @cached_property
+    def staged(self) -> jax.stages.Wrapped:
+        """The program for an enclosing trace, which pads by itself and leaves the places of results to XLA."""
+        return jax.jit(_padding_by_itself(self.spec))
+
+
+#: The dtypes that XLA can cut and join anywhere.
+_WHOLE_BYTES = frozenset(
+    map(np.dtype, ("bool", *np.typecodes["AllInteger"], "float16", "float32", "float64", "F", "D"))
+)
+
+
+def _padding_by_itself(spec: ProgramSpec) -> Callable[..., tuple[Any, ...]]:
+    where, placement, in_axes = spec.layout, spec.layout.axis.placement, spec.inputs.axes
+
+    def placed(x: Any, axis: int | None) -> Any:
+        if axis is None or not placement.padding:
+            return x
+        # XLA may choose a sharding of N rows that JAX cannot express, and JAX then refuses the array.
+        return _primitives.pin(x, where.sharding(None))
+
+    def padded_first(*args: Any) -> tuple[Any, ...]:
+        typed = [_primitives.split_over(x) for x in args]
+        args = tuple(
+            x if axis is None else placed(pad_rows(placed(x, axis), axis, placement), axis)
+            for x, axis in zip([_primitives.retype(x, None) for x in args], in_axes, strict=True)
+        )
+        results = map(placed, spec.function(*args), spec.out_axes)
+        return tuple(
+            _primitives.retype(y, _like_the_arguments(axis, typed, in_axes))
+            for y, axis in zip(results, spec.out_axes, strict=True)
+        )
+
+    padded_first.__name__ = padded_first.__qualname__ = spec.name
+    return padded_first
+
+
+def _like_the_arguments(
+    axis: int | None, typed: Sequence[jax.sharding.NamedSharding | None], in_axes: Sequence[int | None]
+) -> jax.sharding.NamedSharding | None:
+    """What the type of a result says: split along the mapped axis as all mapped arguments whose types say so."""
+    said = [(where, a) for where, a in zip(typed, in_axes, strict=True) if where is not None]
+    if not said:
+        return None
+    mesh = said[0][0].mesh
+    rows = {where.spec[a] if a < len(where.spec) else None for where, a in said if a is not None}
+    if axis is None or len(rows) != 1:
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[None] * axis, rows.pop()))

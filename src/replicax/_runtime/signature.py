@@ -1,0 +1,113 @@
+"""What a program was compiled for, and in what a call differs from that: plain values, told in the user's words."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.tree_util import keystr
+
+from replicax import _jax
+from replicax._layout.axes import Leaf, one_replica_type
+
+
+@dataclass(frozen=True)
+class Signature:
+    """All that one program stands for: a call that differs in any of it needs another.
+
+    Attributes:
+        size: The number of replicas.
+        leaves: The arrays among the arguments.
+        in_axes: The mapped axis of each.
+        tree: How they nest.
+        own_tree: How those of one replica nest: differently where a type knows the shape of the whole.
+        roots: What the user calls each argument that they nest in, by its path in that tree.
+        static: The values of the static arguments, by name.
+        settings: The settings of JAX's that programs depend on.
+        surroundings: What the call is made inside of.
+    """
+
+    size: int
+    leaves: tuple[Leaf, ...]
+    in_axes: tuple[int | None, ...]
+    tree: Any
+    own_tree: Any
+    roots: Mapping[Hashable, str]
+    static: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    surroundings: str
+
+    def differences(self, earlier: Signature) -> list[str]:
+        """In what this call is not like an earlier one, one line a difference."""
+        found = []
+        if self.size != earlier.size:
+            found.append(f"there are {self.size} replicas, and were {earlier.size}")
+        if self.tree != earlier.tree:
+            found += structure_differences(self.tree, earlier.tree, self.roots)
+        else:
+            found += self._types(earlier)
+        found += _values(self.static, earlier.static, str)
+        found += _values(self.settings, earlier.settings, lambda name: f"JAX's setting {name}")
+        if self.surroundings != earlier.surroundings:
+            found.append(f"it is called {self.surroundings}, and was {earlier.surroundings}")
+        return found
+
+    def _types(self, earlier: Signature) -> list[str]:
+        """Leaves of other types, where the number of replicas alone does not say it all."""
+        pairs = zip(self.leaves, self.in_axes, earlier.leaves, earlier.in_axes, strict=True)
+        return [
+            f"{leaf.name} is {type_name(leaf.aval)}, and was {type_name(old.aval)}"
+            for leaf, axis, old, old_axis in pairs
+            if one_replica_type(leaf.aval, axis) != one_replica_type(old.aval, old_axis)
+        ]
+
+    def explain(self, name: str, earlier: Sequence[Signature]) -> str:
+        """Why ``name`` has no program for such a call yet."""
+        if not earlier:
+            return f"{name} has not been compiled before."
+        closest = min((self.differences(one) for one in earlier), key=len)
+        so_far = "the call" if len(earlier) == 1 else f"the closest of the {len(earlier)} kinds of call"
+        return "\n".join(
+            [
+                f"{name} is compiled anew. This is what differs from {so_far} that it was compiled for:",
+                *(f"  * {difference}" for difference in closest or ["it closes over other values of a transformation"]),
+            ]
+        )
+
+
+def type_name(aval: Any) -> str:
+    """A type as JAX writes it, and whether it is that of a scalar of Python's, which adapts to what it meets."""
+    shape = ",".join(map(str, aval.shape))
+    return f"{aval.dtype}[{shape}]" + (" (weakly typed)" if getattr(aval, "weak_type", False) else "")
+
+
+def structure_differences(tree: Any, earlier: Any, roots: Mapping[Hashable, str]) -> list[str]:
+    """Where two trees of ``(positional arguments, keyword arguments)`` are not the same, one line a difference."""
+    found = []
+    for path, now, was in _jax.structure_faults(tree, earlier):
+        if len(path) > 1:
+            name = roots.get(path_key(path[:2]), "argument") + keystr(path[2:])
+            found.append(f"{name} is {now}, and was {was}")
+        else:
+            name = "keyword" if path_key(path) == (1,) else "positional"
+            found.append(f"the {name} arguments are {now}, and were {was}")
+    return found
+
+
+def path_key(path: Iterable[Any]) -> tuple[Hashable, ...]:
+    """A path in a tree of tuples and dicts, as plain positions and keys."""
+    return tuple(entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else entry.key for entry in path)
+
+
+def _values(now: Mapping[str, Any], then: Mapping[str, Any], name: Any) -> list[str]:
+    found = []
+    for key in sorted({*now, *then}):
+        if key not in then:
+            found.append(f"{name(key)} is {now[key]!r:.60}, and was not passed")
+        elif key not in now:
+            found.append(f"{name(key)} is not passed, and was {then[key]!r:.60}")
+        elif type(now[key]) is not type(then[key]) or now[key] != then[key]:
+            found.append(f"{name(key)} is {now[key]!r:.60}, and was {then[key]!r:.60}")
+    return found
