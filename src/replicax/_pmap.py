@@ -236,7 +236,7 @@ def pmap(
 
     Raises:
         ReplicaxError: one of its classes, also the builtin that ``jax.pmap`` raises, for a call that fits no
-            program: see :mod:`replicax` for the tree.
+            program: see :mod:`replicax.errors` for the tree.
 
     Example:
         >>> import jax, jax.numpy as jnp, replicax

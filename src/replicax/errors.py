@@ -4,37 +4,38 @@ Every error that replicax raises is a :class:`ReplicaxError` and also the builti
 has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written for either keep working::
 
     ReplicaxError
-    ├── MappedSizeError              ValueError           the arguments do not say one number of replicas
-    ├── AxisSpecError                ValueError           in_axes or out_axes does not fit
-    ├── AxisSpecTypeError            TypeError            in_axes or out_axes holds something that is no axis
-    ├── NotAnArrayError              TypeError            an argument or a result is no array
-    │   └── UnconvertedArrayError    ValueError           it has to be converted: a masked array, or __jax_array__
-    ├── UnsupportedDtypeError        TypeError            an argument or a result of a dtype that XLA cannot pad
-    ├── NotAFunctionError            TypeError            what was to be mapped is no function
-    ├── NestedMapError               ValueError           what cannot run as a map inside a mapped function
-    ├── OptionTypeError              TypeError            an option of pmap is of the wrong type
-    ├── DeletedArrayError            RuntimeError         an array was donated before, deleted, or is donated twice
-    ├── NumberTooLargeError          OverflowError        an int does not fit into the type that JAX gives it
-    ├── StaticArgumentError          ValueError           a static argument is missing, unhashable or donated
-    ├── ArgumentNameError            ValueError           an option names a parameter that the function lacks
-    ├── AheadOfTimeError             TypeError            a compiled program was called in another way than it can be
-    ├── DevicesError                 ValueError           devices is empty, repeated or mixed
-    ├── UnknownBackendError          RuntimeError         no such backend here
-    ├── UnboundAxisError             NameError            a collective over a name that no map binds
-    ├── UnsupportedCollectiveError   NotImplementedError  a collective that replicax has no rule for
-    ├── UnsupportedTransformationError  NotImplementedError  a vmap that splits its batch over a mesh, of a map
-    ├── CollectiveArgumentError      ValueError           a permutation, group or index that no collective can follow
-    ├── DivergentOutputError         ValueError           out_axes=None for a result that differs between replicas
-    ├── OrderedCallbackError         ValueError           a callback with ordered=True, in a mapped function
-    ├── UnsupportedCallbackError     NotImplementedError  an io_callback where JAX cannot vectorize it
-    ├── CallbackError                RuntimeError         a callback of the user's raised an exception in a replica
-    ├── ShardsError                  ValueError           the shards of device_put_sharded do not fit together
-    ├── SimulationError              RuntimeError         simulate_devices after JAX has started
-    ├── ReplicasError                ValueError           compat cannot let the program see that many devices
-    └── MismatchError                AssertionError       replicax.testing found a difference
+    ├── OptionError                                            what was asked of pmap, or of another function, cannot be
+    │   ├── OptionTypeError                TypeError           an option of pmap is of the wrong type
+    │   ├── AxisSpecTypeError              TypeError           in_axes or out_axes holds something that is no axis
+    │   ├── AxisSpecError                  ValueError          in_axes or out_axes does not fit
+    │   ├── ArgumentNameError              ValueError          an option names a parameter that the function lacks
+    │   ├── NotAFunctionError              TypeError           what was to be mapped is no function
+    │   ├── DevicesError                   ValueError          devices is empty, repeated or mixed
+    │   ├── UnknownBackendError            RuntimeError        no such backend here
+    │   ├── SimulationError                RuntimeError        simulate_devices after JAX has started
+    │   └── ReplicasError                  ValueError          compat cannot let the program see that many devices
+    ├── ArgumentError                                          the arguments of a call do not fit
+    │   ├── MappedSizeError                ValueError          the arguments do not say one number of replicas
+    │   ├── NotAnArrayError                TypeError           an argument or a result is no array
+    │   │   └── UnconvertedArrayError      ValueError          it has to be converted: a masked array, or __jax_array__
+    │   ├── UnsupportedDtypeError          TypeError           an argument or a result of a dtype that XLA cannot pad
+    │   ├── NumberTooLargeError            OverflowError       an int does not fit into the type that JAX gives it
+    │   ├── DeletedArrayError              RuntimeError        an array was donated, deleted, or is donated twice
+    │   ├── StaticArgumentError            ValueError          a static argument is missing, unhashable or donated
+    │   ├── AheadOfTimeError               TypeError           a compiled program called in a way that it cannot be
+    │   └── ShardsError                    ValueError          the shards of device_put_sharded do not fit together
+    ├── ProgramError                                           the mapped function does what no map can run
+    │   ├── UnboundAxisError               NameError           a collective over a name that no map binds
+    │   ├── UnsupportedCollectiveError     NotImplementedError a collective that replicax has no rule for
+    │   ├── CollectiveArgumentError        ValueError          a permutation, group or index that cannot be
+    │   ├── DivergentOutputError           ValueError          out_axes=None for a result that differs between replicas
+    │   ├── NestedMapError                 ValueError          what cannot run as a map inside a mapped function
+    │   ├── UnsupportedTransformationError NotImplementedError a vmap that splits its batch over a mesh, of a map
+    │   ├── OrderedCallbackError           ValueError          a callback with ordered=True, in a mapped function
+    │   ├── UnsupportedCallbackError       NotImplementedError an io_callback where JAX cannot vectorize it
+    │   └── CallbackError                  RuntimeError        a callback of the user's raised an exception
+    └── MismatchError                      AssertionError      replicax.testing found a difference
 """
-
-from __future__ import annotations
 
 
 class ReplicaxError(Exception):
@@ -47,19 +48,31 @@ class ReplicaxError(Exception):
     nameless = False
 
 
-class MappedSizeError(ReplicaxError, ValueError):
+class OptionError(ReplicaxError):
+    """What was asked of ``pmap``, or of another function of the package, cannot be."""
+
+
+class ArgumentError(ReplicaxError):
+    """The arguments of a call do not fit."""
+
+
+class ProgramError(ReplicaxError):
+    """The mapped function does what no map can run."""
+
+
+class MappedSizeError(ArgumentError, ValueError):
     """The mapped arguments, and ``axis_size``, do not agree on one number of replicas, or name none."""
 
 
-class AxisSpecError(ReplicaxError, ValueError):
+class AxisSpecError(OptionError, ValueError):
     """``in_axes`` or ``out_axes`` does not fit the arguments or results, or names an axis that they lack."""
 
 
-class AxisSpecTypeError(ReplicaxError, TypeError):
+class AxisSpecTypeError(OptionError, TypeError):
     """``in_axes`` or ``out_axes`` holds something that is neither an int nor None."""
 
 
-class NotAnArrayError(ReplicaxError, TypeError):
+class NotAnArrayError(ArgumentError, TypeError):
     """An argument, or a result of the mapped function, is not an array."""
 
 
@@ -67,91 +80,91 @@ class UnconvertedArrayError(NotAnArrayError, ValueError):
     """An argument is a masked array, or of a type with ``__jax_array__``: JAX takes neither as it is."""
 
 
-class UnsupportedDtypeError(ReplicaxError, TypeError):
+class UnsupportedDtypeError(ArgumentError, TypeError):
     """An argument, or a result of the mapped function, is of a dtype that XLA cannot pad."""
 
 
-class NotAFunctionError(ReplicaxError, TypeError):
+class NotAFunctionError(OptionError, TypeError):
     """What was to be mapped cannot be called."""
 
 
-class NestedMapError(ReplicaxError, ValueError):
+class NestedMapError(ProgramError, ValueError):
     """A map inside a mapped function names devices, or is a ``jax.shard_map`` that cannot run as a map inside a map."""
 
 
-class OptionTypeError(ReplicaxError, TypeError):
+class OptionTypeError(OptionError, TypeError):
     """An option, such as ``axis_size`` or ``donate_argnums``, is of the wrong type."""
 
 
-class DeletedArrayError(ReplicaxError, RuntimeError):
+class DeletedArrayError(ArgumentError, RuntimeError):
     """An array's buffer is gone, because it was donated to an earlier call or deleted; or it is donated twice."""
 
 
-class NumberTooLargeError(ReplicaxError, OverflowError):
+class NumberTooLargeError(ArgumentError, OverflowError):
     """An int among the arguments does not fit into the type that JAX gives it."""
 
 
-class StaticArgumentError(ReplicaxError, ValueError):
+class StaticArgumentError(ArgumentError, ValueError):
     """A static argument is missing, unhashable or not comparable, or is to be donated too."""
 
 
-class ArgumentNameError(ReplicaxError, ValueError):
+class ArgumentNameError(OptionError, ValueError):
     """An option for static or donated arguments names a parameter that the function does not have."""
 
 
-class AheadOfTimeError(ReplicaxError, TypeError):
+class AheadOfTimeError(ArgumentError, TypeError):
     """A compiled program was called with other arguments than it was compiled for, or inside a transformation."""
 
 
-class DevicesError(ReplicaxError, ValueError):
+class DevicesError(OptionError, ValueError):
     """``devices`` is empty, holds something that is no device, one twice, or devices of several platforms."""
 
 
-class UnknownBackendError(ReplicaxError, RuntimeError):
+class UnknownBackendError(OptionError, RuntimeError):
     """``backend`` names a platform that this installation of JAX does not have."""
 
 
-class UnboundAxisError(ReplicaxError, NameError):
+class UnboundAxisError(ProgramError, NameError):
     """A collective names an axis that no enclosing map binds."""
 
 
-class UnsupportedCollectiveError(ReplicaxError, NotImplementedError):
+class UnsupportedCollectiveError(ProgramError, NotImplementedError):
     """A collective over a mapped axis that replicax has no rule for."""
 
 
-class UnsupportedTransformationError(ReplicaxError, NotImplementedError):
+class UnsupportedTransformationError(ProgramError, NotImplementedError):
     """A ``vmap`` of a map that is to split its batch over an axis of a mesh."""
 
 
-class CollectiveArgumentError(ReplicaxError, ValueError):
+class CollectiveArgumentError(ProgramError, ValueError):
     """A collective's permutation, groups or source do not fit the replicas."""
 
 
-class DivergentOutputError(ReplicaxError, ValueError):
+class DivergentOutputError(ProgramError, ValueError):
     """``out_axes=None`` for a result that differs, or may differ, between replicas."""
 
 
-class OrderedCallbackError(ReplicaxError, ValueError):
+class OrderedCallbackError(ProgramError, ValueError):
     """A mapped function calls back into Python with ``ordered=True``, and nothing orders the calls of replicas."""
 
 
-class UnsupportedCallbackError(ReplicaxError, NotImplementedError):
+class UnsupportedCallbackError(ProgramError, NotImplementedError):
     """An ``io_callback`` in a branch or loop that replicas of one device go through differently."""
 
 
-class CallbackError(ReplicaxError, RuntimeError):
+class CallbackError(ProgramError, RuntimeError):
     """A callback of the user's raised an exception in a replica; JAX shows it as text in an error of its own."""
 
 
-class ShardsError(ReplicaxError, ValueError):
+class ShardsError(ArgumentError, ValueError):
     """The shards of ``device_put_sharded`` are not one for each device, or differ in more than their values."""
 
 
-class SimulationError(ReplicaxError, RuntimeError):
+class SimulationError(OptionError, RuntimeError):
     """Devices cannot be simulated any more, because JAX has started already."""
 
 
-class ReplicasError(ReplicaxError, ValueError):
+class ReplicasError(OptionError, ValueError):
     """A number of devices that ``replicax.compat`` cannot let the program see, or not any more."""
 
 
