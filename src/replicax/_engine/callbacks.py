@@ -124,7 +124,9 @@ class _Guarding:
             return False
         if id(eqn) not in self._calls:
             rule = _callback_primitives.forward_rule(eqn, self.sizes)
-            self._calls[id(eqn)] = (eqn, rule is not None and self.calls_back(rule))
+            # Not the rules of what the rule calls: that is often the function itself, and so on without an end.
+            itself = _Guarding(self.sizes, self.name, rules=False)
+            self._calls[id(eqn)] = (eqn, rule is not None and itself.calls_back(rule))
             self.in_rules |= _jax.primitives(rule) if rule is not None else set()
         return self._calls[id(eqn)][1]
 
