@@ -27,6 +27,9 @@ from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis, Scope
 from replicax.errors import CollectiveArgumentError, UnsupportedCollectiveError
 
+#: So many derivatives of a program are provided for: a rule often calls its own function, and so on without an end.
+TWICE = 2
+
 
 class Rewriter:
     """Rewrites one traced program for the logical axes in scope.
@@ -43,7 +46,7 @@ class Rewriter:
         self._seen: dict[int, tuple[Jaxpr, Jaxpr]] = {}
         self._changing: dict[int, tuple[Jaxpr, list[bool]]] = {}
         self._communicates: dict[int, tuple[Jaxpr, frozenset[LogicalAxis]]] = {}
-        self._awaits: dict[tuple[int, bool], tuple[Jaxpr, frozenset[LogicalAxis]]] = {}
+        self._awaits: dict[tuple[int, int], tuple[Jaxpr, frozenset[LogicalAxis]]] = {}
         self._rewritten: dict[Hashable, tuple[Jaxpr, tuple[Jaxpr, list[Any]]]] = {}
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], varying: Sequence[Varying]) -> list[Any]:
@@ -117,7 +120,7 @@ class Rewriter:
         varying = where()
         if _primitives.is_nested_map(eqn):
             return self._nested(eqn, args, varying)
-        if (disagree := self.analysis.predicate(eqn, varying)) and disagree & self._awaited(eqn, in_rules=True):
+        if (disagree := self.analysis.predicate(eqn, varying)) and disagree & self._awaited(eqn, in_rules=TWICE):
             return {"while": self._divergent_while, "cond": self._divergent_cond}[eqn.primitive.name](
                 eqn, args, varying
             )
@@ -215,17 +218,17 @@ class Rewriter:
             return inside._axes_of(*_jax.sub_jaxprs(eqn)) - {inside.scope.axes[-1]}
         return frozenset().union(*map(self._axes_of, _jax.sub_jaxprs(eqn)))
 
-    def _awaited(self, eqn: Equation, *, in_rules: bool) -> frozenset[LogicalAxis]:
+    def _awaited(self, eqn: Equation, *, in_rules: int) -> frozenset[LogicalAxis]:
         """The mapped axes whose replicas a collective anywhere inside the equation waits for.
 
-        With ``in_rules`` also one of a derivative rule inside, which runs if JAX differentiates.
+        With ``in_rules`` also one of a derivative rule inside, which runs if JAX differentiates so many times.
         """
         if _primitives.is_nested_map(eqn):
             inside, (jaxpr,) = self._rewriter_inside(eqn), _jax.sub_jaxprs(eqn)
             return inside._awaited_in(jaxpr, in_rules) - {inside.scope.axes[-1]}
         return frozenset().union(*(self._awaited_in(sub, in_rules) for sub in _jax.sub_jaxprs(eqn)))
 
-    def _awaited_in(self, jaxpr: Jaxpr, in_rules: bool) -> frozenset[LogicalAxis]:
+    def _awaited_in(self, jaxpr: Jaxpr, in_rules: int) -> frozenset[LogicalAxis]:
         key = id(jaxpr), in_rules
         if key not in self._awaits:
             axes: set[LogicalAxis] = set()
@@ -234,18 +237,18 @@ class Rewriter:
                 if eqn.primitive.name != "axis_index":  # which waits for nobody
                     axes |= self._axes_named(eqn)
                 if in_rules and _jax.derivative_rules(eqn):
-                    axes |= self._awaited_in_rules(eqn)
+                    axes |= self._awaited_in_rules(eqn, in_rules - 1)
             self._awaits[key] = (jaxpr, frozenset(axes))
         return self._awaits[key][1]
 
-    def _awaited_in_rules(self, eqn: Equation) -> frozenset[LogicalAxis]:
+    def _awaited_in_rules(self, eqn: Equation, further: int) -> frozenset[LogicalAxis]:
         axes = self.scope.axes
         try:
             with _jax.axis_env({axis.name: axis.size for axis in axes}):
                 rules = list(_jax.rule_jaxprs(eqn))
         except Exception:  # the user's, of a rule that JAX may never call; if it does, they see it then
             return frozenset(axes)
-        return frozenset().union(*(self._awaited_in(rule, True) for rule in rules))
+        return frozenset().union(*(self._awaited_in(rule, further) for rule in rules))
 
     def _axes_of(self, jaxpr: Jaxpr) -> frozenset[LogicalAxis]:
         if id(jaxpr) not in self._communicates:
@@ -340,7 +343,7 @@ class Rewriter:
         for_cond, for_body = self.analysis.operands(eqn, varying)
         split = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
         cond_consts, body_consts, carry = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
-        waiting = self.analysis.predicate(eqn, varying) & self._awaited(eqn, in_rules=True)
+        waiting = self.analysis.predicate(eqn, varying) & self._awaited(eqn, in_rules=TWICE)
         axes = sorted(waiting, key=lambda axis: axis.level)
 
         def goes_on(carry: Sequence[Any]) -> Any:
@@ -362,7 +365,7 @@ class Rewriter:
         taken: see https://github.com/jax-ml/jax/issues/1052 for how ``vmap`` sees to that.
         """
         index, *operands = args
-        by_rules = not varying[0] & self._awaited(eqn, in_rules=False)
+        by_rules = not varying[0] & self._awaited(eqn, in_rules=0)
         results = []
         for k, (branch, ops) in enumerate(zip(_jax.sub_jaxprs(eqn), self.analysis.operands(eqn, varying), strict=True)):
             own = [_where_taken(index == k, x) for x in operands] if by_rules else operands
