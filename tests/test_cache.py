@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 
 from replicax import pmap
-from replicax._engine.lowering import Recorded
+from replicax._engine.nested import Recorded
 
 
 class Traced:

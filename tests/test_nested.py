@@ -283,6 +283,60 @@ def test_maps_of_maps_send_each_device_its_part_and_nothing_between_them():
     assert out.sharding.num_devices == 8
 
 
+COMMUNICATES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+
+#: Programs of two and three levels whose values go from one inner map to the next, and nowhere else.
+STAY_APART = {
+    "three levels": lambda mapped: mapped(mapped(mapped(jnp.sin, axis_name="k"), axis_name="j"), axis_name="i"),
+    "one after the other": lambda mapped: mapped(
+        mapped(lambda z: mapped(jnp.cos)(mapped(jnp.sin, axis_name="k")(z)), axis_name="j"), axis_name="i"
+    ),
+    "from level to level": lambda mapped: mapped(lambda x: mapped(mapped(jnp.cos))(mapped(mapped(jnp.sin))(x))),
+    "in jit": lambda mapped: mapped(jax.jit(lambda x: jax.jit(mapped(jax.jit(mapped(jnp.sin))))(x))),
+    "under other axes": lambda mapped: mapped(
+        lambda x: mapped(mapped(jnp.sin, out_axes=1), in_axes=1, out_axes=2)(x), in_axes=1, out_axes=3
+    ),
+}
+
+
+@pytest.mark.parametrize("program", STAY_APART)
+def test_what_goes_from_map_to_map_stays_on_its_devices(program):
+    """At any depth, and through jit: each device is sent its own part, and keeps its own part of the result."""
+    x = rows(2, 2, 2, 100)
+    mapped = STAY_APART[program](pmap)
+    text = mapped.lower(x).compile().as_text()
+    assert not [op for op in COMMUNICATES if f" {op}" in text]
+    out = mapped(x)
+    compare(str, out, STAY_APART[program](jax.vmap)(x))
+    assert {shard.data.size for shard in out.addressable_shards} == {100}
+    squares = lambda f: lambda x: (f(x) ** 2).sum()
+    compare(str, *(jax.grad(squares(STAY_APART[program](mapped)))(x) for mapped in (pmap, jax.vmap)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "d"), [((2, 2, 2), 8), ((2, 3, 2), 8), ((3, 2, 3), 6), ((1, 2, 4), 8), ((4, 4, 4), 8)]
+)
+def test_a_part_at_two_depths_is_joined_where_it_is_wanted_whole(sizes, d):
+    """By the outer program, by another map's other dimension, as a broadcast argument, and by a collective."""
+
+    def program(mapped):
+        def outer(x):
+            twice = mapped(mapped(lambda z: jnp.sin(z) + lax.axis_index("k"), axis_name="k"), axis_name="j")(x)
+            across = mapped(mapped(jnp.cos), in_axes=1)(twice)
+            beside = mapped(lambda y, w: y * w.sum(), in_axes=(0, None), axis_name="j")(twice, twice)
+            deep = mapped(lambda y, w: mapped(lambda z: z @ w.sum(0), axis_name="k")(y), in_axes=(0, None))(x, twice[0])
+            other = mapped(mapped(jnp.tanh, in_axes=1))(twice)
+            return twice, across, beside, deep, other, lax.psum(twice, "i")
+
+        return mapped(outer, axis_name="i")
+
+    x = rows(*sizes, 3)[..., None] * np.ones(3, np.float32) / 7
+    ours = program(on_devices(d))
+    compare(str, ours(x), jax.jit(program(jax.vmap))(x), rtol=1e-4)
+    total = lambda f: lambda x: sum((y**2).sum() for y in f(x))
+    compare(str, jax.grad(total(ours))(x), jax.jit(jax.grad(total(program(jax.vmap))))(x), rtol=1e-3)
+
+
 def test_a_sum_over_both_levels_is_one_reduction():
     text = pmap(pmap(lambda x: lax.psum(x, ("i", "j")), "j"), "i").lower(rows(2, 4)).compile().as_text()
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1

@@ -9,8 +9,8 @@ from typing import Any, TypeVar, final, overload
 
 import jax
 
+from replicax._engine.outputs import Outputs
 from replicax._engine.replica import ANONYMOUS
-from replicax._engine.spec import Outputs
 from replicax._layout.axes import check_spec, choose
 from replicax._messages import as_int
 from replicax._runtime.arguments import function_name

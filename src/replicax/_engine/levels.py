@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from replicax._engine.blocks import on_data, real_rows
+from replicax._engine.blocks import on_data
 from replicax._engine.primitives import mapped as _primitives
 from replicax._layout.layout import LogicalAxis
 from replicax._layout.placement import Placement
@@ -84,62 +83,6 @@ def own_rows(x: Any, dim: int, first: Any, placement: Placement) -> Any:
         lambda: lax.dynamic_slice_in_dim(x, jnp.minimum(first, last + 1 - count), count, dim),
         lambda: jnp.take(x, jnp.minimum(first + jnp.arange(count), last), dim),
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# A map inside a replica, where the devices of the map are there already, and all run the replica alike
-
-
-@dataclass(frozen=True)
-class Part:
-    """A device's part of an array that a map inside has made or is going to take.
-
-    Attributes:
-        value: The part, ``(..., lanes, ...)``.
-        axis: The mapped axis.
-        dim: Where the array has it.
-    """
-
-    value: Any
-    axis: LogicalAxis
-    dim: int
-
-    def join(self) -> Any:
-        """The array, equal on all devices of the map."""
-        assert self.axis.device_axis is not None
-        name, dim = self.axis.device_axis, self.dim
-
-        def joined(x: Any) -> Any:
-            return real_rows(_primitives.join_parts(x, name, dim), dim, self.axis.placement)
-
-        return on_data(joined, self.value)
-
-
-def own_block(axis: LogicalAxis, x: Any, dim: int | None) -> Any:
-    """This device's lanes of an argument of a map inside, which is mapped along ``dim`` (None: broadcast)."""
-    if isinstance(x, Part):
-        if (x.axis, x.dim) == (axis, dim):
-            return x.value
-        x = x.join()
-    if axis.device_axis is None:
-        return x
-    if dim is None:
-        return on_data(lambda x: _primitives.share(x, axis.device_axis), x)
-    return on_data(lambda x: _primitives.own_part(x, axis.device_axis, dim), pad_rows(x, dim, axis.placement))
-
-
-def whole(axis: LogicalAxis, y: Any, dim: int | None) -> Any:
-    """The result of a map inside of which each device has its lanes, or, with ``dim`` None, the one value of all."""
-    if axis.device_axis is None:
-        return y
-    if dim is None:
-        return on_data(lambda y: _primitives.equal_parts(y, axis.device_axis), y)
-    return Part(y, axis, dim)
-
-
-def comes_in_parts(axis: LogicalAxis) -> bool:
-    """Whether a :class:`Part` of each device is an even split of the array, as JAX's shardings are."""
-    return axis.device_axis is not None and not axis.padding
 
 
 def equal_on(x: Any, names: Sequence[Hashable]) -> Any:

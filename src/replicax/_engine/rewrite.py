@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from replicax import _jax
+from replicax._engine import nested
 from replicax._engine.blocks import any_lane, lane_by_lane, one_by_one
 from replicax._engine.callbacks import call_guarded, runs_here
 from replicax._engine.collectives import AWAITING, REGISTRY, any_replica, equal_value, unsupported, where_replica
-from replicax._engine.levels import Part, over_lanes, own_block, whole
+from replicax._engine.nested import Part, whole
 from replicax._engine.primitives import callbacks as _callback_primitives
 from replicax._engine.primitives import mapped as _primitives
 from replicax._engine.sums import find_sums, in_sight
@@ -61,14 +62,14 @@ class Rewriter:
         Returns:
             The values of its results.
         """
-        return list(map(_joined, self.run_in_parts(jaxpr, consts, args, varying)))
+        return list(map(whole, self.run_in_parts(jaxpr, consts, args, varying)))
 
     def run_in_parts(
         self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], varying: Sequence[Varying]
     ) -> list[Any]:
         """As :meth:`run`; but an argument, or a result, of a map inside may be a device's :class:`Part` of it."""
         if not any(self._changes(jaxpr)):
-            return _jax.run(_jax.body(jaxpr), args, consts)
+            return _jax.run(_jax.body(jaxpr), list(map(whole, args)), consts)
         inside = self._in_sight(jaxpr)
         changes = self._changes(inside)
         env = dict(zip([*inside.constvars, *inside.invars], [*consts, *args], strict=True))
@@ -83,7 +84,7 @@ class Rewriter:
             if _jax.is_literal(atom):
                 return atom.val
             if isinstance(env[atom], Part) and atom not in joined:
-                joined[atom] = env[atom].join()
+                joined[atom] = whole(env[atom])
             return joined.get(atom, env[atom])
 
         def read_part(atom: Any) -> Any:
@@ -164,17 +165,15 @@ class Rewriter:
         operands = mapped(eqn, varying, frozenset({axis}))
         by_replica = "custom_vjp_call" in _jax.primitives(jaxpr)
 
-        def one_replica(*own: Any) -> tuple[Any, ...]:
-            results = inside.run(jaxpr, _jax.constants(jaxpr), own, operands)
-            return tuple(
-                one_value(axis, y, by_replica=by_replica) if a is None else y
+        def one_replica(own: Sequence[Any]) -> list[Any]:
+            results = inside.run_in_parts(jaxpr, _jax.constants(jaxpr), own, operands)
+            return [
+                one_value(axis, whole(y), by_replica=by_replica) if a is None else y
                 for y, a in zip(results, out_axes, strict=True)
-            )
+            ]
 
         arrays = [x if isinstance(x, Part) else _jax.as_array(x, v.aval) for x, v in zip(args, eqn.invars, strict=True)]
-        blocks = [own_block(axis, x, a) for x, a in zip(arrays, in_axes, strict=True)]
-        results = over_lanes(one_replica, axis, in_axes, out_axes)(*blocks)
-        return [whole(axis, y, a) for y, a in zip(results, out_axes, strict=True)]
+        return nested.run_inside(axis, one_replica, arrays, in_axes, out_axes)
 
     def _rewriter_inside(self, eqn: Equation) -> Rewriter:
         key = eqn.params["name"], eqn.params["size"]
@@ -193,7 +192,7 @@ class Rewriter:
 
     def _in_sight(self, jaxpr: Jaxpr) -> Jaxpr:
         if id(jaxpr) not in self._seen:
-            self._seen[id(jaxpr)] = (jaxpr, in_sight(jaxpr, self.scope))
+            self._seen[id(jaxpr)] = (jaxpr, in_sight(nested.in_sight(jaxpr, self.scope), self.scope))
         return self._seen[id(jaxpr)][1]
 
     def _change(self, eqn: Equation) -> bool:
@@ -393,10 +392,6 @@ def one_value(axis: LogicalAxis, y: Any, *, by_replica: bool) -> Any:
     if by_replica and axis.physical and jnp.issubdtype(jnp.result_type(y), jnp.inexact):
         return equal_value(axis, lane_by_lane([axis], y))
     return any_lane(axis, y)
-
-
-def _joined(x: Any) -> Any:
-    return x.join() if isinstance(x, Part) else x
 
 
 def _where_taken(taken: Any, x: Any) -> Any:

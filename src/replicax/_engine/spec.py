@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum, auto
 from functools import cached_property
 from typing import Any
 
@@ -12,8 +11,8 @@ import jax
 from jax.sharding import NamedSharding
 
 from replicax import _jax
+from replicax._engine.outputs import OutputPolicy
 from replicax._engine.replica import Replica
-from replicax._layout.axes import Spec
 from replicax._layout.layout import Layout, Splits
 
 
@@ -30,26 +29,6 @@ class Inputs:
     types: tuple[Any, ...]
     axes: tuple[int | None, ...]
     donated: tuple[int, ...] = ()
-
-
-class OutputPolicy(Enum):
-    """What a result with ``out_axes=None`` is."""
-
-    REQUIRE_EQUAL = auto()  #: the value of all replicas, which must be equal
-    TAKE_FIRST = auto()  #: each device's first replica's, read as replica 0's: what ``jax.pmap`` returns
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Which results a map returns.
-
-    Attributes:
-        axes: ``out_axes``.
-        policy: What a result is whose ``out_axes`` is None.
-    """
-
-    axes: Spec
-    policy: OutputPolicy = OutputPolicy.REQUIRE_EQUAL
 
 
 @dataclass(frozen=True, eq=False)

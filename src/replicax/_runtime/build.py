@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 from replicax import _jax
-from replicax._engine.lowering import Recorded, lower, record
+from replicax._engine.lowering import lower
+from replicax._engine.nested import Recorded, record
 from replicax._engine.primitives import mapped as _primitives
 from replicax._engine.replica import Replica, trace_replica
 from replicax._engine.spec import Inputs

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from replicax import _jax
-from replicax._engine.lowering import Recorded
+from replicax._engine.nested import Recorded
 from replicax._engine.primitives import mapped as _primitives
 from replicax._jax import cpp as _cpp
 from replicax._runtime import cpu_threads as _cpu_threads

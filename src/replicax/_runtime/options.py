@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
-from replicax._engine.spec import Outputs
+from replicax._engine.outputs import Outputs
 from replicax._layout.axes import Chosen, Spec
 from replicax._messages import report
 from replicax.errors import DevicesError, NestedMapError, OptionTypeError, UnknownBackendError

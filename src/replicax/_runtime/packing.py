@@ -21,8 +21,9 @@ from jax import lax
 
 from replicax import _jax
 from replicax._engine.lowering import lower
+from replicax._engine.outputs import Outputs
 from replicax._engine.replica import Replica, trace_replica
-from replicax._engine.spec import Inputs, Outputs, ProgramSpec
+from replicax._engine.spec import Inputs, ProgramSpec
 from replicax._layout.axes import check_spec, one_replica_type
 from replicax._runtime.executable import Executable
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from replicax import _jax
-from replicax._engine.lowering import Recorded
+from replicax._engine.nested import Recorded
 from replicax._engine.replica import describe_type
 from replicax._layout.axes import parameter_names
 from replicax._messages import report

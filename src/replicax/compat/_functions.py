@@ -13,7 +13,7 @@ from jax.tree_util import keystr
 
 from replicax import _jax
 from replicax._arrays import check_arrays, replicate
-from replicax._engine.spec import OutputPolicy
+from replicax._engine.outputs import OutputPolicy
 from replicax._layout.axes import takes_position
 from replicax._layout.layout import layout
 from replicax._messages import report

@@ -1,5 +1,6 @@
 """Primitives of the engine's own, with their rules."""
 
+from replicax._engine.primitives.mapped import NESTED_MAP as NESTED_MAP
 from replicax._engine.primitives.mapped import AxisName as AxisName
 from replicax._engine.primitives.mapped import SplitBatchError as SplitBatchError
 from replicax._engine.primitives.mapped import each_lane as each_lane

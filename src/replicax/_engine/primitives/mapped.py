@@ -470,7 +470,10 @@ def nested_map(
     return list(_nested_map_p.bind(*args, jaxpr=jaxpr, **params))
 
 
-_nested_map_p = core.Primitive("nested_map")
+#: The name of the primitive.
+NESTED_MAP = "nested_map"
+
+_nested_map_p = core.Primitive(NESTED_MAP)
 _nested_map_p.multiple_results = True
 
 

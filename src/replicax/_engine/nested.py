@@ -1,0 +1,283 @@
+"""Maps inside maps: recorded as one equation, run on the devices that the outer map leaves to them.
+
+Out here, in the program of an outer replica, all devices of an inner map run alike, and have the same arrays. Inside,
+each has its own lanes. So an argument of an inner map is cut (:func:`enter`), and a result stays cut (:func:`leave`) as
+long as it goes from one inner map to the next, or out of the program: a :class:`Part` is joined where anything else
+wants it. Splits of maps at any depth go through the levels between.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from replicax import _jax
+from replicax._engine import primitives
+from replicax._engine.blocks import on_data, real_rows
+from replicax._engine.callbacks import refuse_ordered
+from replicax._engine.levels import OneReplica, over_lanes, pad_rows
+from replicax._engine.outputs import Outputs, check_outputs
+from replicax._engine.replica import Replica
+from replicax._engine.varying import NOWHERE, Analysis
+from replicax._jax import Equation, Jaxpr
+from replicax._layout.axes import match_out_axes
+from replicax._layout.layout import LogicalAxis, Scope
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts of arrays
+
+
+@dataclass(frozen=True)
+class Split:
+    """A dimension of an array of which each device has the rows of its own lanes.
+
+    Attributes:
+        dim: The dimension.
+        axis: The mapped axis of an inner map that it is, split over that map's devices.
+    """
+
+    dim: int
+    axis: LogicalAxis
+
+    def has_rows_of(self, other: Split) -> bool:
+        """Whether both give each device the same rows, whatever the axes are called."""
+        return (self.dim, self.axis.device_axis, self.axis.placement) == (
+            other.dim,
+            other.axis.device_axis,
+            other.axis.placement,
+        )
+
+    def outside(self, dim: int | None) -> Split:
+        """The same split of the array of all replicas of a map, whose mapped axis is ``dim``."""
+        return Split(self.dim + (dim is not None and dim <= self.dim), self.axis)
+
+    def inside(self, dim: int | None) -> Split:
+        """The same split of one replica's array, where the mapped axis was ``dim``."""
+        return Split(self.dim - (dim is not None and dim < self.dim), self.axis)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A device's part of an array.
+
+    Attributes:
+        value: The part.
+        splits: The dimensions along which it is one, of different mesh axes.
+    """
+
+    value: Any
+    splits: tuple[Split, ...]
+
+    def join(self, *splits: Split) -> Part:
+        """The array without these splits, equal on all devices along their mesh axes."""
+        value = self.value
+        for split in splits:
+            value = on_data(functools.partial(_joined_along, split), value)
+        return Part(value, tuple(split for split in self.splits if split not in splits))
+
+    def only(self, kept: Sequence[Split]) -> Any:
+        """The array with no other splits than these."""
+        return self.join(*(split for split in self.splits if not any(map(split.has_rows_of, kept)))).value
+
+
+def _joined_along(split: Split, x: jax.Array) -> jax.Array:
+    rows = primitives.join_parts(x, split.axis.device_axis, split.dim)
+    return real_rows(rows, split.dim, split.axis.placement)
+
+
+def whole(x: Any) -> Any:
+    """The array, if ``x`` is a part of one."""
+    return x.only(()) if isinstance(x, Part) else x
+
+
+def as_part(x: Any, splits: tuple[Split, ...]) -> Any:
+    """``x`` as a part of an array, if it is split."""
+    return Part(x, splits) if splits else x
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Into an inner map, and out of it
+
+
+def enter(axis: LogicalAxis, x: Any, dim: int | None) -> tuple[Any, tuple[Split, ...]]:
+    """This device's lanes of an argument, and along what else each replica's array is split.
+
+    Args:
+        axis: The mapped axis of the inner map.
+        x: The argument, or a part of it.
+        dim: Along which dimension it is mapped; None where every replica gets it whole.
+    """
+    part = x if isinstance(x, Part) else Part(x, ())
+    own = None if dim is None else Split(dim, axis)
+    found = next((split for split in part.splits if own is not None and split.has_rows_of(own)), None)
+    if found is None:
+        part = part.join(*(s for s in part.splits if s.dim == dim or s.axis.device_axis == axis.device_axis))
+        value = _own_block(axis, part.value, dim)
+    else:
+        value = part.value
+    return value, tuple(split.inside(dim) for split in part.splits if split is not found)
+
+
+def _own_block(axis: LogicalAxis, x: Any, dim: int | None) -> Any:
+    if axis.device_axis is None:
+        return x
+    if dim is None:
+        return on_data(lambda x: primitives.share(x, axis.device_axis), x)
+    return on_data(lambda x: primitives.own_part(x, axis.device_axis, dim), pad_rows(x, dim, axis.placement))
+
+
+def leave(axis: LogicalAxis, y: Any, dim: int | None, splits: Iterable[Split]) -> Any:
+    """The result of an inner map, out here.
+
+    Args:
+        axis: The mapped axis of the inner map.
+        y: The result of this device's lanes; with ``dim`` None the one value of all replicas.
+        dim: Where the mapped axis is.
+        splits: Along what each replica's result is split.
+    """
+    if dim is None:
+        return y if axis.device_axis is None else on_data(lambda y: primitives.equal_parts(y, axis.device_axis), y)
+    own = () if axis.device_axis is None else (Split(dim, axis),)
+    return as_part(y, (*(split.outside(dim) for split in splits), *own))
+
+
+def run_inside(
+    axis: LogicalAxis,
+    one_replica: Callable[[Sequence[Any]], Sequence[Any]],
+    args: Sequence[Any],
+    in_axes: Sequence[int | None],
+    out_axes: Sequence[int | None],
+) -> list[Any]:
+    """Runs an inner map.
+
+    Args:
+        axis: Its mapped axis.
+        one_replica: Its program, from one replica's arguments to its results, either of which may be parts.
+        args: The arguments, or parts of them.
+        in_axes: The mapped axis of each.
+        out_axes: The mapped axis of each result; one that has none is whole.
+    """
+    entered = [enter(axis, x, a) for x, a in zip(args, in_axes, strict=True)]
+    made: list[tuple[Split, ...]] = []
+
+    def one_lane(*own: Any) -> tuple[Any, ...]:
+        results = one_replica([as_part(x, splits) for x, (_, splits) in zip(own, entered, strict=True)])
+        made[:] = [y.splits if isinstance(y, Part) else () for y in results]
+        return tuple(y.value if isinstance(y, Part) else y for y in results)
+
+    lanes: OneReplica = over_lanes(one_lane, axis, in_axes, out_axes)
+    results = lanes(*(value for value, _ in entered))
+    return [leave(axis, y, a, splits) for y, a, splits in zip(results, out_axes, made, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What crosses the border of a program in parts: even splits alone, as JAX's shardings are
+
+
+def parts_taken(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
+    """Along what each argument of a program may be split: as all of its uses want it, which are inner maps."""
+    opened = in_sight(jaxpr, scope)
+    wanted: dict[Any, list[frozenset[Split]]] = {var: [] for var in opened.invars}
+    for eqn in opened.eqns:
+        wants = _wants(eqn, scope) if primitives.is_nested_map(eqn) else [frozenset[Split]()] * len(eqn.invars)
+        for atom, splits in zip(eqn.invars, wants, strict=True):
+            if not _jax.is_literal(atom) and atom in wanted:
+                wanted[atom].append(splits)
+    for atom in opened.outvars:
+        if not _jax.is_literal(atom) and atom in wanted:
+            wanted[atom].append(frozenset())
+    return [tuple(frozenset.intersection(*uses)) if uses else () for uses in wanted.values()]
+
+
+def _wants(eqn: Equation, scope: Scope) -> list[frozenset[Split]]:
+    inside, (jaxpr,) = scope.enter(eqn.params["name"], eqn.params["size"]), _jax.sub_jaxprs(eqn)
+    return [
+        frozenset(_across(inside.axes[-1], dim, splits))
+        for dim, splits in zip(eqn.params["in_axes"], parts_taken(jaxpr, inside), strict=True)
+    ]
+
+
+def parts_made(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
+    """Along what each result of a program is split, if it comes from an inner map."""
+    opened = in_sight(jaxpr, scope)
+    made: dict[Any, tuple[Split, ...]] = {}
+    for eqn in opened.eqns:
+        if primitives.is_nested_map(eqn):
+            inside, (inner,) = scope.enter(eqn.params["name"], eqn.params["size"]), _jax.sub_jaxprs(eqn)
+            each = zip(eqn.params["out_axes"], parts_made(inner, inside), strict=True)
+            splits = [tuple(_across(inside.axes[-1], dim, s)) if dim is not None else () for dim, s in each]
+            made.update(zip(eqn.outvars, splits, strict=True))
+    return [() if _jax.is_literal(atom) else made.get(atom, ()) for atom in opened.outvars]
+
+
+def _across(axis: LogicalAxis, dim: int | None, splits: Iterable[Split]) -> Iterable[Split]:
+    """The splits of one replica's array, and that of the map, as those of the array of all its replicas."""
+    yield from (split.outside(dim) for split in splits)
+    if dim is not None and axis.device_axis is not None and not axis.padding:
+        yield Split(dim, axis)
+
+
+def in_sight(jaxpr: Jaxpr, scope: Scope) -> Jaxpr:
+    """The jaxpr, open, with the inner maps in sight that a ``jit`` of the user's hides."""
+    return _jax.inline(jaxpr, _hides_maps) if scope.levels else _jax.body(jaxpr)
+
+
+def _hides_maps(eqn: Equation) -> bool:
+    return eqn.primitive.name == "jit" and primitives.NESTED_MAP in _jax.primitives(eqn.params["jaxpr"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A map inside a replica that is being traced
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """A map inside a replica of another, to be lowered with it.
+
+    Attributes:
+        closed: The arrays that it takes after its arguments.
+        out_tree: The structure of the result.
+        staged: From the argument leaves and these to the result leaves.
+    """
+
+    closed: tuple[Any, ...]
+    out_tree: Any
+    staged: Callable[..., Sequence[Any]]
+
+    @property
+    def reusable(self) -> bool:
+        """Whether it may serve another call: it closes over no value of an enclosing transformation."""
+        return not any(isinstance(x, jax.core.Tracer) for x in self.closed)
+
+
+def record(replica: Replica, axis: LogicalAxis, in_axes: Sequence[int | None], outputs: Outputs, name: str) -> Recorded:
+    """A map as one equation of the enclosing map's program.
+
+    Raises:
+        AxisSpecError: ``out_axes`` does not fit the result.
+        DivergentOutputError: ``out_axes`` is None where the result differs between replicas.
+        OrderedCallbackError: the program calls back into Python with ``ordered=True``.
+    """
+    refuse_ordered(replica.jaxpr, name)
+    out_axes, out_tree = match_out_axes(outputs.axes, replica.out, axis.size)
+    varying = [NOWHERE if a is None else frozenset({axis}) for a in in_axes]
+    where = Analysis(Scope([axis])).results(replica.jaxpr, varying) if None in out_axes else [NOWHERE] * len(out_axes)
+    check_outputs(outputs.policy, replica, out_axes, where, axis)
+    first = [a is None and axis in varies for a, varies in zip(out_axes, where, strict=True)]
+    all_out_axes = [0 if f else a for a, f in zip(out_axes, first, strict=True)]
+    with _jax.axis_env({axis.name: axis.size}):
+        jaxpr = _jax.without_constants(replica.jaxpr)
+
+    def staged(*args: Any) -> list[Any]:
+        leaves, consts = args[: len(in_axes)], args[len(in_axes) :]
+        axes = (*[None] * len(consts), *in_axes)
+        results = primitives.nested_map(
+            jaxpr, [*consts, *leaves], name=axis.name, size=axis.size, in_axes=axes, out_axes=all_out_axes
+        )
+        return [y[0] if f else y for y, f in zip(results, first, strict=True)]
+
+    return Recorded(tuple(replica.consts), out_tree, staged)
