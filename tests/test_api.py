@@ -27,7 +27,7 @@ ROOMS = [
 ]  # fmt: skip
 
 #: Where code may import what is not public in JAX.
-DOORS = {"_jax", "_engine.primitives"}
+DOORS = {"_jax"}
 
 
 def test_the_public_names():

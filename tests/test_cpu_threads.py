@@ -13,7 +13,7 @@ from jax import lax
 
 import replicax
 from replicax import _jax
-from replicax._runtime import cpu_threads as _cpu_threads
+from replicax._runtime import cpu_threads
 
 needed = pytest.mark.skipif(not _jax.FEW_CPU_THREADS_HANG, reason="this jaxlib has threads enough")
 
@@ -116,7 +116,7 @@ def run(start, *programs, nproc=None):
 def test_calls_that_run_ahead_do_not_hang(start, programs):
     printed, errors = run(start, *programs)
     assert set(printed) == {"True"}
-    warns = _jax.FEW_CPU_THREADS_HANG and start == "too late" and _cpu_threads._default_threads() < 16
+    warns = _jax.FEW_CPU_THREADS_HANG and start == "too late" and cpu_threads._default_threads() < 16
     assert errors.count("RuntimeWarning") == warns
     assert ("NPROC=64" in errors) == warns
 
@@ -155,7 +155,7 @@ print(sum(path.read_text().startswith("tf_XLAEigen") for path in pathlib.Path("/
 
 @pytest.mark.parametrize(("devices", "threads"), [(2, 16), (8, 64), (128, 1024), (200, 1024), (512, 2048)])
 def test_threads_for_many_devices(devices, threads):
-    assert _cpu_threads.threads_for(devices) == threads
+    assert cpu_threads.threads_for(devices) == threads
 
 
 def test_a_jax_that_makes_its_client_elsewhere_is_left_alone(monkeypatch):
@@ -181,8 +181,8 @@ def test_calls_on_one_device_go_straight_to_cpp():
 
 
 def test_one_call_waits_while_another_runs_once_several_threads_call(monkeypatch):
-    calls = _cpu_threads._Calls()
-    monkeypatch.setattr(_cpu_threads, "_calls", calls)
+    calls = cpu_threads._Calls()
+    monkeypatch.setattr(cpu_threads, "_calls", calls)
     mapped = replicax.pmap(lambda x: lax.psum(x, "i"), "i")
     x = mapped(np.ones(8))
     mapped(x)

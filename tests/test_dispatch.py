@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 from replicax import DeletedArrayError, StaticArgumentError, pmap
-from replicax._runtime import cpu_threads as _cpu_threads
+from replicax._runtime import cpu_threads
 from replicax._runtime import dispatch as _dispatch
 from replicax._runtime import transfer as _transfer
 from replicax._runtime.call_path import Path
@@ -72,7 +72,7 @@ def test_a_warm_call_runs_nothing_of_ours(by_python, call, n):
 def test_a_warm_call_of_arrays_in_place_has_no_frame_of_pythons(monkeypatch, n, simulated):
     """Not even JAX's own, or C++ would have asked it to look; on several simulated devices one, for their sake."""
     if not simulated:
-        monkeypatch.setattr(_cpu_threads, "may_hang", lambda mesh: False)
+        monkeypatch.setattr(cpu_threads, "may_hang", lambda mesh: False)
     mapped, x, frames = pmap(lambda x, y: fun(x, y), "i"), placed(rows(n, 3)), []  # a map that no other test shares
 
     def entered(frame, event, _):
@@ -80,7 +80,7 @@ def test_a_warm_call_of_arrays_in_place_has_no_frame_of_pythons(monkeypatch, n, 
             frames.append(frame.f_code.co_qualname)
 
     mapped(x, y=x)
-    monkeypatch.setattr(_cpu_threads._calls, "caller", threading.get_ident())  # whatever earlier tests did
+    monkeypatch.setattr(cpu_threads._calls, "caller", threading.get_ident())  # whatever earlier tests did
     for _ in range(3):
         frames.clear()
         sys.setprofile(entered)

@@ -12,7 +12,7 @@ from jax.tree_util import keystr
 
 from replicax import _jax
 from replicax._engine.replica import no_arrays
-from replicax._jax import cpp as _cpp
+from replicax._jax import cpp
 from replicax._layout.layout import layout
 from replicax._messages import as_int, report
 from replicax._pmap import pmap
@@ -294,7 +294,7 @@ def _rows(x: Any, parts: Parts | None) -> list[Any]:
 
 def _is_array(x: Any) -> bool:
     """Whether it is a ``jax.Array``, which Python finds out slowly of all but the usual class."""
-    return type(x) is _cpp.ArrayImpl or isinstance(x, jax.Array)
+    return type(x) is cpp.ArrayImpl or isinstance(x, jax.Array)
 
 
 @_jax.api_boundary
@@ -316,7 +316,7 @@ def check_arrays(caller: str, tree: Any, leaves: Sequence[Any] | None = None) ->
 
 
 def _has_value(x: Any) -> bool:
-    if type(x) is _cpp.ArrayImpl:
+    if type(x) is cpp.ArrayImpl:
         return True
     return (isinstance(x, jax.Array | bool) or _jax.is_array_type(x)) and not isinstance(x, jax.core.Tracer)
 
@@ -349,7 +349,7 @@ def _is_deleted(x: Any) -> bool:
 def _check_leading_axis(caller: str, tree: Any, leaves: Sequence[Any]) -> None:
     check_arrays(caller, tree, leaves)
     _check_deleted(caller, tree, leaves)
-    if all((x.shape if type(x) is _cpp.ArrayImpl else np.shape(x))[:1] > (0,) for x in leaves):
+    if all((x.shape if type(x) is cpp.ArrayImpl else np.shape(x))[:1] > (0,) for x in leaves):
         return
     faults = [
         f"tree{keystr(path)}, of type {type(x).__name__} and shape {np.shape(x)}"

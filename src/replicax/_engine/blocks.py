@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from replicax._engine.primitives import mapped as _primitives
+from replicax._engine import primitives
 from replicax._layout.exchange import Exchange, Table, exchange, wants_of
 from replicax._layout.layout import LogicalAxes, LogicalAxis
 from replicax._layout.placement import Placement
@@ -29,7 +29,7 @@ def block(axis: LogicalAxis, x: Any) -> Any:
 
 def own_lane(axis: LogicalAxis, x: Any) -> Any:
     """This lane's element of ``x``, whose first dimension is the device's lanes."""
-    return x[0] if axis.lane_axis is None else _primitives.own_lane(x, axis.lane_axis)
+    return x[0] if axis.lane_axis is None else primitives.own_lane(x, axis.lane_axis)
 
 
 def any_lane(axis: LogicalAxis, x: Any) -> Any:
@@ -40,7 +40,7 @@ def any_lane(axis: LogicalAxis, x: Any) -> Any:
 def lane_by_lane(axes: Iterable[LogicalAxis], x: Any) -> Any:
     """``x``, which ``vmap`` takes to differ between lanes from here on, whether it does or not."""
     for axis in axes:
-        x = x if axis.lane_axis is None else _primitives.each_lane(x, axis.lane_axis)
+        x = x if axis.lane_axis is None else primitives.each_lane(x, axis.lane_axis)
     return x
 
 

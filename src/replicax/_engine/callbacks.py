@@ -1,6 +1,6 @@
 """Callbacks into Python, in programs of many replicas: a failure in one of them ends the run of all.
 
-Before a program is rewritten, each callback in it becomes a :func:`_callback_primitives.guarded` one, and the number of
+Before a program is rewritten, each callback in it becomes a :func:`callback_primitives.guarded` one, and the number of
 the first failure goes through the program as data, in the carries of loops and the results of branches. What it would
 mean to raise at once, and what is raised in the end, stands in :mod:`replicax._engine.failures`.
 
@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from replicax import _jax
+from replicax._engine import primitives
 from replicax._engine.blocks import lane_position
 from replicax._engine.collectives import is_replica
 from replicax._engine.failures import NONE, Guarded, raise_failure
-from replicax._engine.primitives import callbacks as _callback_primitives
-from replicax._engine.primitives import mapped as _primitives
+from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._engine.varying import Varying
 from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis, Scope
@@ -39,7 +39,7 @@ def refuse_ordered(jaxpr: Jaxpr, name: str) -> None:
     Raises:
         OrderedCallbackError: there is one.
     """
-    found = _find(jaxpr, _callback_primitives.is_ordered)
+    found = _find(jaxpr, callback_primitives.is_ordered)
     if found is not None:
         what = {"io_callback": "jax.experimental.io_callback", "debug_print": "jax.debug.print"}
         raise OrderedCallbackError(
@@ -115,15 +115,15 @@ class _Guarding:
 
     def equation_calls_back(self, eqn: Equation) -> bool:
         """Whether an equation is a callback, or has one anywhere inside."""
-        if _callback_primitives.is_callback(eqn):
+        if callback_primitives.is_callback(eqn):
             return True
-        guarding = self.inside(eqn) if _primitives.is_nested_map(eqn) else self
+        guarding = self.inside(eqn) if primitives.is_nested_map(eqn) else self
         if any(map(guarding.calls_back, _jax.sub_jaxprs(eqn))):
             return True
         if not self.rules or not _jax.derivative_rules(eqn):
             return False
         if id(eqn) not in self._calls:
-            rule = _callback_primitives.forward_rule(eqn, self.sizes)
+            rule = callback_primitives.forward_rule(eqn, self.sizes)
             # Not the rules of what the rule calls: that is often the function itself, and so on without an end.
             itself = _Guarding(self.sizes, self.name, rules=False)
             self._calls[id(eqn)] = (eqn, rule is not None and itself.calls_back(rule))
@@ -146,7 +146,7 @@ class _Guarding:
                 own: set[Hashable] = set()
                 for eqn in _jax.body(jaxpr).eqns:
                     inside = self.named(list(_jax.sub_jaxprs(eqn)))
-                    hidden = {eqn.params["name"]} if _primitives.is_nested_map(eqn) else set()
+                    hidden = {eqn.params["name"]} if primitives.is_nested_map(eqn) else set()
                     own |= (inside - hidden) | {name for name in _jax.named_axes(eqn) if name in self.sizes}
                 self._named[id(jaxpr)] = (jaxpr, frozenset(own))
             names |= self._named[id(jaxpr)][1]
@@ -182,8 +182,8 @@ class _Guarding:
         return list(map(read, body.outvars)), failed
 
     def _equation(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
-        if _callback_primitives.is_callback(eqn):
-            results, number = _callback_primitives.guarded(eqn, args, failed, self.name)
+        if callback_primitives.is_callback(eqn):
+            results, number = callback_primitives.guarded(eqn, args, failed, self.name)
             return results, jnp.maximum(failed, number)
         subs = list(_jax.sub_jaxprs(eqn))
         calls = self.equation_calls_back(eqn)
@@ -191,7 +191,7 @@ class _Guarding:
         if kind in ("while", "cond") and (calls or self.named(subs)):
             return {"while": self._while, "cond": self._cond}[kind](eqn, args, failed)
         if _jax.derivative_rules(eqn) and calls:
-            return _callback_primitives.bind_custom(eqn, args, failed, self.run)
+            return callback_primitives.bind_custom(eqn, args, failed, self.run)
         bind = {"jit": self._jit, "scan": self._scan, "remat2": self._checkpoint, "nested_map": self._nested}.get(kind)
         if calls and bind is not None:
             return bind(eqn, args, failed)
@@ -274,7 +274,7 @@ class _Guarding:
 
         avals = [_jax.typeof(failed), *(var.aval for var in _jax.body(inner).invars)]
         jaxpr, consts = _jax.trace_flat(guarded, avals, {name: size})
-        *results, failed = _primitives.nested_map(
+        *results, failed = primitives.nested_map(
             jaxpr,
             [*consts, failed, *args],
             name=name,
@@ -334,13 +334,13 @@ def call_guarded(scope: Scope, eqn: Equation, args: Sequence[Any], varying: Vary
         device = jnp.int32(0) if axis.device_axis is None else lax.axis_index(axis.device_axis)
         places.append(lane_position(axis) if each else device * axis.lanes)
         widths.append(1 if each else axis.lanes)
-    function, results, has_effect = _callback_primitives.callback_of(eqn)
+    function, results, has_effect = callback_primitives.callback_of(eqn)
     runs = runs_here(scope) if has_effect else []
     guarded = Guarded(function, results, tuple(x.ndim for x in avals), scope.axes, tuple(widths), bool(runs), name)
-    outs = _callback_primitives.call(eqn, guarded, [failed, *places, *runs, *operands])
+    outs = callback_primitives.call(eqn, guarded, [failed, *places, *runs, *operands])
     if has_effect:
         for copy in scope.copies:  # zeros where it was not called
-            outs = [_primitives.total(x, copy) for x in outs]
+            outs = [primitives.total(x, copy) for x in outs]
     elif scope.copies:
         outs[-1] = lax.pmax(outs[-1], scope.copies)  # all of them called, and go on alike
     return outs
@@ -365,7 +365,7 @@ def raise_after(results: Sequence[Any], failed: Any) -> None:
     waits = [_first(x) for x in results if x.size]
     lax.cond(
         jnp.max(failed) != NONE,
-        lambda: _callback_primitives.effect(raise_failure, failed, *waits),
+        lambda: callback_primitives.effect(raise_failure, failed, *waits),
         lambda: None,
     )
     if jax.config.jax_disable_jit:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from replicax._engine import primitives
 from replicax._engine.blocks import on_data
-from replicax._engine.primitives import mapped as _primitives
 from replicax._layout.layout import LogicalAxis
 from replicax._layout.placement import Placement
 from replicax._messages import text_of
@@ -69,7 +69,7 @@ UNVECTORIZED = {
 
 def pad_rows(x: Any, dim: int, placement: Placement) -> Any:
     """``x`` along ``dim`` with a row for each slot; those for padding are copies, with no part in derivatives."""
-    return on_data(lambda x: _primitives.pad_rows(x, dim, placement), x) if placement.padding else x
+    return on_data(lambda x: primitives.pad_rows(x, dim, placement), x) if placement.padding else x
 
 
 def own_rows(x: Any, dim: int, first: Any, placement: Placement) -> Any:
@@ -88,12 +88,12 @@ def own_rows(x: Any, dim: int, first: Any, placement: Placement) -> Any:
 def equal_on(x: Any, names: Sequence[Hashable]) -> Any:
     """``x``, an array which all devices along these mesh axes have been given alike."""
     for name in names:
-        x = on_data(functools.partial(_primitives.equal_parts, axis=name), x)
+        x = on_data(functools.partial(primitives.equal_parts, axis=name), x)
     return x
 
 
 def own_on(y: Any, names: Sequence[Hashable]) -> Any:
     """``y``, which all devices along these mesh axes have found alike, and any of which may give the result."""
     for name in names:
-        y = on_data(functools.partial(_primitives.share, axis=name), y)
+        y = on_data(functools.partial(primitives.share, axis=name), y)
     return y

@@ -15,13 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from replicax import _jax
-from replicax._engine import nested
+from replicax._engine import nested, primitives
 from replicax._engine.blocks import any_lane, lane_by_lane, one_by_one
 from replicax._engine.callbacks import call_guarded, runs_here
 from replicax._engine.collectives import AWAITING, REGISTRY, any_replica, equal_value, unsupported, where_replica
 from replicax._engine.nested import Part, whole
-from replicax._engine.primitives import callbacks as _callback_primitives
-from replicax._engine.primitives import mapped as _primitives
+from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._engine.sums import find_sums, in_sight
 from replicax._engine.varying import NOWHERE, Analysis, Varying, mapped, union
 from replicax._jax import Equation, Jaxpr
@@ -100,7 +99,7 @@ class Rewriter:
             if id(eqn) in sums:
                 env[eqn.outvars[0]] = sums[id(eqn)].run(self.scope, read)
                 continue
-            reader = read_part if _primitives.is_nested_map(eqn) else read
+            reader = read_part if primitives.is_nested_map(eqn) else read
             with _jax.equation_context(eqn):
                 operands = [reader(atom) for atom in eqn.invars]
                 results = self._equation(eqn, operands, where) if change else _jax.bind(eqn, operands)
@@ -112,14 +111,14 @@ class Rewriter:
 
     def _equation(self, eqn: Equation, args: list[Any], where: Callable[[], list[Varying]]) -> list[Any]:
         """An equation that has to change; ``where`` finds out where its operands vary."""
-        if _callback_primitives.is_guarded(eqn):
+        if callback_primitives.is_guarded(eqn):
             return call_guarded(self.scope, eqn, args, union(where()[1:]))
         if _jax.draws_batches(eqn):
             return self._draw(eqn, args, union(where()))
-        if not _primitives.is_nested_map(eqn) and not any(True for _ in _jax.sub_jaxprs(eqn)):
+        if not primitives.is_nested_map(eqn) and not any(True for _ in _jax.sub_jaxprs(eqn)):
             return self._leaf(eqn, args)
         varying = where()
-        if _primitives.is_nested_map(eqn):
+        if primitives.is_nested_map(eqn):
             return self._nested(eqn, args, varying)
         if (disagree := self.analysis.predicate(eqn, varying)) and disagree & self._awaited(eqn, in_rules=TWICE):
             return {"while": self._divergent_while, "cond": self._divergent_cond}[eqn.primitive.name](
@@ -196,7 +195,7 @@ class Rewriter:
         return self._seen[id(jaxpr)][1]
 
     def _change(self, eqn: Equation) -> bool:
-        if _primitives.is_nested_map(eqn) or _jax.derivative_rules(eqn) or _callback_primitives.is_guarded(eqn):
+        if primitives.is_nested_map(eqn) or _jax.derivative_rules(eqn) or callback_primitives.is_guarded(eqn):
             return True
         subs = list(_jax.sub_jaxprs(eqn))
         if subs:
@@ -212,7 +211,7 @@ class Rewriter:
 
     def _axes_inside(self, eqn: Equation) -> frozenset[LogicalAxis]:
         """The mapped axes that collectives anywhere inside the equation are over."""
-        if _primitives.is_nested_map(eqn):
+        if primitives.is_nested_map(eqn):
             inside = self._rewriter_inside(eqn)
             return inside._axes_of(*_jax.sub_jaxprs(eqn)) - {inside.scope.axes[-1]}
         return frozenset().union(*map(self._axes_of, _jax.sub_jaxprs(eqn)))
@@ -222,7 +221,7 @@ class Rewriter:
 
         With ``in_rules`` also one of a derivative rule inside, which runs if JAX differentiates so many times.
         """
-        if _primitives.is_nested_map(eqn):
+        if primitives.is_nested_map(eqn):
             inside, (jaxpr,) = self._rewriter_inside(eqn), _jax.sub_jaxprs(eqn)
             return inside._awaited_in(jaxpr, in_rules) - {inside.scope.axes[-1]}
         return frozenset().union(*(self._awaited_in(sub, in_rules) for sub in _jax.sub_jaxprs(eqn)))
@@ -376,7 +375,7 @@ class Rewriter:
         (runs,) = runs_here(self.scope)
         results = _jax.bind_callback_where(eqn, args, runs)
         for name in self.scope.copies:  # zeros where it was not made
-            results = [_primitives.total(x, name) for x in results]
+            results = [primitives.total(x, name) for x in results]
         return results
 
 

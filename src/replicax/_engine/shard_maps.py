@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from replicax import _jax
-from replicax._engine.primitives import mapped as _primitives
+from replicax._engine import primitives
 from replicax._jax import Equation, Jaxpr
 from replicax.errors import NestedMapError
 
@@ -118,7 +118,7 @@ def _shard_map(eqn: Equation, args: Sequence[Any]) -> list[Any]:
         out_axes = [dims.index(name) if name in dims else None for dims in here]
         # Where JAX does not check that a result is equal on all devices, it is the first one's.
         first = [axis is None and not params["check_vma"] for axis in out_axes]
-        results = _primitives.nested_map(
+        results = primitives.nested_map(
             jaxpr,
             [*consts, *args],
             name=name,

@@ -13,9 +13,9 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from replicax import _jax
+from replicax._engine import primitives
 from replicax._engine.collectives import REGISTRY, Result
-from replicax._engine.primitives import callbacks as _callback_primitives
-from replicax._engine.primitives import mapped as _primitives
+from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis, Scope
 
@@ -70,10 +70,10 @@ class Analysis:
 
     def equation(self, eqn: Equation, args: Sequence[Varying]) -> list[Varying]:
         """Where each result of an equation varies."""
-        if _callback_primitives.is_guarded(eqn):  # an earlier failure makes no difference to its results
+        if callback_primitives.is_guarded(eqn):  # an earlier failure makes no difference to its results
             return [*[union(args[1:])] * (len(eqn.outvars) - 1), union(args)]
         subs = list(_jax.sub_jaxprs(eqn))
-        if _primitives.is_nested_map(eqn):
+        if primitives.is_nested_map(eqn):
             inside = self.inside(eqn)
             own = frozenset({inside.scope.axes[-1]})
             return [out - own for out in inside.results(subs[0], mapped(eqn, args, own))]

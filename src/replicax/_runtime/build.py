@@ -9,9 +9,9 @@ from typing import Any
 import jax
 
 from replicax import _jax
+from replicax._engine import primitives
 from replicax._engine.lowering import lower
 from replicax._engine.nested import Recorded, record
-from replicax._engine.primitives import mapped as _primitives
 from replicax._engine.replica import Replica, trace_replica
 from replicax._engine.spec import Inputs
 from replicax._layout.axes import Leaf, mapped_size, match_in_axes, one_replica_type
@@ -67,7 +67,7 @@ def build(options: Options, call: Call, signature: Signature, *, spread: bool) -
     if inside:
         axis = replicas_of(options.axis_name, signature.size)
         return record(replica, axis, signature.in_axes, options.outputs, call.name)
-    nesting, aside = _primitives.nesting(replica.jaxpr), not _jax.eager()
+    nesting, aside = primitives.nesting(replica.jaxpr), not _jax.eager()
     where = layout(options.axis_name, signature.size, devices, spread=spread, aside=aside, nesting=nesting)
     inputs = Inputs(tuple(leaf.aval for leaf in signature.leaves), signature.in_axes, call.donated(options.donated))
     executable = Executable(lower(replica, where, inputs, options.outputs, call.name))

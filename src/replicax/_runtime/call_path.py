@@ -26,8 +26,8 @@ import numpy as np
 from numpy import ndarray
 
 from replicax import _jax
-from replicax._jax import cpp as _cpp
-from replicax._runtime import cpu_threads as _cpu_threads
+from replicax._jax import cpp
+from replicax._runtime import cpu_threads
 from replicax._runtime.arguments import function_name
 from replicax._runtime.options import Options
 from replicax._runtime.packing import MANY
@@ -100,7 +100,7 @@ class Switch:
         with self._lock:
             for taker in takers:
                 call = taker._slow_path if self._tracing else taker._paths[taker._start]
-                taker.__call__ = _cpu_threads.bounded(call, taker._slow_path) if self._bounded else call
+                taker.__call__ = cpu_threads.bounded(call, taker._slow_path) if self._bounded else call
 
 
 class PathTaker(Generic[R]):
@@ -162,7 +162,7 @@ def _maybe_packed(
     taker: weakref.ref[PathTaker[Any]], slow_path: SlowPath, in_place: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """A call that may be packed; not one of few arrays."""
-    if len(_cpp.flatten((args, kwargs), None)[0]) < MANY:
+    if len(cpp.flatten((args, kwargs), None)[0]) < MANY:
         return in_place(*args, **kwargs)
     return _run_and_learn(taker, slow_path, False, args, kwargs)[0]
 
@@ -229,7 +229,7 @@ def starts_with_host_leaf(args: Sequence[Any], kwargs: Mapping[str, Any]) -> boo
 
 def has_host_leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether there is a NumPy array or scalar anywhere in the arguments."""
-    return any(isinstance(x, ndarray | np.generic) for x in _cpp.flatten((args, kwargs), None)[0])
+    return any(isinstance(x, ndarray | np.generic) for x in cpp.flatten((args, kwargs), None)[0])
 
 
 def table(
@@ -250,7 +250,7 @@ def table(
     def in_python(*args: Any, **kwargs: Any) -> Any:
         return slow(args, kwargs)[0]
 
-    entry = _cpp.entry(owner, slow, _refuse_nan if donates else in_python, function_name(fun), static, put)
+    entry = cpp.entry(owner, slow, _refuse_nan if donates else in_python, function_name(fun), static, put)
     if donates:
         return _donating(entry, in_python)
     return _explaining(entry, in_python) if any(static) else entry
@@ -263,7 +263,7 @@ def _explaining(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Cal
         try:
             return entry(*args, **kwargs)
         except ValueError as error:
-            if not _cpp.names_no_argument(error):
+            if not cpp.names_no_argument(error):
                 raise
         return in_python(*args, **kwargs)
 
@@ -277,13 +277,13 @@ def _donating(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Calla
     """
 
     def donating(*args: Any, **kwargs: Any) -> Any:
-        leaves = _cpp.flatten((args, kwargs), None)[0]
+        leaves = cpp.flatten((args, kwargs), None)[0]
         if len(set(map(id, leaves))) < len(leaves):
             return in_python(*args, **kwargs)
         try:
             result = entry(*args, **kwargs)
         except ValueError as error:
-            if not _cpp.names_no_argument(error):
+            if not cpp.names_no_argument(error):
                 raise
             result = in_python(*args, **kwargs)
         TakenArrays.delete(leaves)

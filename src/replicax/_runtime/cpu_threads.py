@@ -35,7 +35,7 @@ from typing import Any
 import jax
 
 from replicax import _jax
-from replicax._jax import cpp as _cpp
+from replicax._jax import cpp
 from replicax.errors import ReplicaxError
 
 
@@ -109,7 +109,7 @@ class _Calls:
             return
         self.caller = None
         values = [_jax.outermost_value(x)[0] for x in jax.tree.leaves(result)]
-        arrays = [x for x in values if type(x) is _cpp.ArrayImpl]
+        arrays = [x for x in values if type(x) is cpp.ArrayImpl]
         if not arrays:  # the call is recorded; or runs for its effects alone
             return
         mine = min(arrays, key=lambda x: x.size)  # which is kept alive until the next call

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 
 from replicax import _jax
+from replicax._engine import primitives
 from replicax._engine.nested import Recorded
-from replicax._engine.primitives import mapped as _primitives
-from replicax._jax import cpp as _cpp
-from replicax._runtime import cpu_threads as _cpu_threads
+from replicax._jax import cpp
+from replicax._runtime import cpu_threads
 from replicax._runtime.arguments import Call, check_types, refuse_static, split
 from replicax._runtime.build import build, shape_of, signature_of
 from replicax._runtime.call_path import Outcome, Path, Switch, table
@@ -85,7 +85,7 @@ class Dispatcher:
                 names = functools.partial(_leaf_names, fun, self.options, args, kwargs)
                 results, known, start = _run(program, leaves, names, copied)
             out = jax.tree.unflatten(program.out_tree, results)
-        return Outcome(out, known and _cpp.remember(known, out), start)
+        return Outcome(out, known and cpp.remember(known, out), start)
 
     def resolve(
         self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, abstract: bool = False
@@ -118,7 +118,7 @@ class Dispatcher:
                 program = build(self.options, call, signature, spread=_has_to_spread(leaves))
                 if jax.config.jax_explain_cache_misses:
                     logger.warning(signature.explain(call.name, earlier))
-                if isinstance(program, Executable) and _cpu_threads.may_hang(program.spec.layout.mesh):
+                if isinstance(program, Executable) and cpu_threads.may_hang(program.spec.layout.mesh):
                     self.switch.bound()
                 if program.reusable and not jax.config.jax_disable_jit:  # under it every call runs the user's Python
                     self._signatures[key], self._programs[key] = signature, program
@@ -165,7 +165,7 @@ class Dispatcher:
     def clear(self) -> None:
         """Forgets all programs."""
         for owner in self._owners.values():
-            _cpp.forget(owner)
+            cpp.forget(owner)
         self._programs.clear()
         self._signatures.clear()
 
@@ -206,7 +206,7 @@ def _key(call: Call, *, abstract: bool) -> tuple[list[Any], Hashable]:
 
 def _has_to_spread(leaves: Sequence[Any]) -> bool:
     """Whether a program has to take all devices: it is recorded with others, or its arguments' types name a mesh."""
-    return not _jax.eager() and (_jax.staging() or any(_primitives.split_over(x) is not None for x in leaves))
+    return not _jax.eager() and (_jax.staging() or any(primitives.split_over(x) is not None for x in leaves))
 
 
 def _without_jit(dispatcher: weakref.ref[Dispatcher], /, *args: Any, **kwargs: Any) -> Any:

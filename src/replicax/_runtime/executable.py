@@ -13,10 +13,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from replicax import _jax
+from replicax._engine import primitives
 from replicax._engine.levels import own_rows, pad_rows
-from replicax._engine.primitives import mapped as _primitives
 from replicax._engine.spec import ProgramSpec
-from replicax._jax import cpp as _cpp
+from replicax._jax import cpp
 
 
 class Executable:
@@ -62,7 +62,7 @@ class Executable:
     @cached_property
     def _compiled(self) -> Callable[..., Any]:
         """Compiled once, where ``jit`` compiles anew for each mixture of meshes that the arguments lie on."""
-        return _cpp.fast_call(self.traced.lower().compile())
+        return cpp.fast_call(self.traced.lower().compile())
 
     @cached_property
     def _jitted(self) -> jax.stages.Wrapped:
@@ -88,7 +88,7 @@ class Executable:
         try:
             if self._has_run:
                 return compiled(*leaves)
-            results, self.known = _cpp.first_run(compiled, leaves)
+            results, self.known = cpp.first_run(compiled, leaves)
         except ValueError:  # an argument has another layout in memory; of four bits JAX 0.10 only thinks so
             results = self._jitted(*leaves)
         self._has_run = True
@@ -108,7 +108,7 @@ class Executable:
     def _add_rows(self, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
         where = self.spec.layout.axis.placement
         # One row more has no type on a mesh with Explicit axes that split the rows.
-        return lambda xs: [pad_rows(_primitives.retype(x, None), a, where) for x, a in zip(xs, axes, strict=True)]
+        return lambda xs: [pad_rows(primitives.retype(x, None), a, where) for x, a in zip(xs, axes, strict=True)]
 
     def _take_rows(self, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
         """Each device takes its own rows of what it has whole, where XLA would have devices send each other parts."""
@@ -140,17 +140,17 @@ def _padding_by_itself(spec: ProgramSpec) -> Callable[..., tuple[Any, ...]]:
         if axis is None or not placement.padding:
             return x
         # XLA may choose a sharding of N rows that JAX cannot express, and JAX then refuses the array.
-        return _primitives.pin(x, where.sharding(None))
+        return primitives.pin(x, where.sharding(None))
 
     def padded_first(*args: Any) -> tuple[Any, ...]:
-        typed = [_primitives.split_over(x) for x in args]
+        typed = [primitives.split_over(x) for x in args]
         args = tuple(
             x if axis is None else placed(pad_rows(placed(x, axis), axis, placement), axis)
-            for x, axis in zip([_primitives.retype(x, None) for x in args], in_axes, strict=True)
+            for x, axis in zip([primitives.retype(x, None) for x in args], in_axes, strict=True)
         )
         results = map(placed, spec.function(*args), spec.out_axes)
         return tuple(
-            _primitives.retype(y, _like_the_arguments(axis, typed, in_axes))
+            primitives.retype(y, _like_the_arguments(axis, typed, in_axes))
             for y, axis in zip(results, spec.out_axes, strict=True)
         )
 

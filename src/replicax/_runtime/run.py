@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from replicax import _jax
+from replicax._engine import primitives
 from replicax._engine.levels import pad_rows
-from replicax._engine.primitives import mapped as _primitives
 from replicax._engine.spec import ProgramSpec
 from replicax._layout.placement import Placement
 from replicax._messages import report
@@ -159,12 +159,12 @@ def _put(spec: ProgramSpec, x: Any, wanted: jax.sharding.NamedSharding, axis: in
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _pad_where_it_lies(x: jax.Array, axis: int, placement: Placement) -> jax.Array:
-    return pad_rows(_primitives.retype(x, None), axis, placement)
+    return pad_rows(primitives.retype(x, None), axis, placement)
 
 
 def _lies(x: jax.Array, wanted: jax.sharding.NamedSharding) -> bool:
     """Whether the array lies as wanted, whatever its mesh and its axes are called."""
-    return x.sharding == wanted or (_alike(x.sharding, wanted, x.ndim) and not _primitives.split_over(x))
+    return x.sharding == wanted or (_alike(x.sharding, wanted, x.ndim) and not primitives.split_over(x))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -177,9 +177,9 @@ def stage(executable: Executable, leaves: Sequence[Any]) -> tuple[Any, ...]:
     spec = executable.spec
     settled = map(functools.partial(_settle, spec), [*leaves, *spec.closed], spec.inputs.axes)
     try:
-        _primitives.refuse_split_batches()
+        primitives.refuse_split_batches()
         return tuple(executable.staged(*settled))
-    except _primitives.SplitBatchError as error:
+    except primitives.SplitBatchError as error:
         raise UnsupportedTransformationError(
             f"A vmap of a map is to split its batch over {error.args[0]!r}, an axis of a mesh, by spmd_axis_name "
             f"or by the type of an argument. The replicas of the map take all of its devices, each with the whole "
@@ -201,7 +201,7 @@ def _settle(spec: ProgramSpec, x: Any, axis: int | None) -> Any:
     here = value.sharding if value.committed else None
     if batched and isinstance(here, jax.sharding.NamedSharding):
         here = jax.sharding.NamedSharding(here.mesh, jax.sharding.PartitionSpec())
-    typed = _primitives.split_over(x)
+    typed = primitives.split_over(x)
     if typed is not None and value.sharding.device_set != spec.device_set:
-        x = _primitives.retype(x, None)  # no type of the program can name a mesh of other devices
-    return _primitives.move(x, here, spec.layout.result_sharding(axis, on_mesh=spec.one_mesh))
+        x = primitives.retype(x, None)  # no type of the program can name a mesh of other devices
+    return primitives.move(x, here, spec.layout.result_sharding(axis, on_mesh=spec.one_mesh))

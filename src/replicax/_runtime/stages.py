@@ -13,7 +13,7 @@ from replicax._engine.nested import Recorded
 from replicax._engine.replica import describe_type
 from replicax._layout.axes import parameter_names
 from replicax._messages import report
-from replicax._runtime import cpu_threads as _cpu_threads
+from replicax._runtime import cpu_threads
 from replicax._runtime.arguments import Call, partition
 from replicax._runtime.dispatch import Dispatcher
 from replicax._runtime.executable import Executable
@@ -255,8 +255,8 @@ class Compiled(jax.stages.Compiled):  # type: ignore[misc]
         super().__init__(executable, constants, plan.args_info, plan.executable.spec.out_tree)
         self._compiled = compiled
         self._plan = plan
-        may_hang = _cpu_threads.may_hang(plan.executable.spec.layout.mesh)
-        self._run_on: Callable[..., Any] = _cpu_threads.bounded(compiled) if may_hang else compiled
+        may_hang = cpu_threads.may_hang(plan.executable.spec.layout.mesh)
+        self._run_on: Callable[..., Any] = cpu_threads.bounded(compiled) if may_hang else compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the program.

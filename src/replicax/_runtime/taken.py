@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from replicax._jax import cpp as _cpp
+from replicax._jax import cpp
 
 
 class TakenArrays:
@@ -28,5 +28,5 @@ class TakenArrays:
         """Deletes those among the arguments of a call, so that the next call to get them can say so."""
         if cls.CRASH:
             for x in leaves:
-                if type(x) is _cpp.ArrayImpl and x.is_deleted():
+                if type(x) is cpp.ArrayImpl and x.is_deleted():
                     x.delete()

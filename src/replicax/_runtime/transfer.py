@@ -14,7 +14,7 @@ import numpy as np
 from numpy import ndarray
 
 from replicax import _jax
-from replicax._jax import cpp as _cpp
+from replicax._jax import cpp
 from replicax._jax.cpp import ArrayImpl
 from replicax._layout.placement import Placement
 from replicax._messages import nameless, too_large
@@ -58,7 +58,7 @@ def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, placem
         blocks = [np.array(block) for block in blocks]  # XLA cannot copy memory that only some devices share
     else:
         ours = False
-    return _cpp.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=ours)
+    return cpp.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=ours)
 
 
 def _as_numpy(x: Any) -> np.ndarray[Any, Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from replicax._engine import primitives
 from replicax._engine.blocks import block, exchanged, fetch, gather, only_axis, own_lane, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
 from replicax._engine.collectives.definitions import IndexGroups, in_each_group
@@ -17,7 +18,6 @@ from replicax._engine.collectives.reductions import over_segments
 from replicax._engine.collectives.registry import collective, equal, keeps_constants, moves_data, own
 from replicax._engine.collectives.replicas import where_replica
 from replicax._engine.collectives.wire import fetched, gathered, sent, size_in_bytes
-from replicax._engine.primitives import mapped as _primitives
 from replicax._engine.reductions import SUM
 from replicax._layout.exchange import (
     NOTHING,
@@ -193,7 +193,7 @@ def scatter_sum(axis: LogicalAxis, x: Any, whole: DeviceGroups | None) -> Any:
     if axis.lane_axis is not None:
         x = lax.psum(x, axis.lane_axis)
     if axis.padding:  # A padding lane gets what the replica gets that it copies.
-        x = _primitives.pad_rows(x, 0, axis.placement)
+        x = primitives.pad_rows(x, 0, axis.placement)
     x = x.reshape(x.shape[0] // axis.lanes, axis.lanes, *x.shape[1:])
     if axis.device_axis is None:
         return own_lane(axis, x[0])

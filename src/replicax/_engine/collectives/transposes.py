@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from replicax._engine import primitives
 from replicax._engine.blocks import block, fetch, only_axis, own_lane, real_rows, replica_index, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
 from replicax._engine.collectives.definitions import IndexGroups, groups_in, in_each_group
 from replicax._engine.collectives.gathers import all_gather, chunks, joined, wire_of_gather
 from replicax._engine.collectives.registry import collective, moves_data, own
 from replicax._engine.collectives.wire import fetched, gathered, size_in_bytes
-from replicax._engine.primitives import mapped as _primitives
 from replicax._layout.exchange import DeviceGroups, Groups, device_groups, groups
 from replicax._layout.layout import LogicalAxes, LogicalAxis
 from replicax.errors import CollectiveArgumentError
@@ -111,7 +111,7 @@ def pieces_between_devices(axis: LogicalAxis, x: Any, whole: DeviceGroups | None
     """The same for all replicas, or for groups of whole devices: one exchange of lanes' pieces between devices."""
     rest = x.shape[1:]
     if axis.padding:  # A padding lane gets what the replica gets that it copies.
-        x = _primitives.pad_rows(x, 0, axis.placement)
+        x = primitives.pad_rows(x, 0, axis.placement)
     devices = x.shape[0] // axis.lanes
     x = block(axis, x).reshape(axis.lanes, devices, axis.lanes, *rest)  # from lanes, to devices, to lanes
     if devices > 1:
@@ -125,7 +125,7 @@ def all_to_all_devices(x: Any, name: Hashable, split_axis: int, concat_axis: int
     """JAX's collective over devices, or over groups of them."""
     if split is None:
         return lax.all_to_all(x, name, split_axis, concat_axis, tiled=True)
-    return _primitives.grouped_all_to_all(x, name, split_axis, concat_axis, split)
+    return primitives.grouped_all_to_all(x, name, split_axis, concat_axis, split)
 
 
 def _ragged_rows(

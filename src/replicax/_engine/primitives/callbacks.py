@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import ad_util, callback, core, debugging
-from jax._src import linear_util as lu
-from jax._src.interpreters import ad, batching, mlir
 
 from replicax._jax import Equation, Jaxpr, axis_env, constants, derivative_rules, rule_jaxprs, sub_jaxprs, trace_rule
+from replicax._jax.interpreters import ad, ad_util, batching, callback, core, debugging, mlir
+from replicax._jax.interpreters import linear_util as lu
 
 #: Runs a jaxpr on constants, arguments and the number of an earlier failure; the results, and the number after it.
 Run = Callable[[Jaxpr, Sequence[Any], Sequence[Any], Any], tuple[list[Any], Any]]

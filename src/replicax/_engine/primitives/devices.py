@@ -1,0 +1,103 @@
+"""Between a program that all devices along a mesh axis run alike and one that differs between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from replicax._jax.interpreters import ad, batching, core, mlir, parallel, slicing
+
+AxisName = Hashable
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Between a program that all devices along a mesh axis run alike and one that differs between them
+#
+# Out here a value is equal on all of them, and so is its cotangent. Inside each device has its own part of the
+# whole, and of the cotangent too. JAX has the same pairs, each the other's transpose, where shard_map checks types.
+
+
+def share(x: Any, axis: AxisName) -> Any:
+    """Each device's own ``x``, which is equal on all; its cotangent is their sum."""
+    return _share_p.bind(x, axis=axis)
+
+
+def total(x: Any, axis: AxisName) -> Any:
+    """The sum over the devices, equal on all."""
+    return _total_p.bind(x, axis=axis)
+
+
+def own_part(x: Any, axis: AxisName, dim: int) -> Any:
+    """This device's part along ``dim`` of ``x``, which is equal on all."""
+    return _own_part_p.bind(x, axis=axis, dim=dim)
+
+
+def join_parts(x: Any, axis: AxisName, dim: int) -> Any:
+    """All devices' parts, one after the other along ``dim``, equal on all."""
+    return _join_parts_p.bind(x, axis=axis, dim=dim)
+
+
+def equal_parts(x: Any, axis: AxisName) -> Any:
+    """``x``, which every device has found alike; its cotangent goes to the first."""
+    return _equal_parts_p.bind(x, axis=axis)
+
+
+def _slice_of_device(x: Any, *, axis: AxisName, dim: int) -> Any:
+    size = x.shape[dim] // parallel.axis_size(axis)
+    return slicing.dynamic_slice_in_dim(x, parallel.axis_index(axis) * size, size, dim)
+
+
+def _between(name: str, impl: Callable[..., Any], transposed: Callable[..., Any], *, factor: int = 0) -> Any:
+    """A primitive that maps one array, over one mesh axis.
+
+    Args:
+        name: Its name.
+        impl: What it does, in terms of JAX's functions.
+        transposed: Its transpose, likewise.
+        factor: 1 if the dimension ``dim`` of the result is that of the operand times the number of devices, -1 if it
+            is that divided by it.
+    """
+    primitive = core.Primitive(name)
+
+    def type_of(x: Any, *, axis: AxisName, dim: int = 0) -> Any:
+        shape = list(x.shape)
+        if factor:
+            size = parallel.axis_size(axis)
+            shape[dim] = shape[dim] * size if factor > 0 else shape[dim] // size
+        return core.ShapedArray(shape, x.dtype, weak_type=x.weak_type), {core.NamedAxisEffect(axis)}
+
+    def batched(axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], **params: Any) -> Any:
+        del axis_data
+        (x,), (d,) = args, dims
+        if d is not None and "dim" in params:
+            params["dim"] += d <= params["dim"]
+        return primitive.bind(x, **params), d
+
+    primitive.def_effectful_abstract_eval(type_of)
+    mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=False))
+    ad.deflinear2(primitive, lambda ct, _, **params: [transposed(ct, **params)])
+    batching.fancy_primitive_batchers[primitive] = batched
+    return primitive
+
+
+def _as_it_is(x: Any, *, axis: AxisName) -> Any:
+    del axis
+    return x
+
+
+def _gathered(x: Any, *, axis: AxisName, dim: int) -> Any:
+    return parallel.all_gather(x, axis, axis=dim, tiled=True)
+
+
+def _to_first(ct: Any, *, axis: AxisName) -> Any:
+    own = share(ct, axis)
+    return jnp.where(parallel.axis_index(axis) == 0, own, jnp.zeros_like(own))
+
+
+_share_p = _between("share", _as_it_is, total)
+_total_p = _between("total", lambda x, *, axis: parallel.psum(x, axis), share)
+_own_part_p = _between("own_part", _slice_of_device, join_parts, factor=-1)
+_join_parts_p = _between("join_parts", _gathered, own_part, factor=1)
+_equal_parts_p = _between("equal_parts", _as_it_is, _to_first)

@@ -1,0 +1,53 @@
+"""All to all over groups of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from replicax._jax.interpreters import ad, batching, core, mlir, parallel
+
+AxisName = Hashable
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All to all over groups
+
+
+def grouped_all_to_all(
+    x: Any, axis: AxisName, split_axis: int, concat_axis: int, device_groups: tuple[tuple[int, ...], ...]
+) -> Any:
+    """``lax.all_to_all`` (tiled) over groups of a mesh axis, which JAX's own refuses under any ``vmap``."""
+    return _grouped_all_to_all_p.bind(
+        x,
+        axis_name=(axis,),
+        split_axis=split_axis,
+        concat_axis=concat_axis,
+        axis_index_groups=device_groups,
+        tiled=True,
+    )
+
+
+_grouped_all_to_all_p = core.Primitive("grouped_all_to_all")
+
+
+def _grouped_all_to_all_batched(
+    axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], *, split_axis: int, concat_axis: int, **params: Any
+) -> tuple[Any, int | None]:
+    del axis_data
+    (x,), (dim,) = args, dims
+    if dim is None:
+        return _grouped_all_to_all_p.bind(x, split_axis=split_axis, concat_axis=concat_axis, **params), None
+    split_axis, concat_axis = split_axis + (dim <= split_axis), concat_axis + (dim <= concat_axis)
+    return _grouped_all_to_all_p.bind(x, split_axis=split_axis, concat_axis=concat_axis, **params), dim
+
+
+def _grouped_all_to_all_transposed(ct: Any, x: Any, *, split_axis: int, concat_axis: int, **params: Any) -> list[Any]:
+    del x
+    return [_grouped_all_to_all_p.bind(ct, split_axis=concat_axis, concat_axis=split_axis, **params)]
+
+
+_grouped_all_to_all_p.def_effectful_abstract_eval(parallel.all_to_all_p.abstract_eval)
+mlir.register_lowering(_grouped_all_to_all_p, parallel._all_to_all_lowering)
+ad.deflinear2(_grouped_all_to_all_p, _grouped_all_to_all_transposed)
+batching.fancy_primitive_batchers[_grouped_all_to_all_p] = _grouped_all_to_all_batched

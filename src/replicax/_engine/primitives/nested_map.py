@@ -1,0 +1,278 @@
+"""A map over a named axis inside a replica of another, as one equation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from replicax._jax import (
+    Equation,
+    Jaxpr,
+    as_type,
+    axis_env,
+    body,
+    constants,
+    is_literal,
+    run,
+    sub_jaxprs,
+    trace_flat,
+    with_results,
+    without_constants,
+)
+from replicax._jax.interpreters import ad, ad_util, batching, core, parallel
+
+AxisName = Hashable
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Maps inside maps
+
+
+def nested_map(
+    jaxpr: Jaxpr,
+    args: Sequence[Any],
+    *,
+    name: AxisName,
+    size: int,
+    in_axes: Sequence[int | None],
+    out_axes: Sequence[int | None],
+) -> list[Any]:
+    """Records a map over a named axis, inside a replica of another, as one equation.
+
+    JAX's transformations of it are recorded likewise, so that what the outer map is lowered from still tells which
+    part is mapped. Nothing but the rewriter can run it.
+
+    Args:
+        jaxpr: The program of one replica; it closes over nothing.
+        args: The arguments, with the mapped axes in them.
+        name: The axis.
+        size: The number of replicas.
+        in_axes: The mapped axis of each argument.
+        out_axes: The mapped axis of each result; None for what is equal in all replicas.
+    """
+    params = {"name": name, "size": size, "in_axes": tuple(in_axes), "out_axes": tuple(out_axes)}
+    return list(_nested_map_p.bind(*args, jaxpr=jaxpr, **params))
+
+
+#: The name of the primitive.
+NESTED_MAP = "nested_map"
+
+_nested_map_p = core.Primitive(NESTED_MAP)
+_nested_map_p.multiple_results = True
+
+
+def is_nested_map(eqn: Equation) -> bool:
+    """Whether the equation is a :func:`nested_map`."""
+    return eqn.primitive is _nested_map_p
+
+
+def nesting(jaxpr: Jaxpr) -> list[list[tuple[AxisName, int]]]:
+    """The maps in a program by level, outermost first: the axes and sizes of those at each level."""
+    levels: list[dict[tuple[AxisName, int], None]] = []
+    seen: set[tuple[int, int]] = set()
+
+    def visit(jaxpr: Jaxpr, depth: int) -> None:
+        if (id(jaxpr), depth) in seen:
+            return
+        seen.add((id(jaxpr), depth))
+        for eqn in body(jaxpr).eqns:
+            inner = is_nested_map(eqn)
+            if inner:
+                levels.extend({} for _ in range(depth + 1 - len(levels)))
+                levels[depth][eqn.params["name"], eqn.params["size"]] = None
+            for sub in sub_jaxprs(eqn):
+                visit(sub, depth + inner)
+
+    visit(jaxpr, 0)
+    return [list(level) for level in levels]
+
+
+def _nested_map_type(
+    *avals: Any, jaxpr: Jaxpr, name: AxisName, size: int, in_axes: Any, out_axes: Any
+) -> tuple[list[Any], Any]:
+    del avals, in_axes
+    outs = [_with_axis(var.aval, axis, size) for var, axis in zip(body(jaxpr).outvars, out_axes, strict=True)]
+    return outs, core.filter_named_axis_effects(body(jaxpr).effects, {name})
+
+
+def _with_axis(aval: Any, axis: int | None, size: int) -> Any:
+    shape = aval.shape if axis is None else (*aval.shape[:axis], size, *aval.shape[axis:])
+    return core.ShapedArray(shape, aval.dtype, weak_type=aval.weak_type)
+
+
+def _nested_map_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, jaxpr: Jaxpr, name: AxisName, size: int, **axes: Any
+) -> tuple[list[Any], list[Any]]:
+    """Two maps: one of the results and of what their derivative needs, and a linear one of the tangents.
+
+    What the derivative needs of the arguments as they are is taken from them, and not given back by each replica.
+    """
+    in_axes, out_axes = axes["in_axes"], axes["out_axes"]
+    moving = [i for i, t in enumerate(tangents) if type(t) is not ad_util.Zero]
+    pushforward: list[Any] = []
+
+    def primal(*args: Any) -> list[Any]:
+        def of_moving(*some: Any) -> list[Any]:
+            every = list(args)
+            for i, x in zip(moving, some, strict=True):
+                every[i] = x
+            return run(jaxpr, every)
+
+        outs, linear = jax.linearize(of_moving, *(args[i] for i in moving))
+        residuals, treedef = jax.tree.flatten(linear)
+        pushforward.append(treedef)
+        return [*outs, *residuals]
+
+    avals = [var.aval for var in body(jaxpr).invars]
+    fwd, consts = trace_flat(primal, avals, {name: size})
+    args, arg_axes = [*consts, *primals], (*[None] * len(consts), *in_axes)
+    found = _Residuals(fwd, args, arg_axes, len(out_axes))
+    results = nested_map(
+        found.jaxpr, args, name=name, size=size, in_axes=arg_axes, out_axes=(*out_axes, *found.out_axes)
+    )
+    outs, residuals = results[: len(out_axes)], found.values(results[len(out_axes) :])
+    varies = [k for k, x in enumerate(outs) if _tangent_type(x).dtype != jax.dtypes.float0]
+
+    def tangent(*args: Any) -> list[Any]:
+        linear = jax.tree.unflatten(pushforward[0], args[: len(residuals)])
+        out_dots = linear(*args[len(residuals) :])
+        return [out_dots[k] for k in varies]
+
+    residual_avals = [var.aval for var in body(fwd).outvars[len(out_axes) :]]
+    tangent_avals = [avals[i].to_tangent_aval() for i in moving]
+    lin, consts = trace_flat(tangent, [*residual_avals, *tangent_avals], {name: size})
+    out_dots = nested_map(
+        lin,
+        [*consts, *residuals, *(tangents[i] for i in moving)],
+        name=name,
+        size=size,
+        in_axes=(*[None] * len(consts), *found.axes, *(in_axes[i] for i in moving)),
+        out_axes=[out_axes[k] for k in varies],
+    )
+    dots = dict(zip(varies, out_dots, strict=True))
+    return outs, [dots[k] if k in dots else ad_util.Zero(_tangent_type(x)) for k, x in enumerate(outs)]
+
+
+def _tangent_type(x: Any) -> Any:
+    return core.typeof(x).to_tangent_aval()
+
+
+class _Residuals:
+    """What the linear map of a derivative needs: arguments of the first map, and further results of it.
+
+    Attributes:
+        jaxpr: The first map, without the results that are arguments.
+        out_axes: The mapped axes of the residuals among its results.
+        axes: The mapped axes of all residuals.
+    """
+
+    def __init__(self, jaxpr: Jaxpr, args: Sequence[Any], arg_axes: Sequence[int | None], outs: int) -> None:
+        known = {var: k for k, var in enumerate(body(jaxpr).invars)}
+        residuals = body(jaxpr).outvars[outs:]
+        self._from = [None if is_literal(var) else known.get(var) for var in residuals]
+        self._args = args
+        self.axes = [0 if k is None else arg_axes[k] for k in self._from]
+        own = [var for var, k in zip(residuals, self._from, strict=True) if k is None]
+        self.out_axes = [0] * len(own)
+        self.jaxpr = with_results(jaxpr, [*body(jaxpr).outvars[:outs], *own])
+
+    def values(self, results: Sequence[Any]) -> list[Any]:
+        """The residuals, given the further results of the first map."""
+        further = iter(results)
+        return [next(further) if k is None else self._args[k] for k in self._from]
+
+
+def _nested_map_transposed(
+    cts: Sequence[Any], *args: Any, jaxpr: Jaxpr, name: AxisName, size: int, **axes: Any
+) -> list[Any]:
+    """A map of the cotangents; that of an argument which every replica has got whole is the sum over them."""
+    in_axes, out_axes = axes["in_axes"], axes["out_axes"]
+    linear = [i for i, x in enumerate(args) if ad.is_undefined_primal(x)]
+    known = [i for i in range(len(args)) if i not in linear]
+    given = [k for k, ct in enumerate(cts) if type(ct) is not ad_util.Zero]
+    avals = [var.aval for var in body(jaxpr).invars]
+    out_avals = [var.aval for var in body(jaxpr).outvars]
+
+    def transposed(*args: Any) -> list[Any]:
+        values, cts = args[: len(known)], dict(zip(given, args[len(known) :], strict=True))
+
+        def of_linear(*some: Any) -> list[Any]:
+            every = dict(zip(known, values, strict=True)) | dict(zip(linear, some, strict=True))
+            return [run(jaxpr, [every[i] for i in range(len(every))])[k] for k in given]
+
+        shares = [cts[k] / size if out_axes[k] is None else cts[k] for k in given]
+        shares = [as_type(x.astype(out_avals[k].dtype), out_avals[k]) for x, k in zip(shares, given, strict=True)]
+        types = [jax.ShapeDtypeStruct(avals[i].shape, avals[i].dtype) for i in linear]
+        pulled = jax.linear_transpose(of_linear, *types)(shares)
+        return [parallel.psum(x, name) if in_axes[i] is None else x for i, x in zip(linear, pulled, strict=True)]
+
+    ct_avals = [out_avals[k] for k in given]
+    back, consts = trace_flat(transposed, [*(avals[i] for i in known), *ct_avals], {name: size})
+    pulled = nested_map(
+        back,
+        [*consts, *(args[i] for i in known), *(cts[k] for k in given)],
+        name=name,
+        size=size,
+        in_axes=(*[None] * len(consts), *(in_axes[i] for i in known), *(out_axes[k] for k in given)),
+        out_axes=[in_axes[i] for i in linear],
+    )
+    of = dict(zip(linear, pulled, strict=True))
+    return [of.get(i) for i in range(len(args))]
+
+
+def _nested_map_batched(
+    axis_data: Any,
+    args: Sequence[Any],
+    dims: Sequence[int | None],
+    *,
+    jaxpr: Jaxpr,
+    name: AxisName,
+    size: int,
+    **axes: Any,
+) -> tuple[list[Any], list[int | None]]:
+    """A map of the batched program; a name that the map hides is not the ``vmap``'s inside it."""
+    args = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
+    in_axes = [a if d is None or a is None else a + 1 for a, d in zip(axes["in_axes"], dims, strict=True)]
+    if axis_data.name == name:
+        axis_data = dataclasses.replace(axis_data, name=core.no_axis_name)
+    with axis_env({name: size}):
+        batched, out_dims = batching.batch_jaxpr2(jaxpr, axis_data, tuple(None if d is None else 0 for d in dims))
+        inner, consts = without_constants(batched), constants(batched)
+    out_axes = [a if d is None or a is None else a + (d <= a) for a, d in zip(axes["out_axes"], out_dims, strict=True)]
+    outs = nested_map(
+        inner,
+        [*consts, *args],
+        name=name,
+        size=size,
+        in_axes=[*[None] * len(consts), *in_axes],
+        out_axes=out_axes,
+    )
+    return outs, [d if d is None or a is None else d + (a < d) for a, d in zip(out_axes, out_dims, strict=True)]
+
+
+def _nested_map_run(*args: Any, jaxpr: Jaxpr, name: AxisName, size: int, in_axes: Any, out_axes: Any) -> list[Any]:
+    """What is known while the outer map is traced."""
+    run_all = jax.vmap(lambda *own: run(jaxpr, own), in_axes, list(out_axes), axis_size=size, axis_name=name)
+    return list(run_all(*args))
+
+
+def _nested_map_checked(_: Any, *atoms: Any, jaxpr: Jaxpr, name: AxisName, size: int, **axes: Any) -> Any:
+    """For ``jax_enable_checks``, which checks every jaxpr that is made."""
+    with axis_env({name: size}):
+        core.check_jaxpr(body(jaxpr))
+    avals = [atom.aval for atom in atoms]
+    return _nested_map_type(
+        *avals, jaxpr=jaxpr, name=name, size=size, in_axes=axes["in_axes"], out_axes=axes["out_axes"]
+    )
+
+
+core.custom_typechecks[_nested_map_p] = _nested_map_checked
+_nested_map_p.def_impl(_nested_map_run)
+_nested_map_p.def_effectful_abstract_eval(_nested_map_type)
+ad.primitive_jvps[_nested_map_p] = _nested_map_jvp
+ad.primitive_transposes[_nested_map_p] = _nested_map_transposed
+batching.fancy_primitive_batchers[_nested_map_p] = _nested_map_batched

@@ -1,0 +1,179 @@
+"""Where arrays lie, and what their types say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+
+from replicax._jax import (
+    NO_MESH,
+)
+from replicax._jax.interpreters import ad, batching, core, mlir
+
+AxisName = Hashable
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Moving between devices
+
+
+def move(x: Any, here: jax.sharding.Sharding | None, there: jax.sharding.Sharding | None) -> Any:
+    """``jax.device_put`` to a sharding, which under a ``vmap`` splits the dimensions that it is about.
+
+    The cotangent goes back to ``here``. None stays where it is.
+    """
+    return _move_p.bind(x, here=here, there=there)
+
+
+_move_p = core.Primitive("move")
+
+
+def _move_batched(
+    args: Sequence[Any],
+    dims: Sequence[int],
+    *,
+    here: jax.sharding.Sharding | None,
+    there: jax.sharding.Sharding | None,
+) -> tuple[Any, int]:
+    (x,), (dim,) = args, dims
+    return move(x, _with_dimension(here, dim), _with_dimension(there, dim)), dim
+
+
+def _with_dimension(where: Any, dim: int) -> Any:
+    """The sharding of an array with one dimension more, which is not split."""
+    if not isinstance(where, jax.sharding.NamedSharding):
+        return where
+    spec = [*where.spec, *[None] * (dim - len(where.spec))]
+    return jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec(*spec[:dim], None, *spec[dim:]))
+
+
+def _move_now(x: Any, *, here: Any, there: jax.sharding.Sharding | None) -> Any:
+    del here
+    return x if there is None else jax.device_put(x, there)
+
+
+def _move_back(ct: Any, x: Any, *, here: Any, there: Any) -> list[Any]:
+    del x
+    return [move(ct, there, here)]
+
+
+def _not_moved(ctx: Any, x: Any, **_: Any) -> list[Any]:
+    """What is compiled has one set of devices."""
+    del ctx
+    return [x]
+
+
+_move_p.def_impl(_move_now)
+_move_p.def_abstract_eval(lambda x, **_: x)
+ad.deflinear2(_move_p, _move_back)
+batching.primitive_batchers[_move_p] = _move_batched
+mlir.register_lowering(_move_p, _not_moved)
+
+
+def pin(x: Any, where: jax.sharding.NamedSharding) -> Any:
+    """``lax.with_sharding_constraint`` that holds under a ``vmap``, too, where JAX leaves the new dimension to XLA."""
+    return _pin_p.bind(x, where=where)
+
+
+_pin_p = core.Primitive("pin")
+
+
+def _pin_back(ct: Any, x: Any, *, where: jax.sharding.NamedSharding) -> list[Any]:
+    del x
+    return [pin(ct, where)]
+
+
+def _pin_batched(args: Sequence[Any], dims: Sequence[int], *, where: jax.sharding.NamedSharding) -> tuple[Any, int]:
+    (x,), (dim,) = args, dims
+    return pin(x, _with_dimension(where, dim)), dim
+
+
+def _pinned(x: Any, *, where: jax.sharding.NamedSharding) -> Any:
+    return jax.lax.with_sharding_constraint(x, where)
+
+
+_pin_p.def_impl(_pinned)
+_pin_p.def_abstract_eval(lambda x, **_: x)
+ad.deflinear2(_pin_p, _pin_back)
+batching.primitive_batchers[_pin_p] = _pin_batched
+mlir.register_lowering(_pin_p, mlir.lower_fun(_pinned, multiple_results=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Arrays whose types say how they are split
+
+
+def split_over(x: Any) -> jax.sharding.NamedSharding | None:
+    """How the type of ``x`` says that it is split, where its mesh has ``Explicit`` axes."""
+    where = getattr(core.typeof(x), "sharding", None)
+    explicit = where is not None and jax.sharding.AxisType.Explicit in where.mesh.axis_types
+    return where if explicit else None
+
+
+class SplitBatchError(Exception):
+    """The axis that an enclosing ``vmap`` adds is to be split over an axis of a mesh."""
+
+
+def refuse_split_batches() -> None:
+    """Raises a :class:`SplitBatchError` under a ``vmap`` with ``spmd_axis_name``, or of what is typed as split."""
+    trace: Any = core.trace_ctx.trace
+    while trace is not None:
+        if isinstance(trace, batching.BatchTrace):
+            axis = trace.axis_data.spmd_name or trace.axis_data.explicit_mesh_axis
+            if axis:
+                raise SplitBatchError(axis[0] if isinstance(axis, tuple) and len(axis) == 1 else axis)
+        trace = getattr(trace, "parent_trace", None)
+
+
+def retype(x: Any, where: jax.sharding.NamedSharding | None) -> Any:
+    """``x`` with a type that says it is split like that; with None, one that says nothing.
+
+    The types of a mesh of the user's and those of a map's own do not go together.
+    """
+    plain = getattr(core.typeof(x), "sharding", None)
+    if plain is None or (where is None and plain.mesh.empty):
+        return x
+    return _retype_p.bind(x, where=where or jax.sharding.NamedSharding(NO_MESH, jax.sharding.PartitionSpec()))
+
+
+_retype_p = core.Primitive("retype")
+
+
+def _retype_type(x: Any, *, where: jax.sharding.NamedSharding) -> Any:
+    spec = jax.sharding.PartitionSpec(*where.spec, *[None] * (x.ndim - len(where.spec)))
+    return x.update(sharding=jax.sharding.NamedSharding(where.mesh, spec))
+
+
+def _retype_now(x: Any, *, where: jax.sharding.NamedSharding) -> Any:
+    del where
+    return x
+
+
+def _retype_back(ct: Any, x: Any, *, where: Any) -> list[Any]:
+    del where
+    return [_retype_p.bind(ct, where=x.aval.sharding)]
+
+
+def _retype_batched(
+    axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], *, where: jax.sharding.NamedSharding
+) -> tuple[Any, int | None]:
+    (x,), (dim,) = args, dims
+    if dim is not None and axis_data.explicit_mesh_axis:
+        raise SplitBatchError(axis_data.explicit_mesh_axis)
+    if dim is not None and not where.mesh.empty:
+        where = _with_dimension(where, dim)
+    return _retype_p.bind(x, where=where), dim
+
+
+def _retype_lowered(ctx: Any, x: Any, *, where: Any) -> list[Any]:
+    del where
+    return [mlir.lower_with_sharding_in_types(ctx, x, ctx.avals_out[0])]
+
+
+_retype_p.def_impl(_retype_now)
+_retype_p.def_abstract_eval(_retype_type)
+ad.deflinear2(_retype_p, _retype_back)
+batching.fancy_primitive_batchers[_retype_p] = _retype_batched
+mlir.register_lowering(_retype_p, _retype_lowered)
