@@ -75,9 +75,10 @@ def guard(jaxpr: Jaxpr, consts: Sequence[Any], axis: LogicalAxis, name: str) -> 
     Returns:
         A program with one result more: the number of the first failure in any replica.
     """
-    guarding = _Guarding({axis.name: axis.size}, name, rules=not _jax.eager())
-    if not guarding.calls_back(jaxpr):
+    search = _Search({axis.name: axis.size}, rules=not _jax.eager(), in_rules=set())
+    if not search.calls_back(jaxpr):
         return None
+    guarding = _Guarding(search, name)
 
     def guarded(*flat: Any) -> list[Any]:
         results, failed = guarding.run(jaxpr, flat[: len(consts)], flat[len(consts) :], jnp.int32(NONE))
@@ -85,26 +86,22 @@ def guard(jaxpr: Jaxpr, consts: Sequence[Any], axis: LogicalAxis, name: str) -> 
 
     body = _jax.body(jaxpr)
     new, own = _jax.trace_flat(guarded, [var.aval for var in [*body.constvars, *body.invars]], {axis.name: axis.size})
-    return GuardedProgram(_jax.open_constants(new, len(own) + len(consts)), [*own, *consts], guarding.in_rules)
+    return GuardedProgram(_jax.open_constants(new, len(own) + len(consts)), [*own, *consts], search.in_rules)
 
 
-class _Guarding:
-    """Runs jaxprs with their callbacks guarded.
+class _Search:
+    """Finds out which jaxprs and equations call back, and over which axes they communicate.
 
     Args:
         sizes: The mapped axes in scope.
-        name: What the user calls the mapped function.
         rules: Whether there may be a derivative from outside, which runs forward rules of the user's.
-
-    Attributes:
         in_rules: The names of the primitives in the forward rules that have been looked at.
     """
 
-    def __init__(self, sizes: Mapping[Hashable, int], name: str, *, rules: bool) -> None:
-        self.sizes, self.name, self.rules = sizes, name, rules
+    def __init__(self, sizes: Mapping[Hashable, int], *, rules: bool, in_rules: set[str]) -> None:
+        self.sizes, self.rules, self.in_rules = sizes, rules, in_rules
         self._calls: dict[int, tuple[Jaxpr | Equation, bool]] = {}
-        self._inside: dict[Hashable, _Guarding] = {}
-        self.in_rules: set[str] = set()
+        self._inside: dict[Hashable, _Search] = {}
         self._named: dict[int, tuple[Jaxpr, frozenset[Hashable]]] = {}
 
     def calls_back(self, jaxpr: Jaxpr) -> bool:
@@ -117,25 +114,25 @@ class _Guarding:
         """Whether an equation is a callback, or has one anywhere inside."""
         if callback_primitives.is_callback(eqn):
             return True
-        guarding = self.inside(eqn) if primitives.is_nested_map(eqn) else self
-        if any(map(guarding.calls_back, _jax.sub_jaxprs(eqn))):
+        search = self.inside(eqn) if primitives.is_nested_map(eqn) else self
+        if any(map(search.calls_back, _jax.sub_jaxprs(eqn))):
             return True
         if not self.rules or not _jax.derivative_rules(eqn):
             return False
         if id(eqn) not in self._calls:
             rule = callback_primitives.forward_rule(eqn, self.sizes)
             # Not the rules of what the rule calls: that is often the function itself, and so on without an end.
-            itself = _Guarding(self.sizes, self.name, rules=False)
+            itself = _Search(self.sizes, rules=False, in_rules=set())
             self._calls[id(eqn)] = (eqn, rule is not None and itself.calls_back(rule))
             self.in_rules |= _jax.primitives(rule) if rule is not None else set()
         return self._calls[id(eqn)][1]
 
-    def inside(self, eqn: Equation) -> _Guarding:
-        """What guards the callbacks of a map inside."""
+    def inside(self, eqn: Equation) -> _Search:
+        """The same for a map inside."""
         name, size = eqn.params["name"], eqn.params["size"]
         if (name, size) not in self._inside:
-            inside = self._inside[name, size] = _Guarding({**self.sizes, name: size}, self.name, rules=self.rules)
-            inside.in_rules = self.in_rules
+            sizes = {**self.sizes, name: size}
+            self._inside[name, size] = _Search(sizes, rules=self.rules, in_rules=self.in_rules)
         return self._inside[name, size]
 
     def named(self, jaxprs: Sequence[Jaxpr]) -> frozenset[Hashable]:
@@ -152,10 +149,22 @@ class _Guarding:
             names |= self._named[id(jaxpr)][1]
         return names
 
+
+class _Guarding:
+    """Runs jaxprs with their callbacks guarded.
+
+    Args:
+        search: Finds the callbacks.
+        name: What the user calls the mapped function.
+    """
+
+    def __init__(self, search: _Search, name: str) -> None:
+        self.search, self.name = search, name
+
     def anywhere(self, failed: Any, jaxprs: Sequence[Jaxpr]) -> Any:
         """The number of a failure in any of the replicas that communicate in the jaxprs."""
-        names = self.named(jaxprs)
-        return lax.pmax(failed, tuple(name for name in self.sizes if name in names)) if names else failed
+        names = self.search.named(jaxprs)
+        return lax.pmax(failed, tuple(name for name in self.search.sizes if name in names)) if names else failed
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], failed: Any) -> tuple[list[Any], Any]:
         """Runs a jaxpr on the values of one replica.
@@ -186,9 +195,9 @@ class _Guarding:
             results, number = callback_primitives.guarded(eqn, args, failed, self.name)
             return results, jnp.maximum(failed, number)
         subs = list(_jax.sub_jaxprs(eqn))
-        calls = self.equation_calls_back(eqn)
+        calls = self.search.equation_calls_back(eqn)
         kind = eqn.primitive.name
-        if kind in ("while", "cond") and (calls or self.named(subs)):
+        if kind in ("while", "cond") and (calls or self.search.named(subs)):
             return {"while": self._while, "cond": self._cond}[kind](eqn, args, failed)
         if _jax.derivative_rules(eqn) and calls:
             return callback_primitives.bind_custom(eqn, args, failed, self.run)
@@ -249,7 +258,7 @@ class _Guarding:
 
             return run
 
-        if self.named(branches):
+        if self.search.named(branches):
             failed = self.anywhere(failed, branches)
             index = lax.select(failed == NONE, index, jnp.zeros_like(index))
         return lax.switch(index, list(map(branch, branches)), failed, *operands)
@@ -266,7 +275,7 @@ class _Guarding:
     def _nested(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
         """A map inside, which takes an earlier failure for all its replicas and gives the first one of any."""
         (inner,), (name, size) = _jax.sub_jaxprs(eqn), (eqn.params["name"], eqn.params["size"])
-        inside = self.inside(eqn)
+        inside = _Guarding(self.search.inside(eqn), self.name)
 
         def guarded(failed: Any, *args: Any) -> list[Any]:
             results, failed = inside.run(inner, _jax.constants(inner), args, failed)
@@ -377,3 +386,12 @@ def _first(x: Any) -> Any:
     x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     first = lax.slice_in_dim(lax.stop_gradient(x).reshape(-1), 0, 1)
     return (first.real if jnp.iscomplexobj(first) else first).astype(jnp.float32)
+
+
+def called_once(scope: Scope, eqn: Equation, args: Sequence[Any]) -> list[Any]:
+    """A callback of the user's that each replica makes once."""
+    (runs,) = runs_here(scope)
+    results = _jax.bind_callback_where(eqn, args, runs)
+    for name in scope.copies:  # zeros where it was not made
+        results = [primitives.total(x, name) for x in results]
+    return results

@@ -100,26 +100,10 @@ class Executable:
         if (which, whole) not in self._pads:
             axes = [axis for i in which if (axis := self.spec.inputs.axes[i]) is not None]
             self._pads[which, whole] = jax.jit(
-                self._take_rows(axes) if whole else self._add_rows(axes),
+                _taking_rows(self.spec, axes) if whole else _adding_rows(self.spec, axes),
                 out_shardings=[self.spec.in_shardings[i] for i in which],
             )
         return list(self._pads[which, whole](leaves))
-
-    def _add_rows(self, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
-        where = self.spec.layout.axis.placement
-        # One row more has no type on a mesh with Explicit axes that split the rows.
-        return lambda xs: [pad_rows(primitives.retype(x, None), a, where) for x, a in zip(xs, axes, strict=True)]
-
-    def _take_rows(self, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
-        """Each device takes its own rows of what it has whole, where XLA would have devices send each other parts."""
-        where, name = self.spec.layout, self.spec.layout.mesh.axis_names[0]
-
-        def rows(xs: list[Any]) -> list[Any]:
-            first = lax.axis_index(name) * where.axis.lanes
-            return [own_rows(x, axis, first, where.axis.placement) for x, axis in zip(xs, axes, strict=True)]
-
-        outs = list(map(where.spec, axes))
-        return jax.shard_map(rows, mesh=where.mesh, in_specs=PartitionSpec(), out_specs=outs, check_vma=False)
 
     @cached_property
     def staged(self) -> jax.stages.Wrapped:
@@ -131,6 +115,24 @@ class Executable:
 _WHOLE_BYTES = frozenset(
     map(np.dtype, ("bool", *np.typecodes["AllInteger"], "float16", "float32", "float64", "F", "D"))
 )
+
+
+def _adding_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
+    where = spec.layout.axis.placement
+    # One row more has no type on a mesh with Explicit axes that split the rows.
+    return lambda xs: [pad_rows(primitives.retype(x, None), a, where) for x, a in zip(xs, axes, strict=True)]
+
+
+def _taking_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
+    """Each device takes its own rows of what it has whole, where XLA would have devices send each other parts."""
+    where, name = spec.layout, spec.layout.mesh.axis_names[0]
+
+    def rows(xs: list[Any]) -> list[Any]:
+        first = lax.axis_index(name) * where.axis.lanes
+        return [own_rows(x, axis, first, where.axis.placement) for x, axis in zip(xs, axes, strict=True)]
+
+    outs = list(map(where.spec, axes))
+    return jax.shard_map(rows, mesh=where.mesh, in_specs=PartitionSpec(), out_specs=outs, check_vma=False)
 
 
 def _padding_by_itself(spec: ProgramSpec) -> Callable[..., tuple[Any, ...]]:
