@@ -5,7 +5,7 @@
 #   make check    linter, formatter and strict types
 #   make sweep    the whole table of replicas x devices x collectives x types x control flow (long)
 #   make table    the table collective x context, run and printed
-#   make bench    the benchmarks, as ratios to their limits (ten minutes; QUICK=1: four; README=1: and into the README)
+#   make bench    the benchmarks, as ratios to their limits (ten minutes; QUICK=1: four; PAGE=1: and into docs/benchmarks.md)
 #   make fuzz     random programs against the oracles, for MINUTES=10, from SEED=(a random one)
 #   make clients  packages from PyPI that use jax.pmap, on JAX's own and on replicax (an environment of their own)
 #
@@ -18,7 +18,7 @@ JAX ?= jax
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 CLIENTS ?=
 QUICK ?=
-README ?=
+PAGE ?=
 BENCH_ARGS ?=
 MINUTES ?= 10
 SEED ?=
@@ -42,7 +42,7 @@ table: $(STAMP)
 
 bench: $(VENV)-bench/installed
 	$(VENV)-bench/bin/python benchmarks/run.py $(BENCH_ARGS) \
-	    $(if $(QUICK),--quick --json benchmarks/results-quick.json) $(if $(README),--readme README.md)
+	    $(if $(QUICK),--quick --json benchmarks/results-quick.json) $(if $(PAGE),--page docs/benchmarks.md)
 	$(if $(QUICK),,$(VENV)-bench/bin/python benchmarks/plot.py benchmarks/results.json docs/benchmarks.png)
 
 fuzz: $(STAMP)

@@ -12,7 +12,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-BEGIN = "<!-- benchmarks: written by make bench README=1 -->"
+BEGIN = "<!-- benchmarks: written by make bench PAGE=1 -->"
 END = "<!-- benchmarks end -->"
 
 COLUMNS = ("ratio", "quartiles", "limit", "", "on", "case", "ratio of", "other ways / replicax")

@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the cases and run none")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 where a limit is not met")
     parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where to write the results")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="write the table between the markers of this file")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the table between the markers of this file")
     parser.add_argument("--devices", type=int, help=argparse.SUPPRESS)  # in the process for these
     return parser.parse_args()
 
@@ -157,8 +157,8 @@ def main() -> int:
     results = {"machine": machine(), "quick": options.quick, "rows": rows}
     options.json.write_text(json.dumps(results, indent=1) + "\n")
     report.show(results, console)
-    if options.readme is not None:
-        report.write_between_markers(options.readme, report.markdown(results))
+    if options.page is not None:
+        report.write_between_markers(options.page, report.markdown(results))
     bad = {"FAILED"} | ({"NOT MET"} if options.strict else set())
     return int(any(row["verdict"] in bad for row in results["rows"]))
 
