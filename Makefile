@@ -1,7 +1,8 @@
 # Everything here sets itself up from nothing but Python >= 3.11 and make.
 #
 #   make demo     installs what it needs and does the main job on real data
-#   make test     the whole test suite
+#   make test     the test suite, cut to four minutes: every kind of thing, on a few layouts of each class
+#   make test-all the whole test suite
 #   make check    linter, formatter and strict types
 #   make sweep    the whole table of replicas x devices x collectives x types x control flow (long)
 #   make table    the table collective x context, run and printed
@@ -26,7 +27,7 @@ SEED ?=
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 
-.PHONY: demo test check sweep table bench fuzz clients clean
+.PHONY: demo test test-all check sweep table bench fuzz clients clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/demo.py
@@ -34,8 +35,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-all: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "long or not long"
+
 sweep: $(STAMP)
-	REPLICAX_SWEEP=full $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_sweep.py tests/test_transforms.py tests/test_placement.py
+	REPLICAX_SWEEP=full $(BIN)/python -m pytest $(PYTEST_ARGS) -m "long or not long" tests/test_sweep.py tests/test_transforms.py tests/test_placement.py
 
 table: $(STAMP)
 	$(BIN)/python tests/table.py

@@ -8,13 +8,10 @@ from jax import lax
 from jax.experimental import serialize_executable
 
 import replicax
+from layouts import SHORT
 from replicax import pmap
 from replicax.testing._check import compare
 from test_inputs import everywhere
-from test_sweep import DEVICES, REPLICAS
-
-#: Every number of replicas and every number of devices of the sweep, in rotation.
-PAIRS = [(n, DEVICES[i % len(DEVICES)]) for i, n in enumerate(REPLICAS)]
 
 
 def table(n):
@@ -32,7 +29,7 @@ def arguments(n):
 OPTIONS = {"axis_name": "i", "in_axes": (0, None), "out_axes": {"state": 0, "total": None}}
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="{0[0]}on{0[1]}".format)
+@pytest.mark.parametrize("pair", SHORT, ids="{0[0]}on{0[1]}".format)
 def test_compiled_for_types_and_called_like_the_map(pair):
     n, d = pair
     args, kwargs = arguments(n)

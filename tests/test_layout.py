@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layouts import CLASSES, belongs
 from replicax._layout.layout import layout
 
 
@@ -23,6 +24,12 @@ def test_every_replica_has_a_lane_and_no_device_idles_without_need(n, d, spread)
         assert axis.padding < axis.lanes  # so the last device has a replica to copy
     assert (axis.device_axis is None) == (axis.devices == 1)
     assert (axis.lane_axis is None) == (axis.lanes == 1)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_pairs_that_tests_take_are_of_their_classes(name):
+    assert len(CLASSES[name]) in (2, 3)
+    assert all(belongs(n, d, name) for n, d in CLASSES[name])
 
 
 @given(st.integers(1, 300), st.integers(1, 8), st.integers(0, 2))

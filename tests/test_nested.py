@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+from layouts import PAIRS, every_pair
 from replicax import pmap
 from replicax.testing._check import compare, gradient
-from test_sweep import REPLICAS, every_pair
 
 #: Replicas at each level, and devices: with devices for all levels, for some, for none; with padding in each.
 TWO_LEVELS = [((2, 4), 8), ((4, 3), 8), ((1, 5), 3), ((3, 2), 8), ((5, 2), 2), ((9, 2), 8), ((2, 7), 5), ((3, 3), 1)]
@@ -245,7 +245,7 @@ def small(mapped, depth):
 @functools.cache
 def case(n):
     """Another level above or below, of each of five sizes in turn, a third in every other case; what vmap computes."""
-    turn = REPLICAS.index(n)
+    turn = [replicas for replicas, _ in PAIRS].index(n)
     m, depth = (1, 2, 3, 5, 8)[turn % 5], 2 + turn // 2 % 2
     x = rows(n, m) if turn % 2 else rows(m, n)
     return x, depth, jax.jit(small(jax.vmap, depth))(x)

@@ -1,8 +1,7 @@
 """pmap computes what vmap computes: replicas × devices × collectives × dtypes × control flow, and derivatives.
 
-By default every pair of N and D runs one kind of control flow, in rotation, with every collective, so that each meets
-pairs with N below, equal to, above and not dividing D, in float32, int32 and, in turn, one half of the other dtypes.
-``make sweep`` runs every kind of control flow for every pair.
+Each pair of N and D runs one kind of control flow, in rotation, with every collective, in float32, int32 and, in turn,
+one half of the other dtypes. ``make sweep`` runs every kind of control flow for every pair.
 """
 
 import functools
@@ -13,21 +12,15 @@ import numpy as np
 import pytest
 from jax import lax
 
+from layouts import PAIRS, every_pair
 from programs import AXIS, CONTROL, DIFFERENTIABLE, DTYPES, custom_rules, program
 from replicax import pmap
 from replicax.testing import check
 from replicax.testing._check import compare, gradient
 
-REPLICAS = (*range(1, 21), 64, 1000)
-DEVICES = (1, 2, 3, 5, 8)
-PAIRS = [(n, d) for n in REPLICAS for d in DEVICES]
 FULL = os.environ.get("REPLICAX_SWEEP") == "full"
 
 SMALL = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
-
-every_pair = pytest.mark.parametrize(
-    ("n", "d"), [pytest.param(n, d, marks=pytest.mark.xdist_group(f"n{n}"), id=f"{n}on{d}") for n, d in PAIRS]
-)
 
 
 def rows(n):

@@ -57,7 +57,8 @@ def lockstep(
             trees.append(tree)
             return leaves
 
-        stacked = jax.vmap(one_replica, in_axes=in_axes, axis_size=axis_size)(*args, **kwargs)
+        together = jax.vmap(one_replica, in_axes=in_axes, axis_size=axis_size)(*args, **kwargs)
+        stacked = [jnp.asarray(x) for x in together]  # a NumPy array passes through a vmap as it is
         size = stacked[0].shape[0] if stacked else int(axis_size or 0)
         one_args, one_kwargs = jax.tree.unflatten(trees[0], [x[0] for x in stacked])
         name = object() if axis_name is None else axis_name
