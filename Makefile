@@ -1,5 +1,6 @@
 # Everything here sets itself up from nothing but Python >= 3.11 and make.
 #
+#   make help     this page
 #   make demo     installs what it needs and does the main job on real data
 #   make test     the test suite, cut to four minutes: every kind of thing, on a few layouts of each class
 #   make test-all the whole test suite
@@ -27,7 +28,10 @@ SEED ?=
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 
-.PHONY: demo test test-all check sweep table bench fuzz clients clean
+.PHONY: help demo test test-all check sweep table bench fuzz clients clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(STAMP)
 	$(BIN)/python demo/demo.py
