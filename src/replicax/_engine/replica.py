@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from replicax import _jax
 from replicax._engine.references import refuse_closed_over
 from replicax._engine.shard_maps import as_nested_maps
 from replicax._messages import report, text_of
+from replicax._typing import Function, Kwargs, PyTree
 from replicax.errors import (
     NestedMapError,
     NotAnArrayError,
@@ -64,9 +65,9 @@ class Replica:
 
 
 def trace_replica(
-    fun: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
+    fun: Function,
+    args: Sequence[PyTree],
+    kwargs: Kwargs,
     static: Sequence[int],
     name: Hashable,
     size: int,
@@ -89,7 +90,7 @@ def trace_replica(
     """
 
     @functools.wraps(fun)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: PyTree, **kwargs: PyTree) -> PyTree:
         out = fun(*args, **kwargs)
         _check_results(out)
         return out
@@ -169,7 +170,7 @@ def _explain(error: Exception) -> None:
         )
 
 
-def _check_results(out: Any) -> None:
+def _check_results(out: PyTree) -> None:
     faults = {
         f"result{keystr(path)}": x
         for path, x in jax.tree_util.tree_leaves_with_path(out)
@@ -183,7 +184,7 @@ def _check_results(out: Any) -> None:
         )
 
 
-def no_arrays(headline: str, named: Mapping[str, Any], remedy: str) -> NotAnArrayError:
+def no_arrays(headline: str, named: Mapping[str, object], remedy: str) -> NotAnArrayError:
     """The error about what is no array, by its name."""
     unconverted = list(filter(_jax.is_unconverted, named.values()))
     if any(map(_jax.is_masked, unconverted)):

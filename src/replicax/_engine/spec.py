@@ -14,6 +14,7 @@ from replicax import _jax
 from replicax._engine.outputs import OutputPolicy
 from replicax._engine.replica import Replica
 from replicax._layout.layout import Layout, Splits
+from replicax._typing import DType, ShapeAndDtype
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class ProgramSpec:
         """The type of each argument leaf once every padding lane has its row."""
         return tuple(map(self._padded_type, self.inputs.types, self.inputs.axes))
 
-    def _padded_type(self, x: Any, axis: int | None) -> jax.ShapeDtypeStruct:
+    def _padded_type(self, x: ShapeAndDtype, axis: int | None) -> jax.ShapeDtypeStruct:
         aval = _jax.typeof(x)
         shape = list(aval.shape)
         if axis is not None:
@@ -101,7 +102,7 @@ class ProgramSpec:
         return tuple(i for i in self.inputs.donated if self.inputs.axes[i] is None or not padded)
 
     @cached_property
-    def dtypes(self) -> tuple[Any, ...]:
+    def dtypes(self) -> tuple[DType, ...]:
         """The dtype of each argument leaf."""
         return tuple(aval.dtype for aval in self.inputs.types)
 

@@ -18,6 +18,7 @@ from replicax._engine.collectives import REGISTRY, Result
 from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis, Scope
+from replicax._typing import Atom
 
 #: The mapped axes over which one value varies.
 Varying = frozenset[LogicalAxis]
@@ -54,14 +55,14 @@ class Analysis:
         known = self.values(jaxpr, args)
         return [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in _jax.body(jaxpr).outvars]
 
-    def values(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> dict[Any, Varying]:
+    def values(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> dict[Atom, Varying]:
         """Where each value in a jaxpr varies, given where each argument does."""
         key = (id(jaxpr), tuple(args))
         if key not in self._known:
             self._known[key] = (jaxpr, self._run(_jax.body(jaxpr), args))  # the jaxpr, so that its id stays its own
         return self._known[key][1]
 
-    def _run(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> dict[Any, Varying]:
+    def _run(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> dict[Atom, Varying]:
         known = dict.fromkeys(jaxpr.constvars, NOWHERE) | dict(zip(jaxpr.invars, args, strict=True))
         for eqn in jaxpr.eqns:
             operands = [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in eqn.invars]

@@ -15,6 +15,7 @@ from jax.tree_util import keystr
 from replicax import _jax
 from replicax._layout.vmappable import all_of, one_of
 from replicax._messages import MOST, as_int, report
+from replicax._typing import Axes, Function
 from replicax.errors import ArgumentNameError, AxisSpecError, AxisSpecTypeError, MappedSizeError, OptionTypeError
 
 
@@ -89,7 +90,7 @@ class Leaf:
         return f"{self.name} of shape {self.aval.shape}"
 
 
-def name_leaves(fun: Callable[..., Any], args: Mapping[int, Any], kwargs: Mapping[str, Any]) -> list[str]:
+def name_leaves(fun: Function, args: Mapping[int, Any], kwargs: Mapping[str, Any]) -> list[str]:
     """What the user calls each leaf of the arguments: parameter name and tree path.
 
     Args:
@@ -103,7 +104,7 @@ def name_leaves(fun: Callable[..., Any], args: Mapping[int, Any], kwargs: Mappin
     return [root + keystr(path) for root, tree in roots for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def parameter_names(fun: Callable[..., Any], positions: Sequence[int] | Mapping[int, Any]) -> dict[int, str]:
+def parameter_names(fun: Function, positions: Sequence[int] | Mapping[int, Any]) -> dict[int, str]:
     """The name of the parameter at each position; ``argument 0`` and so on where there is no telling."""
     parameters = _parameters(fun) or []
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -117,7 +118,7 @@ def parameter_names(fun: Callable[..., Any], positions: Sequence[int] | Mapping[
     return {i: name(i) for i in positions}
 
 
-def _parameters(fun: Callable[..., Any]) -> list[inspect.Parameter] | None:
+def _parameters(fun: Function) -> list[inspect.Parameter] | None:
     try:
         return list(inspect.signature(fun).parameters.values())
     except (ValueError, TypeError):
@@ -142,7 +143,7 @@ class Chosen:
 
 
 @_jax.api_boundary
-def choose(which: str, fun: Callable[..., Any], argnums: int | Iterable[int], argnames: str | Iterable[str]) -> Chosen:
+def choose(which: str, fun: Function, argnums: int | Iterable[int], argnames: str | Iterable[str]) -> Chosen:
     """Checks ``<which>_argnums`` and ``<which>_argnames``, and completes each by the other.
 
     Raises:
@@ -182,7 +183,7 @@ def choose(which: str, fun: Callable[..., Any], argnums: int | Iterable[int], ar
     )
 
 
-def takes_position(fun: Callable[..., Any], position: int) -> bool:
+def takes_position(fun: Function, position: int) -> bool:
     """Whether a function may have a positional argument there; yes where there is no telling."""
     parameters = _parameters(fun)
     return parameters is None or _takes(parameters, position)
@@ -199,7 +200,7 @@ def _positional(parameters: Sequence[inspect.Parameter]) -> int:
 
 
 def _refuse_unknown_names(
-    which: str, fun: Callable[..., Any], names: Sequence[str], parameters: Sequence[inspect.Parameter]
+    which: str, fun: Function, names: Sequence[str], parameters: Sequence[inspect.Parameter]
 ) -> None:
     known = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     unknown = [name for name in names if name not in known]
@@ -367,9 +368,7 @@ def _kind(tree: Any) -> str:
     return "an array" if _jax.one_level(tree) is None else f"a {type(tree).__name__}"
 
 
-def normalize(
-    which: str, role: str, axes: Sequence[int | None], leaves: Sequence[Leaf], *, extra: int
-) -> list[int | None]:
+def normalize(which: str, role: str, axes: Axes, leaves: Sequence[Leaf], *, extra: int) -> list[int | None]:
     """Counts negative axes from the end.
 
     Args:
@@ -422,7 +421,7 @@ def _by_argument(mapped: Sequence[tuple[Leaf, int, int]]) -> list[str]:
 _ARGUMENT = re.compile(r"(?=[.\[])")
 
 
-def mapped_size(axes: Sequence[int | None], leaves: Sequence[Leaf], axis_size: int | None) -> int:
+def mapped_size(axes: Axes, leaves: Sequence[Leaf], axis_size: int | None) -> int:
     """The number of replicas, which all mapped arguments and ``axis_size`` have to agree on.
 
     Raises:

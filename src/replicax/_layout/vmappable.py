@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from replicax import _jax
+from replicax._typing import Axes, Function
 from replicax.errors import AxisSpecError, NotAnArrayError
 
 
@@ -26,7 +27,7 @@ def one_of(value: Any, spec: Any) -> tuple[list[int | None], Any]:
     """
     into, _ = _jax.vmap_rules(type(value))
 
-    def rule(value: Any, part: Callable[..., Any]) -> Any:
+    def rule(value: Any, part: Function) -> Any:
         return into(part, lambda: 0, value, spec)
 
     def row(x: Any, axis: int) -> Any:
@@ -49,7 +50,7 @@ def all_of(own: Any, spec: Any, size: int) -> tuple[list[int | None], Any]:
     """
     _, back = _jax.vmap_rules(type(own))
 
-    def rule(own: Any, part: Callable[..., Any]) -> Any:
+    def rule(own: Any, part: Function) -> Any:
         return back(lambda _, x, axis: part(x, axis), size, own, spec)
 
     def stack(x: Any, axis: int) -> Any:
@@ -58,9 +59,7 @@ def all_of(own: Any, spec: Any, size: int) -> tuple[list[int | None], Any]:
     return _mapped("out_axes", own, spec, rule, stack)
 
 
-def _mapped(
-    which: str, value: Any, spec: Any, rule: Callable[..., Any], change: Callable[..., Any]
-) -> tuple[list[int | None], Any]:
+def _mapped(which: str, value: Any, spec: Any, rule: Function, change: Function) -> tuple[list[int | None], Any]:
     """Follows what the rule of a type does to its arrays, and makes sure that it maps them and does no more."""
     leaves, tree = jax.tree.flatten(value)
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(_jax.typeof, leaves)]
@@ -87,9 +86,7 @@ def _mapped(
     return axes, changed
 
 
-def _check_order(
-    kind: type, types: Sequence[Any], axes: Sequence[int | None], changed: Sequence[Any], tree: Any, rule: Any
-) -> None:
+def _check_order(kind: type, types: Sequence[Any], axes: Axes, changed: Sequence[Any], tree: Any, rule: Any) -> None:
     """Makes sure that each array of the value that a rule returns is one that it was given, in the same order."""
 
     def exchanging(*arrays: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from replicax._runtime.arguments import Call
 from replicax._runtime.executable import Executable
 from replicax._runtime.options import Options
 from replicax._runtime.signature import Signature
+from replicax._typing import Function
 
 
 def signature_of(options: Options, call: Call, leaves: Sequence[Any]) -> Signature:
@@ -92,7 +93,7 @@ def _trace(options: Options, call: Call, signature: Signature) -> Replica:
     )
 
 
-def _bound(fun: Callable[..., Any], static: Mapping[str, Any]) -> Callable[..., Any]:
+def _bound(fun: Function, static: Mapping[str, Any]) -> Function:
     """``fun`` with its static keyword arguments."""
     if not static:
         return fun

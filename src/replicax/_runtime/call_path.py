@@ -33,6 +33,7 @@ from replicax._runtime.options import Options
 from replicax._runtime.packing import MANY
 from replicax._runtime.taken import TakenArrays
 from replicax._runtime.transfer import copy_small, put
+from replicax._typing import Function
 
 R = TypeVar("R")
 
@@ -119,7 +120,7 @@ class PathTaker(Generic[R]):
 
     __call__: Callable[..., R]
 
-    def __init__(self, table: Callable[..., Callable[..., Any]], slow_path: SlowPath, switch: Switch) -> None:
+    def __init__(self, table: Callable[..., Function], slow_path: SlowPath, switch: Switch) -> None:
         """Makes the paths.
 
         Args:
@@ -159,7 +160,7 @@ def _run_and_learn(
 
 
 def _maybe_packed(
-    taker: weakref.ref[PathTaker[Any]], slow_path: SlowPath, in_place: Callable[..., Any], *args: Any, **kwargs: Any
+    taker: weakref.ref[PathTaker[Any]], slow_path: SlowPath, in_place: Function, *args: Any, **kwargs: Any
 ) -> Any:
     """A call that may be packed; not one of few arrays."""
     if len(cpp.flatten((args, kwargs), None)[0]) < MANY:
@@ -170,7 +171,7 @@ def _maybe_packed(
 def _missed(
     taker: weakref.ref[PathTaker[Any]],
     slow_path: SlowPath,
-    copied: Callable[..., Any],
+    copied: Function,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Any, Any]:
@@ -192,10 +193,10 @@ def _copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, .
 
 def _starting(
     taker: weakref.ref[PathTaker[Any]],
-    in_place: Callable[..., Any],
-    with_host_leaves: Callable[..., Any],
+    in_place: Function,
+    with_host_leaves: Function,
     prepare: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
-) -> Callable[..., Any]:
+) -> Function:
     """Runs calls that begin with NumPy arrays so, once they are prepared, and others in place."""
     others = 0
 
@@ -232,9 +233,7 @@ def has_host_leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return any(isinstance(x, ndarray | np.generic) for x in cpp.flatten((args, kwargs), None)[0])
 
 
-def table(
-    owner: Callable[..., Any], fun: Callable[..., Any], options: Options, slow: Callable[..., tuple[Any, Any]]
-) -> Callable[..., Any]:
+def table(owner: Function, fun: Function, options: Options, slow: Callable[..., tuple[Any, Any]]) -> Function:
     """JAX's table of calls in C++, for calls of ``fun``.
 
     Args:
@@ -256,7 +255,7 @@ def table(
     return _explaining(entry, in_python) if any(static) else entry
 
 
-def _explaining(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Callable[..., Any]:
+def _explaining(entry: Function, in_python: Function) -> Function:
     """Runs calls with static arguments, which C++ refuses without their names: that is left to Python."""
 
     def explaining(*args: Any, **kwargs: Any) -> Any:
@@ -270,7 +269,7 @@ def _explaining(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Cal
     return explaining
 
 
-def _donating(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Callable[..., Any]:
+def _donating(entry: Function, in_python: Function) -> Function:
     """Runs calls that donate, but those with an array twice: XLA ends the process, or prints all that it knows of it.
 
     For arrays that were taken see :class:`replicax._runtime.taken.TakenArrays`.

@@ -36,6 +36,7 @@ import jax
 
 from replicax import _jax
 from replicax._jax import cpp
+from replicax._typing import Function
 from replicax.errors import ReplicaxError
 
 
@@ -151,7 +152,7 @@ def may_hang(mesh: jax.sharding.Mesh) -> bool:
     return True
 
 
-def bounded(call: Callable[..., Any], in_python: Callable[..., Any] | None = None) -> Callable[..., Any]:
+def bounded(call: Function, in_python: Function | None = None) -> Function:
     """Runs calls so that few are in flight, where more might hang.
 
     A call that C++ refuses without the argument's name is refused again ``in_python``, which knows the name.

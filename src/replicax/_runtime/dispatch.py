@@ -25,6 +25,7 @@ from replicax._runtime.packing import may_be_packed, packed
 from replicax._runtime.run import cpp_cacheable, reads_host_memory, run, stage
 from replicax._runtime.signature import Signature
 from replicax._runtime.transfer import native
+from replicax._typing import Function
 
 #: How many seconds a thread waits while another traces the same program. After that it traces for itself, which is a
 #: waste and no harm; it might be what the other one waits for.
@@ -47,7 +48,7 @@ class Dispatcher:
         switch: Which path the calls of the function take.
     """
 
-    def __init__(self, fun: Callable[[], Callable[..., Any]], options: Options) -> None:
+    def __init__(self, fun: Callable[[], Function], options: Options) -> None:
         self._fun = fun
         self.options = options
         self.switch = Switch()
@@ -57,14 +58,12 @@ class Dispatcher:
         # What C++ remembers belongs to these, and is freed with them.
         self._owners = {copied: functools.partial(_without_jit, weakref.ref(self)) for copied in (False, True)}
 
-    def __call__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, fun: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs ``fun`` once for each replica, in Python alone."""
         return self.call(fun, args, kwargs).result
 
     @_jax.api_boundary
-    def call(
-        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], copied: bool = False
-    ) -> Outcome:
+    def call(self, fun: Function, args: tuple[Any, ...], kwargs: dict[str, Any], copied: bool = False) -> Outcome:
         """Runs ``fun`` once for each replica.
 
         Args:
@@ -88,7 +87,7 @@ class Dispatcher:
         return Outcome(out, known and cpp.remember(known, out), start)
 
     def resolve(
-        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, abstract: bool = False
+        self, fun: Function, args: tuple[Any, ...], kwargs: dict[str, Any], *, abstract: bool = False
     ) -> tuple[Executable | Recorded, list[Any]]:
         """The program for a call, traced and lowered at most once a signature, and the leaves to run it on.
 
@@ -130,7 +129,7 @@ class Dispatcher:
             self.switch.trace(bool(self._tracing))
 
     def describe(
-        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, fun: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Executable | Recorded, Call, Signature]:
         """The program for a call with these arguments or types, and what it stands for."""
         program, leaves = self.resolve(fun, args, kwargs, abstract=True)
@@ -138,7 +137,7 @@ class Dispatcher:
         return program, call, signature_of(self.options, call, leaves)
 
     @_jax.api_boundary
-    def eval_shape(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def eval_shape(self, fun: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The types of the results of a call with these arguments or types."""
         with _jax.own_mesh():
             program, leaves = self.resolve(fun, args, kwargs, abstract=True)
@@ -150,7 +149,7 @@ class Dispatcher:
         return jax.tree.unflatten(program.out_tree, types)
 
     @_jax.api_boundary
-    def explain(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def explain(self, fun: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Whether a call has its program already, and if not, why none of the others fits."""
         call = split(fun, self.options.static, args, kwargs)
         leaves, key = _key(call, abstract=True)
@@ -158,7 +157,7 @@ class Dispatcher:
             return f"{call.name} is compiled already for such a call."
         return signature_of(self.options, call, leaves).explain(call.name, list(self._signatures.values()))
 
-    def table(self, fun: Callable[..., Any], slow: Callable[..., tuple[Any, Any]], *, copied: bool) -> Any:
+    def table(self, fun: Function, slow: Callable[..., tuple[Any, Any]], *, copied: bool) -> Any:
         """One of the two tables of calls in C++, and ``slow``, which takes what it does not have."""
         return table(self._owners[copied], fun, self.options, slow)
 
@@ -184,9 +183,7 @@ def _run(
     return results, program.known if copied else None, Path.COPY_HOST_LEAVES
 
 
-def _leaf_names(
-    fun: Callable[..., Any], options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Sequence[str]:
+def _leaf_names(fun: Function, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[str]:
     return split(fun, options.static, args, kwargs).leaf_names()
 
 
@@ -222,7 +219,7 @@ def _without_jit(dispatcher: weakref.ref[Dispatcher], /, *args: Any, **kwargs: A
 _dispatchers: dict[int, tuple[weakref.ref[Any], dict[Hashable, Dispatcher]]] = {}
 
 
-def dispatcher(fun: Callable[..., Any], options: Options) -> Dispatcher:
+def dispatcher(fun: Function, options: Options) -> Dispatcher:
     """The dispatcher of ``fun``, shared by all who map the same function in the same way, and freed with it."""
     owner = getattr(fun, "__self__", None) if hasattr(fun, "__func__") else fun
     try:

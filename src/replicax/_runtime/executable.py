@@ -17,6 +17,7 @@ from replicax._engine import primitives
 from replicax._engine.levels import own_rows, pad_rows
 from replicax._engine.spec import ProgramSpec
 from replicax._jax import cpp
+from replicax._typing import Axes, Function
 
 
 class Executable:
@@ -60,7 +61,7 @@ class Executable:
         return self._jitted.trace(*self.spec.padded_types)
 
     @cached_property
-    def _compiled(self) -> Callable[..., Any]:
+    def _compiled(self) -> Function:
         """Compiled once, where ``jit`` compiles anew for each mixture of meshes that the arguments lie on."""
         return cpp.fast_call(self.traced.lower().compile())
 
@@ -161,7 +162,7 @@ def _padding_by_itself(spec: ProgramSpec) -> Callable[..., tuple[Any, ...]]:
 
 
 def _like_the_arguments(
-    axis: int | None, typed: Sequence[jax.sharding.NamedSharding | None], in_axes: Sequence[int | None]
+    axis: int | None, typed: Sequence[jax.sharding.NamedSharding | None], in_axes: Axes
 ) -> jax.sharding.NamedSharding | None:
     """What the type of a result says: split along the mapped axis as all mapped arguments whose types say so."""
     said = [(where, a) for where, a in zip(typed, in_axes, strict=True) if where is not None]

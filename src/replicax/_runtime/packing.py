@@ -26,6 +26,7 @@ from replicax._engine.replica import Replica, trace_replica
 from replicax._engine.spec import Inputs, ProgramSpec
 from replicax._layout.axes import check_spec, one_replica_type
 from replicax._runtime.executable import Executable
+from replicax._typing import Axes
 
 #: From so many arrays on packing pays.
 MANY = 8
@@ -58,7 +59,7 @@ class Run:
 
     dtype: np.dtype[Any]
     leaves: Sequence[int]
-    axes: Sequence[int | None]
+    axes: Axes
     shapes: Sequence[tuple[int, ...]]
     words: slice
     rows: tuple[int, ...]

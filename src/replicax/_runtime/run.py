@@ -19,6 +19,7 @@ from replicax._messages import report
 from replicax._runtime.executable import Executable
 from replicax._runtime.taken import TakenArrays
 from replicax._runtime.transfer import copy_small, is_small, put
+from replicax._typing import Function
 from replicax.errors import DeletedArrayError, UnsupportedTransformationError
 
 
@@ -26,7 +27,7 @@ def run(
     executable: Executable,
     leaves: Sequence[Any],
     names: Callable[[], Sequence[str]],
-    compiled: Callable[..., Any] | None = None,
+    compiled: Function | None = None,
 ) -> tuple[Sequence[Any], Sequence[Any]]:
     """Runs a program on arguments that may lie anywhere, and takes those that are donated.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from replicax._runtime.dispatch import Dispatcher
 from replicax._runtime.executable import Executable
 from replicax._runtime.run import run
 from replicax._runtime.signature import Signature, structure_differences, type_name
+from replicax._typing import Function
 from replicax.errors import AheadOfTimeError
 
 
@@ -139,7 +140,7 @@ class Plan:
 
 
 @_jax.api_boundary
-def trace(dispatcher: Dispatcher, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+def trace(dispatcher: Dispatcher, fun: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     """Traces a map for arguments, or types of arguments.
 
     Raises:
@@ -256,7 +257,7 @@ class Compiled(jax.stages.Compiled):  # type: ignore[misc]
         self._compiled = compiled
         self._plan = plan
         may_hang = cpu_threads.may_hang(plan.executable.spec.layout.mesh)
-        self._run_on: Callable[..., Any] = cpu_threads.bounded(compiled) if may_hang else compiled
+        self._run_on: Function = cpu_threads.bounded(compiled) if may_hang else compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the program.

@@ -19,6 +19,7 @@ from replicax._layout.layout import layout
 from replicax._messages import report
 from replicax._pmap import MappedFunction
 from replicax._pmap import pmap as mapped
+from replicax._typing import Function
 from replicax.compat._virtual import distinct
 from replicax.errors import OptionTypeError, ShardsError
 
@@ -81,7 +82,7 @@ def pmap(
     return MappedFunction(fun, dataclasses.replace(checked.options, outputs=outputs))
 
 
-def _that_exist(fun: Callable[..., Any], positions: int | Iterable[int]) -> Any:
+def _that_exist(fun: Function, positions: int | Iterable[int]) -> Any:
     """The donated positions without those that the function does not have, which ``jax.pmap`` ignores."""
     numbers = tuple(positions) if isinstance(positions, Iterable) else (positions,)
     return tuple(i for i in numbers if not isinstance(i, int) or takes_position(fun, i))

@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from replicax import _jax
 from replicax._messages import as_int, report
 from replicax._runtime.options import check_devices
+from replicax._typing import Function
 from replicax.errors import DevicesError, ReplicasError
 
 VARIABLE = "REPLICAX_REPLICAS"
@@ -130,7 +131,7 @@ def _local_device_count(backend: Any = None) -> int:
 
 
 #: What takes the place of which attribute of ``jax``.
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+FUNCTIONS: dict[str, Function] = {
     "devices": _devices,
     "local_devices": _local_devices,
     "device_count": _device_count,
@@ -156,7 +157,7 @@ def distinct(devices: Sequence[jax.Device]) -> tuple[tuple[jax.Device, ...], int
     return check_devices(real), len(given)
 
 
-def guarded_mesh(original: Callable[..., Any]) -> Callable[..., Any]:
+def guarded_mesh(original: Function) -> Function:
     """``Mesh.__new__`` that refuses a device that stands several times, which JAX takes, and fails on later."""
 
     @functools.wraps(original)

@@ -12,18 +12,19 @@ from jax.tree_util import keystr
 
 from replicax._messages import report
 from replicax._pmap import pmap
+from replicax._typing import Function
 from replicax.errors import MismatchError
 
 
 def check(
-    fun: Callable[..., Any],
+    fun: Function,
     *args: Any,
     axis_name: Hashable | None = None,
     in_axes: Any = 0,
     out_axes: Any = 0,
     axis_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
-    reference: Callable[..., Any] = jax.vmap,
+    reference: Function = jax.vmap,
     derivatives: bool = False,
     rtol: float | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -69,15 +70,15 @@ def check(
         compare(lambda path: f"derivative by {path[0].key}", ours, theirs, rtol)
 
 
-def _as_it_is(fun: Callable[..., Any]) -> Callable[..., Any]:
+def _as_it_is(fun: Function) -> Function:
     return fun
 
 
 def gradient(
-    fun: Callable[..., Any],
+    fun: Function,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    compiled: Callable[[Callable[..., Any]], Callable[..., Any]],
+    compiled: Callable[[Function], Function],
 ) -> dict[str, jax.Array]:
     """The derivative of a scalar that depends on every floating-point result, by each floating-point argument.
 

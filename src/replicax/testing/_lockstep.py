@@ -9,7 +9,7 @@ communicates). It is slow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -17,16 +17,17 @@ import jax.numpy as jnp
 
 from replicax import _jax
 from replicax._engine.collectives import AWAITING, REGISTRY
+from replicax._typing import Function
 from replicax.errors import DivergentOutputError, UnsupportedCollectiveError
 
 
 def lockstep(
-    fun: Callable[..., Any],
+    fun: Function,
     in_axes: Any = 0,
     out_axes: Any = 0,
     axis_name: Hashable | None = None,
     axis_size: int | None = None,
-) -> Callable[..., Any]:
+) -> Function:
     """Maps ``fun`` as ``jax.vmap`` does, replica beside replica, on one device.
 
     Args:
