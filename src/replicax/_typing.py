@@ -19,6 +19,10 @@ PyTree: TypeAlias = Any
 Args: TypeAlias = tuple[PyTree, ...]
 Kwargs: TypeAlias = dict[str, PyTree]
 
+#: How a tree nests, and the way from its root to a leaf.
+PyTreeDef: TypeAlias = jax.tree_util.PyTreeDef
+KeyPath: TypeAlias = jax.tree_util.KeyPath
+
 #: A function of trees.
 Function: TypeAlias = Callable[..., Any]
 

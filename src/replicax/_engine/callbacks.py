@@ -15,7 +15,7 @@ callback left behind, zeros, may differ from what the other replicas go by.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class GuardedProgram(NamedTuple):
     """
 
     jaxpr: Jaxpr
-    consts: Sequence[Any]
+    consts: Sequence[ArrayLike]
     in_rules: set[str]
 
 

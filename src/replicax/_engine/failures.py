@@ -11,13 +11,12 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from replicax._layout.layout import LogicalAxis
 from replicax._messages import text_of
-from replicax._typing import ArrayLike, HostArray
+from replicax._typing import ArrayLike, HostArray, ShapeAndDtype
 from replicax.errors import CallbackError
 
 #: No failure.
@@ -42,8 +41,8 @@ class Guarded:
         name: What the user calls the mapped function.
     """
 
-    call: Callable[..., Sequence[Any]]
-    results: tuple[Any, ...]
+    call: Callable[..., Sequence[ArrayLike]]
+    results: tuple[ShapeAndDtype, ...]
     ranks: tuple[int, ...]
     axes: tuple[LogicalAxis, ...]
     widths: tuple[int, ...]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from replicax._messages import text_of
 from replicax._typing import Array, Axes
 from replicax.errors import UnsupportedCallbackError
 
-OneReplica = Callable[..., Sequence[Any]]
+OneReplica = Callable[..., Sequence[Array]]
 
 
 def over_lanes(one_replica: OneReplica, axis: LogicalAxis, in_axes: Axes, out_axes: Axes) -> OneReplica:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -26,7 +25,7 @@ from replicax._engine.varying import NOWHERE, Analysis
 from replicax._jax import Equation, Jaxpr
 from replicax._layout.axes import match_out_axes
 from replicax._layout.layout import LogicalAxis, Scope
-from replicax._typing import Array, ArrayLike, Axes
+from replicax._typing import Array, ArrayLike, Atom, Axes, PyTreeDef
 
 # ---------------------------------------------------------------------------------------------------------------
 # Parts of arrays
@@ -70,7 +69,7 @@ class Part:
         splits: The dimensions along which it is one, of different mesh axes.
     """
 
-    value: Any
+    value: Array
     splits: tuple[Split, ...]
 
     def join(self, *splits: Split) -> Part:
@@ -182,7 +181,7 @@ def run_inside(
 def parts_taken(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
     """Along what each argument of a program may be split: as all of its uses want it, which are inner maps."""
     opened = in_sight(jaxpr, scope)
-    wanted: dict[Any, list[frozenset[Split]]] = {var: [] for var in opened.invars}
+    wanted: dict[Atom, list[frozenset[Split]]] = {var: [] for var in opened.invars}
     for eqn in opened.eqns:
         wants = _wants(eqn, scope) if primitives.is_nested_map(eqn) else [frozenset[Split]()] * len(eqn.invars)
         for atom, splits in zip(eqn.invars, wants, strict=True):
@@ -205,7 +204,7 @@ def _wants(eqn: Equation, scope: Scope) -> list[frozenset[Split]]:
 def parts_made(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
     """Along what each result of a program is split, if it comes from an inner map."""
     opened = in_sight(jaxpr, scope)
-    made: dict[Any, tuple[Split, ...]] = {}
+    made: dict[Atom, tuple[Split, ...]] = {}
     for eqn in opened.eqns:
         if primitives.is_nested_map(eqn):
             inside, (inner,) = scope.enter(eqn.params["name"], eqn.params["size"]), _jax.sub_jaxprs(eqn)
@@ -245,9 +244,9 @@ class Recorded:
         staged: From the argument leaves and these to the result leaves.
     """
 
-    closed: tuple[Any, ...]
-    out_tree: Any
-    staged: Callable[..., Sequence[Any]]
+    closed: tuple[Array, ...]
+    out_tree: PyTreeDef
+    staged: Callable[..., Sequence[Array]]
 
     @property
     def reusable(self) -> bool:

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +15,7 @@ from replicax import _jax
 from replicax._engine.references import refuse_closed_over
 from replicax._engine.shard_maps import as_nested_maps
 from replicax._messages import report, text_of
-from replicax._typing import Function, Kwargs, PyTree
+from replicax._typing import ArrayLike, Function, Kwargs, PyTree
 from replicax.errors import (
     NestedMapError,
     NotAnArrayError,
@@ -50,8 +49,8 @@ class Replica:
     """
 
     jaxpr: _jax.Jaxpr
-    consts: Sequence[Any]
-    out: Any
+    consts: Sequence[ArrayLike]
+    out: PyTree
 
     @cached_property
     def primitives(self) -> set[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -42,7 +41,7 @@ class _Values:
         self._values = dict(zip([*jaxpr.constvars, *jaxpr.invars], values, strict=True))
         self._last = {atom: eqn for eqn in jaxpr.eqns for atom in eqn.invars if not _jax.is_literal(atom)}
         self._kept = {atom for atom in jaxpr.outvars if not _jax.is_literal(atom)}.union(kept)
-        self._whole: dict[Any, Any] = {}
+        self._whole: dict[Atom, ArrayLike] = {}
 
     def read(self, atom: Atom) -> ArrayLike:
         """The value of a variable or literal."""
@@ -85,7 +84,7 @@ class Rewriter:
         self.communication = communication or Communication(scope)
         self._inside: dict[tuple[Hashable, int], Rewriter] = {}
         self._seen: dict[int, tuple[Jaxpr, Jaxpr]] = {}
-        self._rewritten: dict[Hashable, tuple[Jaxpr, tuple[Jaxpr, list[Any]]]] = {}
+        self._rewritten: dict[Hashable, tuple[Jaxpr, tuple[Jaxpr, list[Array]]]] = {}
 
     def run(
         self, jaxpr: Jaxpr, consts: Sequence[ArrayLike], args: Sequence[ArrayLike], varying: Sequence[Varying]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -14,7 +13,7 @@ from replicax import _jax
 from replicax._engine.outputs import OutputPolicy
 from replicax._engine.replica import Replica
 from replicax._layout.layout import Layout, Splits
-from replicax._typing import DType, ShapeAndDtype
+from replicax._typing import Array, DType, PyTreeDef, ShapeAndDtype
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Inputs:
         donated: The positions of those whose buffers the program may reuse.
     """
 
-    types: tuple[Any, ...]
+    types: tuple[jax.ShapeDtypeStruct, ...]
     axes: tuple[int | None, ...]
     donated: tuple[int, ...] = ()
 
@@ -57,11 +56,11 @@ class ProgramSpec:
     replica: Replica
     inputs: Inputs
     out_axes: tuple[int | None, ...]
-    out_tree: Any
+    out_tree: PyTreeDef
     in_splits: tuple[Splits, ...]
     out_splits: tuple[Splits, ...]
-    function: Callable[..., tuple[Any, ...]]
-    closed: tuple[Any, ...]
+    function: Callable[..., tuple[Array, ...]]
+    closed: tuple[Array, ...]
     one_mesh: bool
     policy: OutputPolicy
 

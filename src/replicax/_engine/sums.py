@@ -24,7 +24,7 @@ from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxes, LogicalAxis, Scope
 from replicax._typing import Array, Atom, Function
 
-Read = Callable[[Any], Any]
+Read = Callable[[Atom], Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Sum:
     """
 
     eqn: Equation
-    made: dict[Any, Equation]
+    made: dict[Atom, Equation]
 
     @property
     def needs(self) -> set[Atom]:
@@ -94,14 +94,14 @@ def find_sums(jaxpr: Jaxpr, scope: Scope, where: Callable[[], dict[Atom, Varying
     psums = [eqn for eqn in jaxpr.eqns if _sums_lanes(eqn, scope)]
     if not psums or not any(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns):
         return {}
-    uses: dict[Any, int] = {}
+    uses: dict[Atom, int] = {}
     for atom in (*(atom for eqn in jaxpr.eqns for atom in eqn.invars), *jaxpr.outvars):
         if not _jax.is_literal(atom):
             uses[atom] = uses.get(atom, 0) + 1
     makers = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns if len(eqn.outvars) == 1 and uses.get(eqn.outvars[0]) == 1}
     found = {}
     for eqn in psums:
-        made: dict[Any, Equation] = {}
+        made: dict[Atom, Equation] = {}
         padded = any(scope[name].padding for name in eqn.params["axes"])
         lanes = frozenset(scope[name] for name in eqn.params["axes"] if scope[name].lane_axis is not None)
         suits = functools.partial(_suits, lanes, where, padded)

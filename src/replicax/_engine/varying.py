@@ -10,7 +10,6 @@ times, or enter differently: around those, the user's collectives need every rep
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 from replicax import _jax
 from replicax._engine import primitives
@@ -41,7 +40,7 @@ class Analysis:
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
         self._inside: dict[tuple[Hashable, int], Analysis] = {}
-        self._known: dict[tuple[int, tuple[Varying, ...]], tuple[Jaxpr, dict[Any, Varying]]] = {}
+        self._known: dict[tuple[int, tuple[Varying, ...]], tuple[Jaxpr, dict[Atom, Varying]]] = {}
 
     def inside(self, eqn: Equation) -> Analysis:
         """The analysis of the program of a map inside."""

@@ -13,7 +13,7 @@ from replicax._engine.references import refuse_passed
 from replicax._engine.replica import no_arrays
 from replicax._layout.axes import Chosen, name_leaves, parameter_names
 from replicax._messages import report, text_of, too_large
-from replicax._typing import Function
+from replicax._typing import Args, Function, Kwargs, PyTree
 from replicax.errors import StaticArgumentError
 
 
@@ -29,9 +29,9 @@ class Call(NamedTuple):
     """
 
     fun: Function
-    dynamic: tuple[Any, ...]
+    dynamic: Args
     positions: Sequence[int]
-    kwargs: dict[str, Any]
+    kwargs: Kwargs
     static: tuple[tuple[int | str, type, Any], ...] = ()
 
     @property
@@ -44,7 +44,7 @@ class Call(NamedTuple):
         """The positions of the static arguments that were passed by position."""
         return [where for where, _, _ in self.static if isinstance(where, int)]
 
-    def by_position(self) -> dict[int, Any]:
+    def by_position(self) -> dict[int, PyTree]:
         """The positional arguments that are not static."""
         return dict(zip(self.positions, self.dynamic, strict=True))
 
@@ -66,7 +66,7 @@ class Call(NamedTuple):
         return tuple(k for k, given in enumerate(leaves) if given)
 
 
-def split(fun: Function, static: Chosen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def split(fun: Function, static: Chosen, args: Args, kwargs: Kwargs) -> Call:
     """Takes the static arguments out of a call.
 
     Raises:
@@ -90,7 +90,7 @@ def split(fun: Function, static: Chosen, args: tuple[Any, ...], kwargs: dict[str
     return partition(fun, static, args, kwargs)
 
 
-def partition(fun: Function, static: Chosen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def partition(fun: Function, static: Chosen, args: Args, kwargs: Kwargs) -> Call:
     """Takes those static arguments out of a call that it has."""
     count = len(args)
     at = sorted({i % count for i in static.positions if -count <= i < count})
@@ -108,7 +108,7 @@ def function_name(fun: Function) -> str:
     return getattr(fun, "__name__", type(fun).__name__)
 
 
-def check_types(call: Call, leaves: Sequence[Any], *, abstract: bool) -> Hashable:
+def check_types(call: Call, leaves: Sequence[PyTree], *, abstract: bool) -> Hashable:
     """The types of leaves of which some may be no arrays, as a key.
 
     Args:

@@ -146,7 +146,7 @@ def installed(replicas: int | None = None) -> Iterator[None]:
             uninstall()
 
 
-def _warn_of_those_who_took(originals: Mapping[str, Any]) -> None:
+def _warn_of_those_who_took(originals: Mapping[str, object]) -> None:
     took = sorted(
         f"{name} ({attribute})"
         for name, module in list(sys.modules.items())

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ class Result(Enum):
     AS_GIVEN = auto()  #: the same for all if the operand is
 
 
-ResultOf = Callable[[Mapping[str, Any], LogicalAxes], Result]
+ResultOf = Callable[[Params, LogicalAxes], Result]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from replicax._jax import (
     without_constants,
 )
 from replicax._jax.interpreters import ad, ad_util, batching, core, parallel
-from replicax._typing import Array, ArrayLike, Atom, Aval, Axes, AxisName
+from replicax._typing import Array, ArrayLike, Atom, Aval, Axes, AxisName, PyTreeDef
 
 # ---------------------------------------------------------------------------------------------------------------
 # Maps inside maps
@@ -117,7 +116,7 @@ def _nested_map_jvp(
     """
     in_axes, out_axes = axes["in_axes"], axes["out_axes"]
     moving = [i for i, t in enumerate(tangents) if type(t) is not ad_util.Zero]
-    pushforward: list[Any] = []
+    pushforward: list[PyTreeDef] = []
 
     def primal(*args: Array) -> list[Array]:
         def of_moving(*some: Array) -> list[Array]:
