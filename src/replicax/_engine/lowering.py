@@ -47,15 +47,9 @@ def lower(replica: Replica, layout: Layout, inputs: Inputs, outputs: Outputs, na
     taken = Inputs((*inputs.types, *body.closed), (*inputs.axes, *[None] * len(body.closed)), inputs.donated)
     in_splits = (*map(_as_shardings, body.in_places, inputs.axes), *[()] * len(body.closed))
     out_splits = tuple(map(_as_shardings, body.out_places, body.out_axes))[: len(out_axes)]
-    one_device = over_lanes(body.one_replica(rewriter), layout.axis, taken.axes, body.out_axes)
-    function = _over_devices(
-        _raising(one_device) if body.guarded else one_device,
-        layout,
-        _jax.described_source(replica.jaxpr, _advice(name, layout)),
-        list(map(layout.spec, taken.axes, in_splits)),
-        list(map(layout.spec, out_axes, out_splits)),
-        out_axes,
-    )
+    ins, outs = list(map(layout.spec, taken.axes, in_splits)), list(map(layout.spec, out_axes, out_splits))
+    source = _jax.described_source(replica.jaxpr, _advice(name, layout))
+    function = _over_devices(body.one_device(rewriter, taken.axes), layout, source, ins, outs, out_axes)
     function.__name__ = function.__qualname__ = name
     return ProgramSpec(
         name=name,
@@ -122,6 +116,11 @@ class _Body:
             )
 
         return one_replica
+
+    def one_device(self, rewriter: Rewriter, in_axes: Axes) -> OneReplica:
+        """The program of a device's lanes, as a function of blocks with these mapped axes; it raises a failure."""
+        lanes = over_lanes(self.one_replica(rewriter), rewriter.scope.axes[-1], in_axes, self.out_axes)
+        return _raising(lanes) if self.guarded else lanes
 
 
 def _body(

@@ -19,6 +19,7 @@ from replicax._typing import ArrayLike, Function, Kwargs, PyTree
 from replicax.errors import (
     NestedMapError,
     NotAnArrayError,
+    ReplicaxError,
     UnboundAxisError,
     UnconvertedArrayError,
     UnsupportedCollectiveError,
@@ -97,36 +98,37 @@ def trace_replica(
     try:
         with _jax.replica_traced():
             jaxpr, consts, out = _jax.trace(checked, args, kwargs, static, {name: size})
-    except UnboundAxisError:
-        raise  # of a map inside
-    except NameError as error:
-        unbound = _jax.unbound_axis_name(error)
-        if unbound is None:
+    except (NameError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        ours = _in_our_words(error, name)
+        if ours is None:
             raise
-        raise _unbound(unbound, name).with_traceback(error.__traceback__) from None
-    except AssertionError as error:
-        if not _jax.is_about_shard_map_types(error):
-            _explain(error)
-            raise
-        raise UnsupportedCollectiveError(
-            "pcast, or all_gather with to=, in a mapped function: JAX knows whether a value varies over an axis only "
-            "inside jax.shard_map, and jax.vmap refuses both, too. Leave the pcast out (here every value may differ "
-            "between replicas as it is) and call all_gather without to=."
-        ).with_traceback(error.__traceback__) from None
-    except (NotImplementedError, TypeError, ValueError) as error:
-        _explain(error)
-        if not _jax.is_about_explicit_meshes(error):
-            raise
-        raise NestedMapError(
-            "A jax.shard_map in the mapped function is over a mesh that jax.set_mesh has set, or one with Explicit "
-            "axes, and a map puts such a mesh aside: its replicas have devices of their own. Pass the mesh to the "
-            "jax.shard_map, and make it with Auto axes, as in mesh=jax.make_mesh(shape, names, axis_types="
-            "(jax.sharding.AxisType.Auto,) * len(names))."
-        ).with_traceback(error.__traceback__) from None
+        raise ours.with_traceback(error.__traceback__) from None
     called = getattr(fun, "__name__", "The mapped function")
     refuse_closed_over(called, consts)
     jaxpr = as_nested_maps(jaxpr, {name: size}, called)
     return Replica(jaxpr, list(_jax.constants(jaxpr)), out)
+
+
+def _in_our_words(error: Exception, name: Hashable) -> ReplicaxError | None:
+    """What to raise in the place of an error of JAX's; None where that says it all, if need be with a note."""
+    if isinstance(error, NameError):
+        unbound = None if isinstance(error, UnboundAxisError) else _jax.unbound_axis_name(error)  # one of a map inside
+        return None if unbound is None else _unbound(unbound, name)
+    if isinstance(error, AssertionError) and _jax.is_about_shard_map_types(error):
+        return UnsupportedCollectiveError(
+            "pcast, or all_gather with to=, in a mapped function: JAX knows whether a value varies over an axis only "
+            "inside jax.shard_map, and jax.vmap refuses both, too. Leave the pcast out (here every value may differ "
+            "between replicas as it is) and call all_gather without to=."
+        )
+    _explain(error)
+    if not isinstance(error, AssertionError) and _jax.is_about_explicit_meshes(error):
+        return NestedMapError(
+            "A jax.shard_map in the mapped function is over a mesh that jax.set_mesh has set, or one with Explicit "
+            "axes, and a map puts such a mesh aside: its replicas have devices of their own. Pass the mesh to the "
+            "jax.shard_map, and make it with Auto axes, as in mesh=jax.make_mesh(shape, names, axis_types="
+            "(jax.sharding.AxisType.Auto,) * len(names))."
+        )
+    return None
 
 
 _OVER_A_VMAP_TOO = (

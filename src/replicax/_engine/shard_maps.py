@@ -113,20 +113,18 @@ def _shard_map(eqn: Equation, args: Sequence[Array]) -> list[Array]:
         if not axes:
             return _run(params["jaxpr"], args)
         name, *rest = axes
-        in_axes = [dims.index(name) if name in dims else None for dims in cut]
+        in_axes = _places(name, cut)
         remaining = [[dim for dim in dims if dim != name] for dims in cut]
         own = [_jax.without_axis(x, axis) for x, axis in zip(args, in_axes, strict=True)]
-        size = mesh.shape[name]
-        jaxpr, consts = _jax.trace_flat(lambda *own: over(rest, remaining, own), own, {name: size})
-        here = [[dim for dim in dims if isinstance(dim, int) or dim in axes] for dims in joined]
-        out_axes = [dims.index(name) if name in dims else None for dims in here]
+        jaxpr, consts = _jax.trace_flat(lambda *own: over(rest, remaining, own), own, {name: mesh.shape[name]})
+        out_axes = _places(name, [[dim for dim in dims if isinstance(dim, int) or dim in axes] for dims in joined])
         # Where JAX does not check that a result is equal on all devices, it is the first one's.
         first = [axis is None and not params["check_vma"] for axis in out_axes]
         results = primitives.nested_map(
             jaxpr,
             [*consts, *args],
             name=name,
-            size=size,
+            size=mesh.shape[name],
             in_axes=[*[None] * len(consts), *in_axes],
             out_axes=[0 if f else axis for f, axis in zip(first, out_axes, strict=True)],
         )
@@ -134,6 +132,11 @@ def _shard_map(eqn: Equation, args: Sequence[Array]) -> list[Array]:
 
     pieces = [lax.reshape(x, _shape(x, dims, mesh.shape)) for x, dims in zip(args, cut, strict=True)]
     return [lax.reshape(y, aval.shape) for y, aval in zip(over(names, cut, pieces), outs, strict=True)]
+
+
+def _places(name: AxisName, cut: Sequence[list[Dimension]]) -> list[int | None]:
+    """Where each array has the dimension that is cut along a mesh axis; None where it has none."""
+    return [dims.index(name) if name in dims else None for dims in cut]
 
 
 def _cut_dimensions(spec: PartitionSpec, rank: int, names: Sequence[Hashable]) -> list[Dimension]:

@@ -156,13 +156,7 @@ def choose(which: str, fun: Function, argnums: int | Iterable[int], argnames: st
     """
     numbers = argnums if isinstance(argnums, Iterable) else (argnums,)
     positions = tuple(as_int(f"{which}_argnums", position) for position in numbers)
-    names = (argnames,) if isinstance(argnames, str) or not isinstance(argnames, Iterable) else tuple(argnames)
-    for name in names:
-        if not isinstance(name, str):
-            raise OptionTypeError(
-                f"{which}_argnames must be the name of a parameter, or several, and has {name!r:.60} in it, of type "
-                f"{type(name).__name__}. Positions go to {which}_argnums."
-            )
+    names = _as_names(which, argnames)
     parameters = _parameters(fun) if positions or names else None
     if parameters is None:
         return Chosen(positions, positions, names)
@@ -185,6 +179,17 @@ def choose(which: str, fun: Function, argnums: int | Iterable[int], argnames: st
         names=tuple(dict.fromkeys((*names, *(name for _, name in pairs if name in by_name)))),
         aliases=tuple(pairs),
     )
+
+
+def _as_names(which: str, argnames: str | Iterable[str]) -> tuple[str, ...]:
+    names = (argnames,) if isinstance(argnames, str) or not isinstance(argnames, Iterable) else tuple(argnames)
+    for name in names:
+        if not isinstance(name, str):
+            raise OptionTypeError(
+                f"{which}_argnames must be the name of a parameter, or several, and has {name!r:.60} in it, of type "
+                f"{type(name).__name__}. Positions go to {which}_argnums."
+            )
+    return names
 
 
 def takes_position(fun: Function, position: int) -> bool:
@@ -435,7 +440,6 @@ def mapped_size(axes: Axes, leaves: Sequence[Leaf], axis_size: int | None) -> in
     sizes = {size for _, _, size in mapped} | ({axis_size} if axis_size is not None else set())
     if len(sizes) == 1 and (size := next(iter(sizes))) > 0:
         return size
-    faults = _by_argument(mapped)
     if not sizes:
         raise MappedSizeError(
             report(
@@ -444,8 +448,7 @@ def mapped_size(axes: Axes, leaves: Sequence[Leaf], axis_size: int | None) -> in
                 "Map an argument with in_axes, or give the number of replicas, as in pmap(f, axis_size=8).",
             )
         )
-    if axis_size is not None:
-        faults.insert(0, f"axis_size is {axis_size}")
+    faults = [*([f"axis_size is {axis_size}"] if axis_size is not None else []), *_by_argument(mapped)]
     if len(sizes) == 1 or (axis_size is not None and axis_size < 1):
         raise MappedSizeError(
             report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +116,48 @@ def _nested_map_jvp(
     """
     in_axes, out_axes = axes["in_axes"], axes["out_axes"]
     moving = [i for i, t in enumerate(tangents) if type(t) is not ad_util.Zero]
+    fwd, consts, pushforward = _linearized(jaxpr, moving, {name: size})
+    args, arg_axes = [*consts, *primals], (*[None] * len(consts), *in_axes)
+    found = _Residuals(fwd, args, arg_axes, len(out_axes))
+    results = nested_map(
+        found.jaxpr, args, name=name, size=size, in_axes=arg_axes, out_axes=(*out_axes, *found.out_axes)
+    )
+    outs, residuals = results[: len(out_axes)], found.values(results[len(out_axes) :])
+    varies = [k for k, x in enumerate(outs) if _tangent_type(x).dtype != jax.dtypes.float0]
+
+    def tangent(*args: Array) -> list[Array]:
+        linear = jax.tree.unflatten(pushforward, args[: len(residuals)])
+        out_dots = linear(*args[len(residuals) :])
+        return [out_dots[k] for k in varies]
+
+    residual_avals = [var.aval for var in body(fwd).outvars[len(out_axes) :]]
+    tangent_avals = [body(jaxpr).invars[i].aval.to_tangent_aval() for i in moving]
+    lin, consts = trace_flat(tangent, [*residual_avals, *tangent_avals], {name: size})
+    out_dots = nested_map(
+        lin,
+        [*consts, *residuals, *(tangents[i] for i in moving)],
+        name=name,
+        size=size,
+        in_axes=(*[None] * len(consts), *found.axes, *(in_axes[i] for i in moving)),
+        out_axes=[out_axes[k] for k in varies],
+    )
+    dots = dict(zip(varies, out_dots, strict=True))
+    return outs, [dots[k] if k in dots else ad_util.Zero(_tangent_type(x)) for k, x in enumerate(outs)]
+
+
+def _linearized(
+    jaxpr: Jaxpr, moving: Sequence[int], sizes: Mapping[AxisName, int]
+) -> tuple[Jaxpr, list[Array], PyTreeDef]:
+    """A program that gives, after its results, what their derivative by some of the arguments needs.
+
+    Args:
+        jaxpr: The program.
+        moving: The positions of those arguments.
+        sizes: The mapped axis that it may communicate over.
+
+    Returns:
+        The program, its constants, and how what the derivative needs nests, as a function of tangents.
+    """
     pushforward: list[PyTreeDef] = []
 
     def primal(*args: Array) -> list[Array]:
@@ -130,34 +172,8 @@ def _nested_map_jvp(
         pushforward.append(treedef)
         return [*outs, *residuals]
 
-    avals = [var.aval for var in body(jaxpr).invars]
-    fwd, consts = trace_flat(primal, avals, {name: size})
-    args, arg_axes = [*consts, *primals], (*[None] * len(consts), *in_axes)
-    found = _Residuals(fwd, args, arg_axes, len(out_axes))
-    results = nested_map(
-        found.jaxpr, args, name=name, size=size, in_axes=arg_axes, out_axes=(*out_axes, *found.out_axes)
-    )
-    outs, residuals = results[: len(out_axes)], found.values(results[len(out_axes) :])
-    varies = [k for k, x in enumerate(outs) if _tangent_type(x).dtype != jax.dtypes.float0]
-
-    def tangent(*args: Array) -> list[Array]:
-        linear = jax.tree.unflatten(pushforward[0], args[: len(residuals)])
-        out_dots = linear(*args[len(residuals) :])
-        return [out_dots[k] for k in varies]
-
-    residual_avals = [var.aval for var in body(fwd).outvars[len(out_axes) :]]
-    tangent_avals = [avals[i].to_tangent_aval() for i in moving]
-    lin, consts = trace_flat(tangent, [*residual_avals, *tangent_avals], {name: size})
-    out_dots = nested_map(
-        lin,
-        [*consts, *residuals, *(tangents[i] for i in moving)],
-        name=name,
-        size=size,
-        in_axes=(*[None] * len(consts), *found.axes, *(in_axes[i] for i in moving)),
-        out_axes=[out_axes[k] for k in varies],
-    )
-    dots = dict(zip(varies, out_dots, strict=True))
-    return outs, [dots[k] if k in dots else ad_util.Zero(_tangent_type(x)) for k, x in enumerate(outs)]
+    fwd, consts = trace_flat(primal, [var.aval for var in body(jaxpr).invars], sizes)
+    return fwd, consts, pushforward[0]
 
 
 def _tangent_type(x: Array) -> Aval:
@@ -212,14 +228,13 @@ def _nested_map_transposed(
             every = dict(zip(known, values, strict=True)) | dict(zip(linear, some, strict=True))
             return [run(jaxpr, [every[i] for i in range(len(every))])[k] for k in given]
 
-        shares = [cts[k] / size if out_axes[k] is None else cts[k] for k in given]
-        shares = [as_type(x.astype(out_avals[k].dtype), out_avals[k]) for x, k in zip(shares, given, strict=True)]
+        shares = [_share(cts[k], out_axes[k], size, out_avals[k]) for k in given]
         types = [jax.ShapeDtypeStruct(avals[i].shape, avals[i].dtype) for i in linear]
         pulled = jax.linear_transpose(of_linear, *types)(shares)
         return [parallel.psum(x, name) if in_axes[i] is None else x for i, x in zip(linear, pulled, strict=True)]
 
-    ct_avals = [out_avals[k] for k in given]
-    back, consts = trace_flat(transposed, [*(avals[i] for i in known), *ct_avals], {name: size})
+    types = [*(avals[i] for i in known), *(out_avals[k] for k in given)]
+    back, consts = trace_flat(transposed, types, {name: size})
     pulled = nested_map(
         back,
         [*consts, *(args[i] for i in known), *(cts[k] for k in given)],
@@ -228,8 +243,12 @@ def _nested_map_transposed(
         in_axes=(*[None] * len(consts), *(in_axes[i] for i in known), *(out_axes[k] for k in given)),
         out_axes=[in_axes[i] for i in linear],
     )
-    of = dict(zip(linear, pulled, strict=True))
-    return [of.get(i) for i in range(len(args))]
+    return list(map(dict(zip(linear, pulled, strict=True)).get, range(len(args))))
+
+
+def _share(ct: Array, axis: int | None, size: int, aval: Aval) -> Array:
+    """A replica's cotangent of a result; of one that is equal in all replicas it is an equal part."""
+    return as_type((ct / size if axis is None else ct).astype(aval.dtype), aval)
 
 
 def _nested_map_batched(
