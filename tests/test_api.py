@@ -23,7 +23,7 @@ MODULES = {"compat", "errors", "testing"}
 #: The folders and modules from the top down: a module imports from its own room or from one below.
 ROOMS = [
     "compat", "testing", "_report", "_arrays", "_devices", "_pmap", "_runtime", "_engine",
-    "_engine.primitives", "_layout", "_jax", "_messages", "errors",
+    "_engine.primitives", "_layout", "_jax", "_messages", "_typing", "errors",
 ]  # fmt: skip
 
 #: Where code may import what is not public in JAX.

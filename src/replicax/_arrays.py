@@ -17,6 +17,7 @@ from replicax._layout.layout import layout
 from replicax._messages import as_int, report
 from replicax._pmap import pmap
 from replicax._runtime.options import check_devices
+from replicax._typing import ArrayLike, PyTree
 from replicax.errors import AxisSpecError, DeletedArrayError, MappedSizeError
 
 Tree = TypeVar("Tree")
@@ -98,7 +99,7 @@ def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Dev
         )
     where = layout("replicas", size, devices).result_sharding(0)
 
-    def place(x: Any) -> jax.Array:
+    def place(x: ArrayLike) -> jax.Array:
         # Of a NumPy array a copy, since JAX may alias its memory.
         own = x if isinstance(x, jax.Array) else np.array(x)
         return jax.device_put(own.reshape(size, own.shape[0] // size, *own.shape[1:]), where)
@@ -206,7 +207,7 @@ def fetch(tree: Tree) -> Tree:
     return jax.tree.unflatten(treedef, list(map(_whole, leaves, _parts_of_all(leaves))))
 
 
-def _whole(x: Any, parts: Parts | None) -> Any:
+def _whole(x: ArrayLike, parts: Parts | None) -> ArrayLike:
     if parts is None or not parts.plain:
         return np.asarray(x)
     if parts.keys:
@@ -273,7 +274,7 @@ def _find_parts(x: jax.Array) -> Parts:
     return Parts(dims, numbers, device, keys, x.is_fully_addressable and len(dims) <= 1)
 
 
-def _parts_of_all(leaves: Sequence[Any]) -> list[Parts | None]:
+def _parts_of_all(leaves: Sequence[ArrayLike]) -> list[Parts | None]:
     """The parts of each array, None for what is on the host; copies that take time are started."""
     found = [_parts(x) if _is_array(x) else None for x in leaves]
     for x, parts in zip(leaves, found, strict=True):
@@ -282,7 +283,7 @@ def _parts_of_all(leaves: Sequence[Any]) -> list[Parts | None]:
     return found
 
 
-def _rows(x: Any, parts: Parts | None) -> list[Any]:
+def _rows(x: ArrayLike, parts: Parts | None) -> list[ArrayLike]:
     """The rows of an array along axis 0 that this process has."""
     if parts is None or not parts.have_rows:
         return list(np.asarray(x))
@@ -292,13 +293,13 @@ def _rows(x: Any, parts: Parts | None) -> list[Any]:
     return [row for block in blocks for row in np.asarray(block)]
 
 
-def _is_array(x: Any) -> bool:
+def _is_array(x: object) -> bool:
     """Whether it is a ``jax.Array``, which Python finds out slowly of all but the usual class."""
     return type(x) is cpp.ArrayImpl or isinstance(x, jax.Array)
 
 
 @_jax.api_boundary
-def check_arrays(caller: str, tree: Any, leaves: Sequence[Any] | None = None) -> None:
+def check_arrays(caller: str, tree: PyTree, leaves: Sequence[object] | None = None) -> None:
     """Refuses a tree (of these leaves, where they are known) that holds something without a value as an array.
 
     Raises:
@@ -315,13 +316,13 @@ def check_arrays(caller: str, tree: Any, leaves: Sequence[Any] | None = None) ->
         )
 
 
-def _has_value(x: Any) -> bool:
+def _has_value(x: object) -> bool:
     if type(x) is cpp.ArrayImpl:
         return True
     return (isinstance(x, jax.Array | bool) or _jax.is_array_type(x)) and not isinstance(x, jax.core.Tracer)
 
 
-def _check_deleted(caller: str, tree: Any, leaves: Sequence[Any]) -> None:
+def _check_deleted(caller: str, tree: PyTree, leaves: Sequence[ArrayLike]) -> None:
     """Refuses arrays without a buffer.
 
     Raises:
@@ -341,12 +342,12 @@ def _check_deleted(caller: str, tree: Any, leaves: Sequence[Any]) -> None:
         )
 
 
-def _is_deleted(x: Any) -> bool:
+def _is_deleted(x: ArrayLike) -> bool:
     return _is_array(x) and x.is_deleted()
 
 
 @_jax.api_boundary
-def _check_leading_axis(caller: str, tree: Any, leaves: Sequence[Any]) -> None:
+def _check_leading_axis(caller: str, tree: PyTree, leaves: Sequence[ArrayLike]) -> None:
     check_arrays(caller, tree, leaves)
     _check_deleted(caller, tree, leaves)
     if all((x.shape if type(x) is cpp.ArrayImpl else np.shape(x))[:1] > (0,) for x in leaves):

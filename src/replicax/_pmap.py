@@ -18,6 +18,7 @@ from replicax._runtime.call_path import PathTaker
 from replicax._runtime.dispatch import dispatcher
 from replicax._runtime.options import Options, check_devices
 from replicax._runtime.stages import Lowered, Traced, trace
+from replicax._typing import PyTree
 from replicax.errors import NotAFunctionError, OptionTypeError, StaticArgumentError
 
 R = TypeVar("R")
@@ -42,19 +43,19 @@ class MappedFunction(PathTaker[R]):
         made = self._dispatcher
         super().__init__(functools.partial(made.table, fun), functools.partial(made.call, fun), made.switch)
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
-    def __init_subclass__(cls, **_: Any) -> None:
+    def __init_subclass__(cls, **_: object) -> None:
         raise TypeError("replicax.MappedFunction is no base class: what calls it is chosen for each object. Wrap it.")
 
     def __copy__(self) -> MappedFunction[R]:
         return self  # as Python copies functions
 
-    def __deepcopy__(self, memo: Any) -> MappedFunction[R]:
+    def __deepcopy__(self, memo: object) -> MappedFunction[R]:
         return self
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return MappedFunction, (self._fun, self.options)  # and not the compiled programs
 
     def __repr__(self) -> str:
@@ -62,7 +63,7 @@ class MappedFunction(PathTaker[R]):
         axis = "" if name is ANONYMOUS else f" over axis {name!r}"
         return f"<replicax.pmap of {getattr(self._fun, '__qualname__', repr(self._fun))}{axis}>"
 
-    def trace(self, *args: Any, **kwargs: Any) -> Traced:
+    def trace(self, *args: PyTree, **kwargs: PyTree) -> Traced:
         """Traces the map for these arguments, without running, lowering or compiling it.
 
         Args:
@@ -82,7 +83,7 @@ class MappedFunction(PathTaker[R]):
         """
         return trace(self._dispatcher, self._fun, args, kwargs)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Lowered:
+    def lower(self, *args: PyTree, **kwargs: PyTree) -> Lowered:
         """Lowers the program for these arguments, without running or compiling it.
 
         Args:
@@ -104,7 +105,7 @@ class MappedFunction(PathTaker[R]):
         """
         return self.trace(*args, **kwargs).lower()
 
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """The shapes and dtypes of the result, without compiling or running anything.
 
         Args:
@@ -125,7 +126,7 @@ class MappedFunction(PathTaker[R]):
         """Frees the programs compiled for this function, mapped with these options; the next call compiles anew."""
         self._dispatcher.clear()
 
-    def explain_cache_miss(self, *args: Any, **kwargs: Any) -> str:
+    def explain_cache_miss(self, *args: PyTree, **kwargs: PyTree) -> str:
         """Whether a call with these arguments would be compiled anew, and which of them makes it so.
 
         JAX's own setting ``jax_explain_cache_misses`` logs the same, at level WARNING of the logger ``"replicax"``,
@@ -156,8 +157,8 @@ def pmap(
     fun: Callable[..., R],
     axis_name: Hashable | None = ...,
     *,
-    in_axes: Any = ...,
-    out_axes: Any = ...,
+    in_axes: PyTree = ...,
+    out_axes: PyTree = ...,
     static_broadcasted_argnums: int | Iterable[int] = ...,
     static_broadcasted_argnames: str | Iterable[str] = ...,
     devices: Sequence[jax.Device] | None = ...,
@@ -172,8 +173,8 @@ def pmap(
 def pmap(
     *,
     axis_name: Hashable | None = ...,
-    in_axes: Any = ...,
-    out_axes: Any = ...,
+    in_axes: PyTree = ...,
+    out_axes: PyTree = ...,
     static_broadcasted_argnums: int | Iterable[int] = ...,
     static_broadcasted_argnames: str | Iterable[str] = ...,
     devices: Sequence[jax.Device] | None = ...,
@@ -188,8 +189,8 @@ def pmap(
     fun: Any = _ABSENT,
     axis_name: Hashable | None = None,
     *,
-    in_axes: Any = 0,
-    out_axes: Any = 0,
+    in_axes: PyTree = 0,
+    out_axes: PyTree = 0,
     static_broadcasted_argnums: int | Iterable[int] = (),
     static_broadcasted_argnames: str | Iterable[str] = (),
     devices: Sequence[jax.Device] | None = None,
@@ -281,7 +282,7 @@ def pmap(
     return MappedFunction(fun, options)
 
 
-def _check_name(name: Any) -> Hashable:
+def _check_name(name: Hashable) -> Hashable:
     try:
         hash(name)
     except TypeError:
@@ -296,7 +297,7 @@ def _check_name(name: Any) -> Hashable:
     return name
 
 
-def _check_type(which: str, value: Any, kind: Any, what: str) -> Any:
+def _check_type(which: str, value: object, kind: type | types.UnionType, what: str) -> Any:
     if isinstance(value, kind):
         return value
     raise OptionTypeError(f"{which} must be {what}, and is {value!r:.60}, of type {type(value).__name__}.")

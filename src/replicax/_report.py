@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -16,7 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from replicax._typing import Array, ArrayLike, HostArray
 from replicax.errors import AxisSpecError, NotAnArrayError
+
+#: An array on devices or on the host.
+A = TypeVar("A", Array, HostArray)
 
 #: How many devices, replicas of a device (half as many when they are no scalars) and values of a replica are shown
 #: before the middle is left out.
@@ -32,7 +36,7 @@ ASCII = str.maketrans({"█": "#", "·": ".", "…": "...", "–": "-"})
 NO_MESH = Mesh(np.empty((), object), ())
 
 
-def show_replicas(x: Any, name: str = "array", *, axis: int = 0, console: Console | None = None) -> None:
+def show_replicas(x: ArrayLike, name: str = "array", *, axis: int = 0, console: Console | None = None) -> None:
     """Prints a picture of how an array lies over its devices: one row a device, with the replicas that it holds.
 
     Nothing is gathered: of each device that is shown, a few values are read, and nothing else leaves it.
@@ -100,10 +104,10 @@ class Part:
     place: str
     replicas: range
     within: str
-    block: Any
+    block: Array | HostArray
 
 
-def _parts(x: Any, axis: int) -> list[Part]:
+def _parts(x: Array | HostArray, axis: int) -> list[Part]:
     """This process' parts of an array, in the order of their replicas."""
     if not isinstance(x, jax.Array):
         return [Part("host", range(x.shape[axis]), "", x)]
@@ -131,7 +135,7 @@ def _within(index: Sequence[slice], shape: Sequence[int], axis: int) -> str:
 # The picture
 
 
-def _headline(x: Any, name: str, axis: int, devices: int) -> str:
+def _headline(x: Array | HostArray, name: str, axis: int, devices: int) -> str:
     kind = f"{x.dtype}[{', '.join(map(str, x.shape))}]"
     replicas = _count(x.shape[axis], "replica") + (f" along axis {axis}" if axis else "")
     return f"{name}: {kind}, {replicas} on {_count(devices, 'device') if devices else 'the host'}"
@@ -207,7 +211,7 @@ def _values(part: Part, axis: int) -> str:
     return _elided(each, len(part.replicas))
 
 
-def _number(value: Any) -> str:
+def _number(value: np.generic) -> str:
     value = value.item()
     return f"{value:.5g}" if isinstance(value, float | complex) else str(value)
 
@@ -220,7 +224,7 @@ def _elided(shown: Sequence[str], n: int) -> str:
 # A few values, read where they lie
 
 
-def _few(block: Any, axis: int) -> Any:
+def _few(block: A, axis: int) -> A:
     """The first and the last values of the first and the last replicas of a block.
 
     Returns:
@@ -232,7 +236,7 @@ def _few(block: Any, axis: int) -> Any:
     return rows.take(_ends(rows.shape[1], VALUES), 1)
 
 
-def _few_there(block: jax.Array, axis: int) -> Any:
+def _few_there(block: jax.Array, axis: int) -> HostArray:
     """Like :func:`_few`, on the device of the block: nothing else leaves it."""
     with jax.set_mesh(NO_MESH):
         return jax.device_get(_few_jit(block, axis))
@@ -241,7 +245,7 @@ def _few_there(block: jax.Array, axis: int) -> Any:
 _few_jit = jax.jit(_few, static_argnums=1)
 
 
-def _ends(n: int, limit: int) -> np.ndarray[Any, Any]:
+def _ends(n: int, limit: int) -> HostArray:
     return np.asarray([*range(n)] if n <= limit else [*range(limit - 1), n - 1], np.int32)
 
 
@@ -249,7 +253,7 @@ def _ends(n: int, limit: int) -> np.ndarray[Any, Any]:
 # Faults
 
 
-def _check_array(x: Any, name: str) -> None:
+def _check_array(x: object, name: str) -> None:
     if isinstance(x, jax.core.Tracer):
         raise NotAnArrayError(
             f"{name} is being traced, and lies on no device yet: {x!r:.60}. Call show_replicas outside jit, grad and "
@@ -262,7 +266,7 @@ def _check_array(x: Any, name: str) -> None:
         )
 
 
-def _check_axis(x: Any, name: str, axis: int) -> int:
+def _check_axis(x: Array | HostArray, name: str, axis: int) -> int:
     """The axis counted from the front."""
     axis = operator.index(axis)
     if not -x.ndim <= axis < x.ndim or not x.shape[axis]:

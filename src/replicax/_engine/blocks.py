@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,31 +19,32 @@ from replicax._engine import primitives
 from replicax._layout.exchange import Exchange, Table, exchange, wants_of
 from replicax._layout.layout import LogicalAxes, LogicalAxis
 from replicax._layout.placement import Placement
+from replicax._typing import Array, DType, HostArray
 
 
-def block(axis: LogicalAxis, x: Any) -> Any:
+def block(axis: LogicalAxis, x: Array) -> Array:
     """``(lanes, ...)``: the device's lanes of ``x``."""
     return x[None] if axis.lane_axis is None else lax.all_gather(x, axis.lane_axis)
 
 
-def own_lane(axis: LogicalAxis, x: Any) -> Any:
+def own_lane(axis: LogicalAxis, x: Array) -> Array:
     """This lane's element of ``x``, whose first dimension is the device's lanes."""
     return x[0] if axis.lane_axis is None else primitives.own_lane(x, axis.lane_axis)
 
 
-def any_lane(axis: LogicalAxis, x: Any) -> Any:
+def any_lane(axis: LogicalAxis, x: Array) -> Array:
     """``x``, which is equal in all lanes, as ``vmap`` may not know."""
     return block(axis, x)[0] if axis.lane_axis is not None and isinstance(x, jax.core.Tracer) else x
 
 
-def lane_by_lane(axes: Iterable[LogicalAxis], x: Any) -> Any:
+def lane_by_lane(axes: Iterable[LogicalAxis], x: Array) -> Array:
     """``x``, which ``vmap`` takes to differ between lanes from here on, whether it does or not."""
     for axis in axes:
         x = x if axis.lane_axis is None else primitives.each_lane(x, axis.lane_axis)
     return x
 
 
-def one_by_one(axes: Sequence[LogicalAxis], function: Callable[..., Sequence[Any]], *args: Any) -> list[Any]:
+def one_by_one(axes: Sequence[LogicalAxis], function: Callable[..., Sequence[Array]], *args: Array) -> list[Array]:
     """``function`` of the operands of one lane after the other, where that of all at once is another."""
     if not axes:
         return list(function(*args))
@@ -54,14 +54,14 @@ def one_by_one(axes: Sequence[LogicalAxis], function: Callable[..., Sequence[Any
     return [on_data(functools.partial(own_lane, axis), x) for x in results]
 
 
-def on_device(axis: LogicalAxis, table: Table) -> Any:
+def on_device(axis: LogicalAxis, table: Table) -> HostArray | Array:
     """This device's row of a table: a NumPy array where all devices have the same."""
     if (table == table[:1]).all():
         return table[0]
     return jnp.asarray(table, jnp.int32)[lax.axis_index(axis.device_axis)]
 
 
-def take(x: Any, rows: Any) -> Any:
+def take(x: Array, rows: HostArray | Array) -> Array:
     """These elements of ``x`` along its first dimension; known ones as slices, where they are few."""
     if isinstance(rows, np.ndarray):
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
@@ -78,7 +78,7 @@ def take(x: Any, rows: Any) -> Any:
 _FEW = 8
 
 
-def unfolded(x: Any) -> Any:
+def unfolded(x: Array) -> Array:
     """``x``, and its cotangent, kept from XLA's folding of constants if it is complex.
 
     Where XLA folds a sum of complex constants between devices (on CPUs, in JAX 0.10 and 0.12), it ends the process.
@@ -86,12 +86,12 @@ def unfolded(x: Any) -> Any:
     return lax.optimization_barrier(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
 
 
-def with_zero(x: Any) -> Any:
+def with_zero(x: Array) -> Array:
     """``x`` with one more element along its first dimension: zeros."""
     return jnp.concatenate([x, jnp.zeros((1, *x.shape[1:]), x.dtype)])
 
 
-def exchanged(axis: LogicalAxis, items: Any, plan: Exchange) -> Any:
+def exchanged(axis: LogicalAxis, items: Array, plan: Exchange) -> Array:
     """``(wanted, ...)``: what this device wants of all devices' items.
 
     Args:
@@ -106,7 +106,7 @@ def exchanged(axis: LogicalAxis, items: Any, plan: Exchange) -> Any:
     return take(with_zero(known) if plan.zeros else known, on_device(axis, plan.take))
 
 
-def fetch(logical: LogicalAxes, names: Sequence[Hashable], items: Any, wants: Table) -> Any:
+def fetch(logical: LogicalAxes, names: Sequence[Hashable], items: Array, wants: Table) -> Array:
     """``(wanted, ...)``: what this replica wants of all replicas' items.
 
     Along one mapped axis an item goes once to each device that wants it. Along several axes as one, or with an axis
@@ -167,7 +167,7 @@ def lane_position(axis: LogicalAxis) -> jax.Array:
     return device * axis.lanes + lane
 
 
-def gather(logical: LogicalAxes, names: Sequence[Hashable], x: Any) -> Any:
+def gather(logical: LogicalAxes, names: Sequence[Hashable], x: Array) -> Array:
     """``(replicas, ...)``: every replica's ``x`` along these axes as one."""
     shape = x.shape
     for name in reversed(names):
@@ -175,32 +175,32 @@ def gather(logical: LogicalAxes, names: Sequence[Hashable], x: Any) -> Any:
     return x.reshape(size_of(logical, names), *shape)
 
 
-def _gather_along(axis: LogicalAxis, x: Any) -> Any:
+def _gather_along(axis: LogicalAxis, x: Array) -> Array:
     shape = x.shape
     for name, _ in axis.physical:
         x = _gather(x, name)
     return real_rows(x.reshape(axis.placement.slots, *shape), 0, axis.placement)
 
 
-def real_rows(x: Any, dim: int, placement: Placement) -> Any:
+def real_rows(x: Array, dim: int, placement: Placement) -> Array:
     """``(..., replicas, ...)``: the rows of replicas among those of all slots along ``dim``."""
     runs = [lax.slice_in_dim(x, first, first + count, axis=dim) for first, count in placement.runs]
     return runs[0] if len(runs) == 1 else jnp.concatenate(runs, dim)
 
 
-def _gather(x: Any, name: Hashable) -> Any:
+def _gather(x: Array, name: Hashable) -> Array:
     """``lax.all_gather``, in the form whose transpose JAX has a right rule for under ``vmap``."""
     return lax.all_gather(x[None], name, tiled=True)
 
 
-def on_data(function: Callable[[Any], Any], x: Any) -> Any:
+def on_data(function: Callable[[Array], Array], x: Array) -> Array:
     """A function that moves data along axes of ``x``, in a form that can be moved: of random keys, their data."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(function(jax.random.key_data(x)), impl=jax.random.key_impl(x))
     return narrow(function(wide(x)), x.dtype)
 
 
-def wide(x: Any, bits: int = 2) -> Any:
+def wide(x: Array, bits: int = 2) -> Array:
     """``x`` as bytes, if its numbers are of no more ``bits``.
 
     XLA's CPU backend overruns its buffers where it gathers, concatenates or exchanges arrays of two bits
@@ -210,12 +210,12 @@ def wide(x: Any, bits: int = 2) -> Any:
     return x.astype("int8" if x.dtype.name.startswith("i") else "uint8") if is_narrow(x.dtype, bits) else x
 
 
-def narrow(x: Any, dtype: Any, bits: int = 2) -> Any:
+def narrow(x: Array, dtype: DType, bits: int = 2) -> Array:
     """What has been done to :func:`wide` operands, in the dtype that they had."""
     return x.astype(dtype) if is_narrow(dtype, bits) else x
 
 
-def is_narrow(dtype: Any, bits: int = 2) -> bool:
+def is_narrow(dtype: DType, bits: int = 2) -> bool:
     """Whether it is a dtype of integers of no more ``bits``."""
     return dtype.name in _NARROW[bits]
 

@@ -15,7 +15,7 @@ callback left behind, zeros, may differ from what the other replicas go by.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._engine.varying import Varying
 from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis, Scope
+from replicax._typing import Array, ArrayLike, Atom
 from replicax.errors import OrderedCallbackError
 
 
@@ -59,11 +60,11 @@ class GuardedProgram(NamedTuple):
     """
 
     jaxpr: Jaxpr
-    consts: Sequence[Any]
+    consts: Sequence[ArrayLike]
     in_rules: set[str]
 
 
-def guard(jaxpr: Jaxpr, consts: Sequence[Any], axis: LogicalAxis, name: str) -> GuardedProgram | None:
+def guard(jaxpr: Jaxpr, consts: Sequence[ArrayLike], axis: LogicalAxis, name: str) -> GuardedProgram | None:
     """The program of one replica with its callbacks guarded, or None if it has none.
 
     Args:
@@ -80,7 +81,7 @@ def guard(jaxpr: Jaxpr, consts: Sequence[Any], axis: LogicalAxis, name: str) -> 
         return None
     guarding = _Guarding(search, name)
 
-    def guarded(*flat: Any) -> list[Any]:
+    def guarded(*flat: Array) -> list[Array]:
         results, failed = guarding.run(jaxpr, flat[: len(consts)], flat[len(consts) :], jnp.int32(NONE))
         return [*results, lax.pmax(failed, axis.name)]
 
@@ -161,12 +162,14 @@ class _Guarding:
     def __init__(self, search: _Search, name: str) -> None:
         self.search, self.name = search, name
 
-    def anywhere(self, failed: Any, jaxprs: Sequence[Jaxpr]) -> Any:
+    def anywhere(self, failed: Array, jaxprs: Sequence[Jaxpr]) -> Array:
         """The number of a failure in any of the replicas that communicate in the jaxprs."""
         names = self.search.named(jaxprs)
         return lax.pmax(failed, tuple(name for name in self.search.sizes if name in names)) if names else failed
 
-    def run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], failed: Any) -> tuple[list[Any], Any]:
+    def run(
+        self, jaxpr: Jaxpr, consts: Sequence[ArrayLike], args: Sequence[ArrayLike], failed: Array
+    ) -> tuple[list[Array], Array]:
         """Runs a jaxpr on the values of one replica.
 
         Args:
@@ -181,7 +184,7 @@ class _Guarding:
         body = _jax.body(jaxpr)
         env = dict(zip([*body.constvars, *body.invars], [*consts, *args], strict=True))
 
-        def read(atom: Any) -> Any:
+        def read(atom: Atom) -> ArrayLike:
             return atom.val if _jax.is_literal(atom) else env[atom]
 
         for eqn in body.eqns:
@@ -190,7 +193,7 @@ class _Guarding:
             env.update(zip(eqn.outvars, results, strict=True))
         return list(map(read, body.outvars)), failed
 
-    def _equation(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
+    def _equation(self, eqn: Equation, args: list[ArrayLike], failed: Array) -> tuple[list[Array], Array]:
         if callback_primitives.is_callback(eqn):
             results, number = callback_primitives.guarded(eqn, args, failed, self.name)
             return results, jnp.maximum(failed, number)
@@ -206,14 +209,14 @@ class _Guarding:
             return bind(eqn, args, failed)
         return _jax.bind(eqn, args), failed
 
-    def _jit(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
+    def _jit(self, eqn: Equation, args: list[ArrayLike], failed: Array) -> tuple[list[Array], Array]:
         (inner,) = _jax.sub_jaxprs(eqn)
         return self.run(inner, _jax.constants(inner), args, failed)
 
-    def _scan(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
+    def _scan(self, eqn: Equation, args: list[ArrayLike], failed: Array) -> tuple[list[Array], Array]:
         (body,), (consts, carries) = _jax.sub_jaxprs(eqn), _jax.loop_counts(eqn)
 
-        def step(state: tuple[list[Any], Any], xs: list[Any]) -> tuple[tuple[list[Any], Any], list[Any]]:
+        def step(state: tuple[list[Array], Array], xs: list[Array]) -> tuple[tuple[list[Array], Array], list[Array]]:
             carry, failed = state
             results, failed = self.run(body, _jax.constants(body), [*args[:consts], *carry, *xs], failed)
             return (_like(results[:carries], carry), failed), results[carries:]
@@ -223,17 +226,17 @@ class _Guarding:
         (carry, failed), ys = lax.scan(step, (carry, failed), args[consts + carries :], **options)
         return [*carry, *ys], failed
 
-    def _while(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
+    def _while(self, eqn: Equation, args: list[ArrayLike], failed: Array) -> tuple[list[Array], Array]:
         """A loop that ends at a failure; where the replicas communicate in it, at one in any of them."""
         cond, body = _jax.sub_jaxprs(eqn)
         first, last = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
 
-        def goes_on(carry: Sequence[Any], failed: Any) -> tuple[Any, Any]:
+        def goes_on(carry: Sequence[Array], failed: Array) -> tuple[Array, Array]:
             (on,), failed = self.run(cond, _jax.constants(cond), [*args[:first], *carry], failed)
             failed = self.anywhere(failed, (cond, body))
             return on & (failed == NONE), failed
 
-        def step(state: tuple[Any, list[Any], Any]) -> tuple[Any, list[Any], Any]:
+        def step(state: tuple[Array, list[Array], Array]) -> tuple[Array, list[Array], Array]:
             _, carry, failed = state
             results, failed = self.run(body, _jax.constants(body), [*args[first:last], *carry], failed)
             on, failed = goes_on(results, failed)
@@ -244,12 +247,12 @@ class _Guarding:
         _, carry, failed = lax.while_loop(lambda state: state[0], step, (on, carry, failed))
         return carry, failed
 
-    def _cond(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
+    def _cond(self, eqn: Equation, args: list[ArrayLike], failed: Array) -> tuple[list[Array], Array]:
         """A choice; after a failure where the replicas communicate in it the first branch for all of them."""
         branches, (index, *operands) = list(_jax.sub_jaxprs(eqn)), args
 
-        def branch(jaxpr: Jaxpr) -> Callable[..., tuple[list[Any], Any]]:
-            def run(failed: Any, *operands: Any) -> tuple[list[Any], Any]:
+        def branch(jaxpr: Jaxpr) -> Callable[..., tuple[list[Array], Array]]:
+            def run(failed: Array, *operands: Array) -> tuple[list[Array], Array]:
                 results, failed = self.run(jaxpr, _jax.constants(jaxpr), operands, failed)
                 return [
                     _jax.as_type(_jax.as_array(x, var.aval), var.aval)
@@ -263,7 +266,7 @@ class _Guarding:
             index = lax.select(failed == NONE, index, jnp.zeros_like(index))
         return lax.switch(index, list(map(branch, branches)), failed, *operands)
 
-    def _checkpoint(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
+    def _checkpoint(self, eqn: Equation, args: list[ArrayLike], failed: Array) -> tuple[list[Array], Array]:
         (inner,), cse = _jax.sub_jaxprs(eqn), eqn.params["prevent_cse"]
         run = jax.checkpoint(
             lambda failed, *args: self.run(inner, _jax.constants(inner), args, failed),
@@ -272,12 +275,12 @@ class _Guarding:
         )
         return run(failed, *args)
 
-    def _nested(self, eqn: Equation, args: list[Any], failed: Any) -> tuple[list[Any], Any]:
+    def _nested(self, eqn: Equation, args: list[ArrayLike], failed: Array) -> tuple[list[Array], Array]:
         """A map inside, which takes an earlier failure for all its replicas and gives the first one of any."""
         (inner,), (name, size) = _jax.sub_jaxprs(eqn), (eqn.params["name"], eqn.params["size"])
         inside = _Guarding(self.search.inside(eqn), self.name)
 
-        def guarded(failed: Any, *args: Any) -> list[Any]:
+        def guarded(failed: Array, *args: Array) -> list[Array]:
             results, failed = inside.run(inner, _jax.constants(inner), args, failed)
             return [*results, lax.pmax(failed, name)]
 
@@ -305,12 +308,12 @@ def _find(jaxpr: Jaxpr, wanted: Callable[[Equation], bool]) -> Equation | None:
     return None
 
 
-def _arrays(args: Sequence[Any], eqn: Equation) -> list[Any]:
+def _arrays(args: Sequence[ArrayLike], eqn: Equation) -> list[Array]:
     """The operands of a loop as arrays of their own types."""
     return [_jax.as_type(_jax.as_array(x, v.aval), v.aval) for x, v in zip(args, eqn.invars, strict=True)]
 
 
-def _like(results: Sequence[Any], carry: Sequence[Any]) -> list[Any]:
+def _like(results: Sequence[ArrayLike], carry: Sequence[Array]) -> list[Array]:
     """What a loop's body has made of its carry, of the same types."""
     return [_jax.as_type(_jax.as_array(x, _jax.typeof(y)), _jax.typeof(y)) for x, y in zip(results, carry, strict=True)]
 
@@ -319,7 +322,7 @@ def _like(results: Sequence[Any], carry: Sequence[Any]) -> list[Any]:
 # On lanes and devices
 
 
-def call_guarded(scope: Scope, eqn: Equation, args: Sequence[Any], varying: Varying) -> list[Any]:
+def call_guarded(scope: Scope, eqn: Equation, args: Sequence[ArrayLike], varying: Varying) -> list[Array]:
     """The rule of a guarded callback: one call for each replica, or for each device where its operands do not vary.
 
     A callback with an effect is called once for each replica: not in padding lanes, and by one of the devices that
@@ -355,7 +358,7 @@ def call_guarded(scope: Scope, eqn: Equation, args: Sequence[Any], varying: Vary
     return outs
 
 
-def runs_here(scope: Scope) -> list[Any]:
+def runs_here(scope: Scope) -> list[Array]:
     """Whether this lane, on this device, is the one to call back for its replica; empty where all are."""
     conditions = [is_replica(axis) for axis in scope.axes if axis.padding]
     conditions += [lax.axis_index(name) == 0 for name in scope.copies]
@@ -364,7 +367,7 @@ def runs_here(scope: Scope) -> list[Any]:
     return conditions[:1]
 
 
-def raise_after(results: Sequence[Any], failed: Any) -> None:
+def raise_after(results: Sequence[Array], failed: Array) -> None:
     """Raises a failure, on every device and after the last collective.
 
     Args:
@@ -381,14 +384,14 @@ def raise_after(results: Sequence[Any], failed: Any) -> None:
         jax.effects_barrier()  # the results are others than those of the program that raises
 
 
-def _first(x: Any) -> Any:
+def _first(x: Array) -> Array:
     """The first number of an array, of a type that Python can be called with."""
     x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     first = lax.slice_in_dim(lax.stop_gradient(x).reshape(-1), 0, 1)
     return (first.real if jnp.iscomplexobj(first) else first).astype(jnp.float32)
 
 
-def called_once(scope: Scope, eqn: Equation, args: Sequence[Any]) -> list[Any]:
+def called_once(scope: Scope, eqn: Equation, args: Sequence[ArrayLike]) -> list[Array]:
     """A callback of the user's that each replica makes once."""
     (runs,) = runs_here(scope)
     results = _jax.bind_callback_where(eqn, args, runs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,6 +13,7 @@ from replicax._engine.communication import TWICE
 from replicax._engine.runner import Runner
 from replicax._engine.varying import Varying
 from replicax._jax import Equation
+from replicax._typing import Array, ArrayLike
 
 
 def runs_apart(runner: Runner, eqn: Equation, varying: Sequence[Varying]) -> bool:
@@ -22,12 +22,12 @@ def runs_apart(runner: Runner, eqn: Equation, varying: Sequence[Varying]) -> boo
     return bool(disagree) and bool(disagree & runner.communication.awaited(eqn, in_rules=TWICE))
 
 
-def together(runner: Runner, eqn: Equation, args: Sequence[Any], varying: Sequence[Varying]) -> list[Any]:
+def together(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: Sequence[Varying]) -> list[Array]:
     """Runs such a loop or branch."""
     return (_loop if eqn.primitive.name == "while" else _choice)(runner, eqn, args, varying)
 
 
-def _loop(runner: Runner, eqn: Equation, args: Sequence[Any], varying: Sequence[Varying]) -> list[Any]:
+def _loop(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: Sequence[Varying]) -> list[Array]:
     """A loop that replicas leave at different times, and that communicates: all stay until the last leaves.
 
     As in ``vmap``, a replica that is done keeps its carry, and goes on taking part in the collectives.
@@ -39,10 +39,10 @@ def _loop(runner: Runner, eqn: Equation, args: Sequence[Any], varying: Sequence[
     waiting = runner.analysis.predicate(eqn, varying) & runner.communication.awaited(eqn, in_rules=TWICE)
     axes = sorted(waiting, key=lambda axis: axis.level)
 
-    def goes_on(carry: Sequence[Any]) -> Any:
+    def goes_on(carry: Sequence[ArrayLike]) -> Array:
         return runner.run(cond, _jax.constants(cond), [*cond_consts, *carry], for_cond)[0]
 
-    def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+    def step(state: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
         own, carry = state
         after = runner.run(body, _jax.constants(body), [*body_consts, *carry], for_body)
         carry = [_where_still(own, new, old) for new, old in zip(after, carry, strict=True)]
@@ -52,7 +52,7 @@ def _loop(runner: Runner, eqn: Equation, args: Sequence[Any], varying: Sequence[
     return list(state[1])
 
 
-def _choice(runner: Runner, eqn: Equation, args: Sequence[Any], varying: Sequence[Varying]) -> list[Any]:
+def _choice(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: Sequence[Varying]) -> list[Array]:
     """A choice that replicas make differently, and that communicates: all run every branch, as in ``vmap``.
 
     Where derivative rules alone communicate, a replica adds nothing to the derivatives of branches that it has not
@@ -67,13 +67,13 @@ def _choice(runner: Runner, eqn: Equation, args: Sequence[Any], varying: Sequenc
     return [lax.select_n(index, *cases) if len(cases) > 1 else cases[0] for cases in zip(*results, strict=True)]
 
 
-def _where_taken(taken: Any, x: Any) -> Any:
+def _where_taken(taken: Array, x: ArrayLike) -> ArrayLike:
     """``x``, a constant to derivatives where the branch is not taken."""
     if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
         return x
     return lax.select_n(taken, lax.stop_gradient(x), x)
 
 
-def _where_still(goes_on: Any, new: Any, old: Any) -> Any:
+def _where_still(goes_on: Array, new: Array, old: Array) -> Array:
     """``new`` in the loops that go on. A loop under a vmap of the user's has a condition for each of its rows."""
     return lax.select_n(lax.broadcast_in_dim(goes_on, new.shape, range(goes_on.ndim)), old, new)

@@ -11,12 +11,12 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from replicax._layout.layout import LogicalAxis
 from replicax._messages import text_of
+from replicax._typing import ArrayLike, HostArray, ShapeAndDtype
 from replicax.errors import CallbackError
 
 #: No failure.
@@ -41,15 +41,15 @@ class Guarded:
         name: What the user calls the mapped function.
     """
 
-    call: Callable[..., Sequence[Any]]
-    results: tuple[Any, ...]
+    call: Callable[..., Sequence[ArrayLike]]
+    results: tuple[ShapeAndDtype, ...]
     ranks: tuple[int, ...]
     axes: tuple[LogicalAxis, ...]
     widths: tuple[int, ...]
     conditional: bool
     name: str
 
-    def __call__(self, earlier: Any, *flat: Any) -> tuple[Any, ...]:
+    def __call__(self, earlier: ArrayLike, *flat: ArrayLike) -> tuple[HostArray, ...]:
         places, operands = flat[: len(self.axes)], flat[len(self.axes) :]
         runs = True
         if self.conditional:
@@ -67,7 +67,7 @@ class Guarded:
             results = [np.zeros((*batch, *x.shape), x.dtype) for x in self.results]
         return (*results, np.full(batch, failed, np.int32))
 
-    def _checked(self, given: Sequence[Any], batch: tuple[int, ...]) -> list[Any]:
+    def _checked(self, given: Sequence[ArrayLike], batch: tuple[int, ...]) -> list[HostArray]:
         """The results as arrays; XLA would fail on any of another type, outside of the ``try``."""
         arrays = [np.asarray(x) for x in given]
         if len(arrays) != len(self.results):
@@ -82,7 +82,7 @@ class Guarded:
                 )
         return arrays
 
-    def _describe(self, places: Sequence[Any]) -> str:
+    def _describe(self, places: Sequence[ArrayLike]) -> str:
         """Which replicas the callback was called for, and of what."""
         where = []
         for axis, width, place in zip(self.axes, self.widths, places, strict=True):
@@ -120,7 +120,7 @@ def _record(error: BaseException, what: str) -> int:
     return number
 
 
-def raise_failure(number: Any, *_: Any) -> None:
+def raise_failure(number: ArrayLike, *_: ArrayLike) -> None:
     """Raises the failure of this number, in the words and with the traceback of the user's Python.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +14,20 @@ from replicax._engine.blocks import on_data
 from replicax._layout.layout import LogicalAxis
 from replicax._layout.placement import Placement
 from replicax._messages import text_of
+from replicax._typing import Array, Axes
 from replicax.errors import UnsupportedCallbackError
 
-OneReplica = Callable[..., Sequence[Any]]
+OneReplica = Callable[..., Sequence[Array]]
 
 
-def over_lanes(
-    one_replica: OneReplica, axis: LogicalAxis, in_axes: Sequence[int | None], out_axes: Sequence[int | None]
-) -> OneReplica:
+def over_lanes(one_replica: OneReplica, axis: LogicalAxis, in_axes: Axes, out_axes: Axes) -> OneReplica:
     """What one device runs on its block of each argument: its lanes, vectorized."""
     if axis.lane_axis is not None:
         options = {"axis_name": axis.lane_axis, "axis_size": axis.lanes}
         vectorized = jax.vmap(one_replica, tuple(in_axes), tuple(out_axes), **options)
         return functools.partial(_explaining, vectorized, axis)
 
-    def only_lane(*blocks: Any) -> tuple[Any, ...]:
+    def only_lane(*blocks: Array) -> tuple[Array, ...]:
         args = (x if a is None else lax.squeeze(x, [a]) for x, a in zip(blocks, in_axes, strict=True))
         outs = one_replica(*args)
         return tuple(y if a is None else lax.expand_dims(y, [a]) for y, a in zip(outs, out_axes, strict=True))
@@ -37,7 +35,7 @@ def over_lanes(
     return only_lane
 
 
-def _explaining(vectorized: OneReplica, axis: LogicalAxis, *blocks: Any) -> Sequence[Any]:
+def _explaining(vectorized: OneReplica, axis: LogicalAxis, *blocks: Array) -> Sequence[Array]:
     """Runs several lanes, where JAX refuses some callbacks."""
     try:
         return vectorized(*blocks)
@@ -67,12 +65,12 @@ UNVECTORIZED = {
 }
 
 
-def pad_rows(x: Any, dim: int, placement: Placement) -> Any:
+def pad_rows(x: Array, dim: int, placement: Placement) -> Array:
     """``x`` along ``dim`` with a row for each slot; those for padding are copies, with no part in derivatives."""
     return on_data(lambda x: primitives.pad_rows(x, dim, placement), x) if placement.padding else x
 
 
-def own_rows(x: Any, dim: int, first: Any, placement: Placement) -> Any:
+def own_rows(x: Array, dim: int, first: Array, placement: Placement) -> Array:
     """The rows of ``x`` along ``dim`` for a device's lanes, of which ``first`` is the first slot."""
     last, count = x.shape[dim] - 1, placement.lanes
     if not placement.padding_is_last:
@@ -85,14 +83,14 @@ def own_rows(x: Any, dim: int, first: Any, placement: Placement) -> Any:
     )
 
 
-def equal_on(x: Any, names: Sequence[Hashable]) -> Any:
+def equal_on(x: Array, names: Sequence[Hashable]) -> Array:
     """``x``, an array which all devices along these mesh axes have been given alike."""
     for name in names:
         x = on_data(functools.partial(primitives.equal_parts, axis=name), x)
     return x
 
 
-def own_on(y: Any, names: Sequence[Hashable]) -> Any:
+def own_on(y: Array, names: Sequence[Hashable]) -> Array:
     """``y``, which all devices along these mesh axes have found alike, and any of which may give the result."""
     for name in names:
         y = on_data(functools.partial(primitives.share, axis=name), y)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -22,6 +21,7 @@ from replicax._engine.spec import Inputs, ProgramSpec
 from replicax._engine.varying import NOWHERE, Varying
 from replicax._layout.axes import match_out_axes
 from replicax._layout.layout import Layout, Splits
+from replicax._typing import Array, ArrayLike, Axes, DType, Function
 from replicax.errors import UnsupportedDtypeError
 
 
@@ -47,15 +47,9 @@ def lower(replica: Replica, layout: Layout, inputs: Inputs, outputs: Outputs, na
     taken = Inputs((*inputs.types, *body.closed), (*inputs.axes, *[None] * len(body.closed)), inputs.donated)
     in_splits = (*map(_as_shardings, body.in_places, inputs.axes), *[()] * len(body.closed))
     out_splits = tuple(map(_as_shardings, body.out_places, body.out_axes))[: len(out_axes)]
-    one_device = over_lanes(body.one_replica(rewriter), layout.axis, taken.axes, body.out_axes)
-    function = _over_devices(
-        _raising(one_device) if body.guarded else one_device,
-        layout,
-        _jax.described_source(replica.jaxpr, _advice(name, layout)),
-        list(map(layout.spec, taken.axes, in_splits)),
-        list(map(layout.spec, out_axes, out_splits)),
-        out_axes,
-    )
+    ins, outs = list(map(layout.spec, taken.axes, in_splits)), list(map(layout.spec, out_axes, out_splits))
+    source = _jax.described_source(replica.jaxpr, _advice(name, layout))
+    function = _over_devices(body.one_device(rewriter, taken.axes), layout, source, ins, outs, out_axes)
     function.__name__ = function.__qualname__ = name
     return ProgramSpec(
         name=name,
@@ -92,7 +86,7 @@ class _Body:
     replica: Replica
     guarded: bool
     varying: Sequence[Varying]
-    out_axes: Sequence[int | None]
+    out_axes: Axes
     in_places: Sequence[tuple[Split, ...]]
     out_places: Sequence[tuple[Split, ...]]
     passed: Sequence[int]
@@ -100,7 +94,7 @@ class _Body:
     by_replica: bool
 
     @property
-    def closed(self) -> tuple[Any, ...]:
+    def closed(self) -> tuple[Array, ...]:
         """The closed-over arrays that are passed."""
         return tuple(self.replica.consts[k] for k in self.passed)
 
@@ -108,27 +102,32 @@ class _Body:
         """The program as a function of the arguments and the closed-over arrays that are passed."""
         axis = rewriter.scope.axes[-1]
 
-        def one_replica(*args: Any) -> tuple[Any, ...]:
+        def one_replica(*args: Array) -> tuple[Array, ...]:
             consts = list(self.replica.consts)
             for k, value in zip(self.passed, args[len(self.varying) :], strict=True):
                 consts[k] = value
             own = [x if where else unfolded(x) for x, where in zip(args, self.varying, strict=False)]
-            own = list(map(as_part, own, self.in_places))
-            results = rewriter.run_in_parts(self.replica.jaxpr, consts, own, self.varying)
-            results = [y.only(s) if isinstance(y, Part) else y for y, s in zip(results, self.out_places, strict=True)]
+            parts = list(map(as_part, own, self.in_places))
+            results = rewriter.run_in_parts(self.replica.jaxpr, consts, parts, self.varying)
+            kept = [y.only(s) if isinstance(y, Part) else y for y, s in zip(results, self.out_places, strict=True)]
             return tuple(
                 one_value(axis, y, by_replica=self.by_replica) if a is None else y
-                for y, a in zip(results, self.out_axes, strict=True)
+                for y, a in zip(kept, self.out_axes, strict=True)
             )
 
         return one_replica
+
+    def one_device(self, rewriter: Rewriter, in_axes: Axes) -> OneReplica:
+        """The program of a device's lanes, as a function of blocks with these mapped axes; it raises a failure."""
+        lanes = over_lanes(self.one_replica(rewriter), rewriter.scope.axes[-1], in_axes, self.out_axes)
+        return _raising(lanes) if self.guarded else lanes
 
 
 def _body(
     replica: Replica,
     layout: Layout,
     varying: Sequence[Varying],
-    out_axes: Sequence[int | None],
+    out_axes: Axes,
     name: str,
     policy: OutputPolicy,
 ) -> _Body:
@@ -153,14 +152,14 @@ def _body(
     )
 
 
-def _has_to_be_passed(const: Any) -> bool:
+def _has_to_be_passed(const: ArrayLike) -> bool:
     """Whether a closed-over array belongs to an enclosing trace, or to a mesh of its own."""
     if isinstance(const, jax.core.Tracer):
         return True
     return isinstance(const, jax.Array) and not isinstance(const.sharding, jax.sharding.SingleDeviceSharding)
 
 
-def _refuse_two_bits(dtypes: Sequence[Any], layout: Layout) -> None:
+def _refuse_two_bits(dtypes: Sequence[DType], layout: Layout) -> None:
     """XLA overruns its buffers where it concatenates or cuts split arrays of two bits (``jit`` alone shows it)."""
     found = sorted({dtype.name for dtype in dtypes if dtype.name in ("int2", "uint2")})
     if found and layout.axis.padding:
@@ -179,7 +178,7 @@ def _as_shardings(splits: Sequence[Split], axis: int | None) -> Splits:
 def _raising(one_device: OneReplica) -> OneReplica:
     """The same without its last result, the number of a failure, which is raised."""
 
-    def raising(*blocks: Any) -> Sequence[Any]:
+    def raising(*blocks: Array) -> Sequence[Array]:
         *results, failed = one_device(*blocks)
         raise_after(results, failed)
         return results
@@ -190,11 +189,11 @@ def _raising(one_device: OneReplica) -> OneReplica:
 def _over_devices(
     one_device: OneReplica,
     layout: Layout,
-    source: Any,
+    source: Function,
     ins: Sequence[PartitionSpec],
     outs: Sequence[PartitionSpec],
-    out_axes: Sequence[int | None],
-) -> Callable[..., tuple[Any, ...]]:
+    out_axes: Axes,
+) -> Callable[..., tuple[Array, ...]]:
     """What all devices run on padded arguments, the results cut to N rows.
 
     Args:
@@ -209,14 +208,14 @@ def _over_devices(
     def missing(spec: PartitionSpec) -> list[Hashable]:
         return [name for name in layout.scope.copies if name not in spec]
 
-    def alike(*blocks: Any) -> tuple[Any, ...]:
+    def alike(*blocks: Array) -> tuple[Array, ...]:
         with _jax.source(None):
             given = (equal_on(x, missing(spec)) for x, spec in zip(blocks, ins, strict=True))
             return tuple(own_on(y, missing(spec)) for y, spec in zip(one_device(*given), outs, strict=True))
 
     mapped = jax.shard_map(alike, mesh=layout.mesh, in_specs=tuple(ins), out_specs=tuple(outs), check_vma=False)
 
-    def all_replicas(*args: Any) -> tuple[Any, ...]:
+    def all_replicas(*args: Array) -> tuple[Array, ...]:
         with _jax.source(source):
             results = mapped(*args)
         return tuple(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -26,6 +25,7 @@ from replicax._engine.varying import NOWHERE, Analysis
 from replicax._jax import Equation, Jaxpr
 from replicax._layout.axes import match_out_axes
 from replicax._layout.layout import LogicalAxis, Scope
+from replicax._typing import Array, ArrayLike, Atom, Axes, PyTreeDef
 
 # ---------------------------------------------------------------------------------------------------------------
 # Parts of arrays
@@ -69,7 +69,7 @@ class Part:
         splits: The dimensions along which it is one, of different mesh axes.
     """
 
-    value: Any
+    value: Array
     splits: tuple[Split, ...]
 
     def join(self, *splits: Split) -> Part:
@@ -79,7 +79,7 @@ class Part:
             value = on_data(functools.partial(_joined_along, split), value)
         return Part(value, tuple(split for split in self.splits if split not in splits))
 
-    def only(self, kept: Sequence[Split]) -> Any:
+    def only(self, kept: Sequence[Split]) -> Array:
         """The array with no other splits than these."""
         return self.join(*(split for split in self.splits if not any(map(split.has_rows_of, kept)))).value
 
@@ -89,12 +89,12 @@ def _joined_along(split: Split, x: jax.Array) -> jax.Array:
     return real_rows(rows, split.dim, split.axis.placement)
 
 
-def whole(x: Any) -> Any:
+def whole(x: ArrayLike | Part) -> ArrayLike:
     """The array, if ``x`` is a part of one."""
     return x.only(()) if isinstance(x, Part) else x
 
 
-def as_part(x: Any, splits: tuple[Split, ...]) -> Any:
+def as_part(x: Array, splits: tuple[Split, ...]) -> Array | Part:
     """``x`` as a part of an array, if it is split."""
     return Part(x, splits) if splits else x
 
@@ -103,7 +103,7 @@ def as_part(x: Any, splits: tuple[Split, ...]) -> Any:
 # Into an inner map, and out of it
 
 
-def enter(axis: LogicalAxis, x: Any, dim: int | None) -> tuple[Any, tuple[Split, ...]]:
+def enter(axis: LogicalAxis, x: Array | Part, dim: int | None) -> tuple[Array, tuple[Split, ...]]:
     """This device's lanes of an argument, and along what else each replica's array is split.
 
     Args:
@@ -122,7 +122,7 @@ def enter(axis: LogicalAxis, x: Any, dim: int | None) -> tuple[Any, tuple[Split,
     return value, tuple(split.inside(dim) for split in part.splits if split is not found)
 
 
-def _own_block(axis: LogicalAxis, x: Any, dim: int | None) -> Any:
+def _own_block(axis: LogicalAxis, x: Array, dim: int | None) -> Array:
     if axis.device_axis is None:
         return x
     if dim is None:
@@ -130,7 +130,7 @@ def _own_block(axis: LogicalAxis, x: Any, dim: int | None) -> Any:
     return on_data(lambda x: primitives.own_part(x, axis.device_axis, dim), pad_rows(x, dim, axis.placement))
 
 
-def leave(axis: LogicalAxis, y: Any, dim: int | None, splits: Iterable[Split]) -> Any:
+def leave(axis: LogicalAxis, y: Array, dim: int | None, splits: Iterable[Split]) -> Array | Part:
     """The result of an inner map, out here.
 
     Args:
@@ -147,11 +147,11 @@ def leave(axis: LogicalAxis, y: Any, dim: int | None, splits: Iterable[Split]) -
 
 def run_inside(
     axis: LogicalAxis,
-    one_replica: Callable[[Sequence[Any]], Sequence[Any]],
-    args: Sequence[Any],
-    in_axes: Sequence[int | None],
-    out_axes: Sequence[int | None],
-) -> list[Any]:
+    one_replica: Callable[[Sequence[Array | Part]], Sequence[Array | Part]],
+    args: Sequence[Array | Part],
+    in_axes: Axes,
+    out_axes: Axes,
+) -> list[Array | Part]:
     """Runs an inner map.
 
     Args:
@@ -164,7 +164,7 @@ def run_inside(
     entered = [enter(axis, x, a) for x, a in zip(args, in_axes, strict=True)]
     made: list[tuple[Split, ...]] = []
 
-    def one_lane(*own: Any) -> tuple[Any, ...]:
+    def one_lane(*own: Array) -> tuple[Array, ...]:
         results = one_replica([as_part(x, splits) for x, (_, splits) in zip(own, entered, strict=True)])
         made[:] = [y.splits if isinstance(y, Part) else () for y in results]
         return tuple(y.value if isinstance(y, Part) else y for y in results)
@@ -181,7 +181,7 @@ def run_inside(
 def parts_taken(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
     """Along what each argument of a program may be split: as all of its uses want it, which are inner maps."""
     opened = in_sight(jaxpr, scope)
-    wanted: dict[Any, list[frozenset[Split]]] = {var: [] for var in opened.invars}
+    wanted: dict[Atom, list[frozenset[Split]]] = {var: [] for var in opened.invars}
     for eqn in opened.eqns:
         wants = _wants(eqn, scope) if primitives.is_nested_map(eqn) else [frozenset[Split]()] * len(eqn.invars)
         for atom, splits in zip(eqn.invars, wants, strict=True):
@@ -204,7 +204,7 @@ def _wants(eqn: Equation, scope: Scope) -> list[frozenset[Split]]:
 def parts_made(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
     """Along what each result of a program is split, if it comes from an inner map."""
     opened = in_sight(jaxpr, scope)
-    made: dict[Any, tuple[Split, ...]] = {}
+    made: dict[Atom, tuple[Split, ...]] = {}
     for eqn in opened.eqns:
         if primitives.is_nested_map(eqn):
             inside, (inner,) = scope.enter(eqn.params["name"], eqn.params["size"]), _jax.sub_jaxprs(eqn)
@@ -244,9 +244,9 @@ class Recorded:
         staged: From the argument leaves and these to the result leaves.
     """
 
-    closed: tuple[Any, ...]
-    out_tree: Any
-    staged: Callable[..., Sequence[Any]]
+    closed: tuple[Array, ...]
+    out_tree: PyTreeDef
+    staged: Callable[..., Sequence[Array]]
 
     @property
     def reusable(self) -> bool:
@@ -254,7 +254,7 @@ class Recorded:
         return not any(isinstance(x, jax.core.Tracer) for x in self.closed)
 
 
-def record(replica: Replica, axis: LogicalAxis, in_axes: Sequence[int | None], outputs: Outputs, name: str) -> Recorded:
+def record(replica: Replica, axis: LogicalAxis, in_axes: Axes, outputs: Outputs, name: str) -> Recorded:
     """A map as one equation of the enclosing map's program.
 
     Raises:
@@ -272,7 +272,7 @@ def record(replica: Replica, axis: LogicalAxis, in_axes: Sequence[int | None], o
     with _jax.axis_env({axis.name: axis.size}):
         jaxpr = _jax.without_constants(replica.jaxpr)
 
-    def staged(*args: Any) -> list[Any]:
+    def staged(*args: ArrayLike) -> list[Array]:
         leaves, consts = args[: len(in_axes)], args[len(in_axes) :]
         axes = (*[None] * len(consts), *in_axes)
         results = primitives.nested_map(

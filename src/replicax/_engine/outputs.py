@@ -14,6 +14,7 @@ from replicax._engine.varying import Varying
 from replicax._layout.axes import Spec
 from replicax._layout.layout import LogicalAxis
 from replicax._messages import report
+from replicax._typing import Axes
 from replicax.errors import DivergentOutputError
 
 
@@ -40,7 +41,7 @@ class Outputs:
 def check_outputs(
     policy: OutputPolicy,
     replica: Replica,
-    out_axes: Sequence[int | None],
+    out_axes: Axes,
     varying: Sequence[Varying],
     axis: LogicalAxis,
 ) -> None:

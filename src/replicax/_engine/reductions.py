@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from replicax._typing import Array, AxisName, DType, Function, IndexGroups
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Reduction:
     """
 
     name: str
-    named: Callable[..., Any]
-    between: Callable[..., Any]
-    local: Callable[..., Any]
+    named: Function
+    between: Function
+    local: Function
 
 
-def _by_rank(reduce: Callable[..., Any], x: Any, names: Any, axis_index_groups: Any = None) -> Any:
+def _by_rank(
+    reduce: Function, x: Array, names: AxisName | Sequence[AxisName], axis_index_groups: IndexGroups = None
+) -> Array:
     """A maximum or minimum between devices, of integers that stand in the order of the numbers, a NaN before all.
 
     XLA's own loses a NaN, on CPUs in JAX 0.10 to 0.12.
@@ -50,20 +53,20 @@ def _by_rank(reduce: Callable[..., Any], x: Any, names: Any, axis_index_groups: 
     return lax.bitcast_convert_type(_rank(best, ranks), wide.dtype).astype(x.dtype)
 
 
-def _rank(x: Any, ranks: Any) -> Any:
+def _rank(x: Array, ranks: DType) -> Array:
     """The bits of a number, those of a negative one but for its sign turned; and the bits of the number of a rank."""
     bits = lax.bitcast_convert_type(x, ranks)
     return bits ^ (lax.shift_right_arithmetic(bits, ranks.type(8 * ranks.itemsize - 1)) & np.iinfo(ranks).max)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def without_derivative(name: str, x: Any) -> Any:
+def without_derivative(name: str, x: Array) -> Array:
     """``x``, on its way through a reduction that JAX has no derivative of, whatever it is made of here."""
     del name
     return x
 
 
-def _refuse(name: str, primals: Any, tangents: Any) -> Any:
+def _refuse(name: str, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     del primals, tangents
     raise NotImplementedError(f"Differentiation rule for '{name}' not implemented")
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from replicax import _jax
 from replicax._messages import report
+from replicax._typing import PyTree, ShapeAndDtype
 from replicax.errors import NotAnArrayError
 
 OWN = "A reference that the mapped function makes itself, with jax.new_ref, may be read and written there."
 
 
-def refuse_passed(names: Sequence[str], values: Sequence[Any]) -> None:
+def refuse_passed(names: Sequence[str], values: Sequence[PyTree]) -> None:
     """Refuses references among the arguments.
 
     Raises:
@@ -30,7 +30,7 @@ def refuse_passed(names: Sequence[str], values: Sequence[Any]) -> None:
         )
 
 
-def refuse_closed_over(name: str, consts: Sequence[Any]) -> None:
+def refuse_closed_over(name: str, consts: Sequence[ShapeAndDtype]) -> None:
     """Refuses references from outside that the function ``name`` reads or writes.
 
     Raises:

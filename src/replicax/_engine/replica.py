@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,9 +15,11 @@ from replicax import _jax
 from replicax._engine.references import refuse_closed_over
 from replicax._engine.shard_maps import as_nested_maps
 from replicax._messages import report, text_of
+from replicax._typing import ArrayLike, Function, Kwargs, PyTree
 from replicax.errors import (
     NestedMapError,
     NotAnArrayError,
+    ReplicaxError,
     UnboundAxisError,
     UnconvertedArrayError,
     UnsupportedCollectiveError,
@@ -49,8 +50,8 @@ class Replica:
     """
 
     jaxpr: _jax.Jaxpr
-    consts: Sequence[Any]
-    out: Any
+    consts: Sequence[ArrayLike]
+    out: PyTree
 
     @cached_property
     def primitives(self) -> set[str]:
@@ -64,9 +65,9 @@ class Replica:
 
 
 def trace_replica(
-    fun: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
+    fun: Function,
+    args: Sequence[PyTree],
+    kwargs: Kwargs,
     static: Sequence[int],
     name: Hashable,
     size: int,
@@ -89,7 +90,7 @@ def trace_replica(
     """
 
     @functools.wraps(fun)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: PyTree, **kwargs: PyTree) -> PyTree:
         out = fun(*args, **kwargs)
         _check_results(out)
         return out
@@ -97,36 +98,37 @@ def trace_replica(
     try:
         with _jax.replica_traced():
             jaxpr, consts, out = _jax.trace(checked, args, kwargs, static, {name: size})
-    except UnboundAxisError:
-        raise  # of a map inside
-    except NameError as error:
-        unbound = _jax.unbound_axis_name(error)
-        if unbound is None:
+    except (NameError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        ours = _in_our_words(error, name)
+        if ours is None:
             raise
-        raise _unbound(unbound, name).with_traceback(error.__traceback__) from None
-    except AssertionError as error:
-        if not _jax.is_about_shard_map_types(error):
-            _explain(error)
-            raise
-        raise UnsupportedCollectiveError(
-            "pcast, or all_gather with to=, in a mapped function: JAX knows whether a value varies over an axis only "
-            "inside jax.shard_map, and jax.vmap refuses both, too. Leave the pcast out (here every value may differ "
-            "between replicas as it is) and call all_gather without to=."
-        ).with_traceback(error.__traceback__) from None
-    except (NotImplementedError, TypeError, ValueError) as error:
-        _explain(error)
-        if not _jax.is_about_explicit_meshes(error):
-            raise
-        raise NestedMapError(
-            "A jax.shard_map in the mapped function is over a mesh that jax.set_mesh has set, or one with Explicit "
-            "axes, and a map puts such a mesh aside: its replicas have devices of their own. Pass the mesh to the "
-            "jax.shard_map, and make it with Auto axes, as in mesh=jax.make_mesh(shape, names, axis_types="
-            "(jax.sharding.AxisType.Auto,) * len(names))."
-        ).with_traceback(error.__traceback__) from None
+        raise ours.with_traceback(error.__traceback__) from None
     called = getattr(fun, "__name__", "The mapped function")
     refuse_closed_over(called, consts)
     jaxpr = as_nested_maps(jaxpr, {name: size}, called)
     return Replica(jaxpr, list(_jax.constants(jaxpr)), out)
+
+
+def _in_our_words(error: Exception, name: Hashable) -> ReplicaxError | None:
+    """What to raise in the place of an error of JAX's; None where that says it all, if need be with a note."""
+    if isinstance(error, NameError):
+        unbound = None if isinstance(error, UnboundAxisError) else _jax.unbound_axis_name(error)  # one of a map inside
+        return None if unbound is None else _unbound(unbound, name)
+    if isinstance(error, AssertionError) and _jax.is_about_shard_map_types(error):
+        return UnsupportedCollectiveError(
+            "pcast, or all_gather with to=, in a mapped function: JAX knows whether a value varies over an axis only "
+            "inside jax.shard_map, and jax.vmap refuses both, too. Leave the pcast out (here every value may differ "
+            "between replicas as it is) and call all_gather without to=."
+        )
+    _explain(error)
+    if not isinstance(error, AssertionError) and _jax.is_about_explicit_meshes(error):
+        return NestedMapError(
+            "A jax.shard_map in the mapped function is over a mesh that jax.set_mesh has set, or one with Explicit "
+            "axes, and a map puts such a mesh aside: its replicas have devices of their own. Pass the mesh to the "
+            "jax.shard_map, and make it with Auto axes, as in mesh=jax.make_mesh(shape, names, axis_types="
+            "(jax.sharding.AxisType.Auto,) * len(names))."
+        )
+    return None
 
 
 _OVER_A_VMAP_TOO = (
@@ -169,7 +171,7 @@ def _explain(error: Exception) -> None:
         )
 
 
-def _check_results(out: Any) -> None:
+def _check_results(out: PyTree) -> None:
     faults = {
         f"result{keystr(path)}": x
         for path, x in jax.tree_util.tree_leaves_with_path(out)
@@ -183,7 +185,7 @@ def _check_results(out: Any) -> None:
         )
 
 
-def no_arrays(headline: str, named: Mapping[str, Any], remedy: str) -> NotAnArrayError:
+def no_arrays(headline: str, named: Mapping[str, object], remedy: str) -> NotAnArrayError:
     """The error about what is no array, by its name."""
     unconverted = list(filter(_jax.is_unconverted, named.values()))
     if any(map(_jax.is_masked, unconverted)):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -25,6 +24,7 @@ from replicax._engine.sums import find_sums, in_sight
 from replicax._engine.varying import NOWHERE, Analysis, Varying, mapped, union
 from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis, Scope
+from replicax._typing import Array, ArrayLike, Atom, Function
 from replicax.errors import UnsupportedCollectiveError
 
 
@@ -37,13 +37,13 @@ class _Values:
         kept: Variables that are used by other equations than they are operands of.
     """
 
-    def __init__(self, jaxpr: Jaxpr, values: Sequence[Any], kept: Sequence[Any]) -> None:
+    def __init__(self, jaxpr: Jaxpr, values: Sequence[ArrayLike | Part], kept: Sequence[Atom]) -> None:
         self._values = dict(zip([*jaxpr.constvars, *jaxpr.invars], values, strict=True))
         self._last = {atom: eqn for eqn in jaxpr.eqns for atom in eqn.invars if not _jax.is_literal(atom)}
         self._kept = {atom for atom in jaxpr.outvars if not _jax.is_literal(atom)}.union(kept)
-        self._whole: dict[Any, Any] = {}
+        self._whole: dict[Atom, ArrayLike] = {}
 
-    def read(self, atom: Any) -> Any:
+    def read(self, atom: Atom) -> ArrayLike:
         """The value of a variable or literal."""
         value = self.read_part(atom)
         if not isinstance(value, Part):
@@ -52,11 +52,11 @@ class _Values:
             self._whole[atom] = whole(value)
         return self._whole[atom]
 
-    def read_part(self, atom: Any) -> Any:
+    def read_part(self, atom: Atom) -> ArrayLike | Part:
         """The same, or a part of it, if this device has no more."""
         return atom.val if _jax.is_literal(atom) else self._values[atom]
 
-    def write(self, eqn: Equation, results: Sequence[Any]) -> None:
+    def write(self, eqn: Equation, results: Sequence[ArrayLike | Part]) -> None:
         """Takes the results of an equation."""
         self._values.update(zip(eqn.outvars, results, strict=True))
 
@@ -84,9 +84,11 @@ class Rewriter:
         self.communication = communication or Communication(scope)
         self._inside: dict[tuple[Hashable, int], Rewriter] = {}
         self._seen: dict[int, tuple[Jaxpr, Jaxpr]] = {}
-        self._rewritten: dict[Hashable, tuple[Jaxpr, tuple[Jaxpr, list[Any]]]] = {}
+        self._rewritten: dict[Hashable, tuple[Jaxpr, tuple[Jaxpr, list[Array]]]] = {}
 
-    def run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], varying: Sequence[Varying]) -> list[Any]:
+    def run(
+        self, jaxpr: Jaxpr, consts: Sequence[ArrayLike], args: Sequence[ArrayLike], varying: Sequence[Varying]
+    ) -> list[ArrayLike]:
         """Runs a jaxpr on the values of one replica.
 
         Args:
@@ -101,8 +103,8 @@ class Rewriter:
         return list(map(whole, self.run_in_parts(jaxpr, consts, args, varying)))
 
     def run_in_parts(
-        self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], varying: Sequence[Varying]
-    ) -> list[Any]:
+        self, jaxpr: Jaxpr, consts: Sequence[ArrayLike], args: Sequence[ArrayLike | Part], varying: Sequence[Varying]
+    ) -> list[ArrayLike | Part]:
         """As :meth:`run`; but an argument, or a result, of a map inside may be a device's :class:`Part` of it."""
         if not any(self.communication.changes(jaxpr)):
             return _jax.run(_jax.body(jaxpr), list(map(whole, args)), consts)
@@ -130,7 +132,9 @@ class Rewriter:
         known = self.analysis.values(jaxpr, varying)
         return [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in eqn.invars]
 
-    def _equation(self, eqn: Equation, args: list[Any], where: Callable[[], list[Varying]]) -> list[Any]:
+    def _equation(
+        self, eqn: Equation, args: list[ArrayLike | Part], where: Callable[[], list[Varying]]
+    ) -> Sequence[ArrayLike | Part]:
         """An equation that has to change; ``where`` finds out where its operands vary."""
         if callback_primitives.is_guarded(eqn):
             return call_guarded(self.scope, eqn, args, union(where()[1:]))
@@ -148,12 +152,12 @@ class Rewriter:
         hoist = _jax.bears_no_constants(eqn)
         new = {id(sub): self._sub_jaxpr(sub, operands, apart=apart, hoist=hoist) for sub, operands in inside}
 
-        def rewrite_rule(rule: Callable[..., Any], role: str) -> Callable[..., Any]:
+        def rewrite_rule(rule: Function, role: str) -> Function:
             return rewritten_rule(self, rule, role, apart=len(eqn.outvars) if apart else 0)
 
         return _jax.bind_again(eqn, args, lambda sub: new[id(sub)], rewrite_rule)
 
-    def _leaf(self, eqn: Equation, args: list[Any]) -> list[Any]:
+    def _leaf(self, eqn: Equation, args: list[ArrayLike]) -> list[ArrayLike]:
         names = [name for name in _jax.named_axes(eqn) if name in self.scope]
         if names:
             known = REGISTRY.get(eqn.primitive.name)
@@ -171,14 +175,14 @@ class Rewriter:
             f"it as it is. Call it outside the mapped function."
         )
 
-    def _nested(self, eqn: Equation, args: list[Any], varying: list[Varying]) -> list[Any]:
+    def _nested(self, eqn: Equation, args: list[ArrayLike | Part], varying: list[Varying]) -> list[Array | Part]:
         """A map inside: its replicas are lanes too, on the devices that this level has left to the next."""
         inside, (jaxpr,) = self._rewriter_inside(eqn), _jax.sub_jaxprs(eqn)
         axis, in_axes, out_axes = inside.scope.axes[-1], eqn.params["in_axes"], eqn.params["out_axes"]
         operands = mapped(eqn, varying, frozenset({axis}))
         by_replica = "custom_vjp_call" in _jax.primitives(jaxpr)
 
-        def one_replica(own: Sequence[Any]) -> list[Any]:
+        def one_replica(own: Sequence[Array | Part]) -> list[Array | Part]:
             results = inside.run_in_parts(jaxpr, _jax.constants(jaxpr), own, operands)
             return [
                 one_value(axis, whole(y), by_replica=by_replica) if a is None else y
@@ -202,11 +206,11 @@ class Rewriter:
 
     def _sub_jaxpr(
         self, jaxpr: Jaxpr, varying: Sequence[Varying], *, apart: bool, hoist: bool
-    ) -> tuple[Jaxpr, list[Any]]:
+    ) -> tuple[Jaxpr, list[Array]]:
         key = (id(jaxpr), tuple(varying), apart, hoist)
         if key not in self._rewritten:
 
-            def run(*args: Any) -> list[Any]:
+            def run(*args: Array) -> list[ArrayLike]:
                 results = self.run(jaxpr, _jax.constants(jaxpr), args, varying)
                 return [lane_by_lane(self.scope.axes, x) for x in results] if apart else results
 
@@ -214,13 +218,13 @@ class Rewriter:
         return self._rewritten[key][1]
 
 
-def _draw(scope: Scope, eqn: Equation, args: list[Any], varying: Varying) -> list[Any]:
+def _draw(scope: Scope, eqn: Equation, args: list[ArrayLike], varying: Varying) -> list[Array]:
     """Random numbers of each replica's own key, however many replicas a device runs."""
     lanes = [axis for axis in scope.axes if axis in varying and axis.lane_axis is not None]
     return one_by_one(lanes, lambda *own: _jax.bind(eqn, own), *_jax.operands(eqn, args))
 
 
-def one_value(axis: LogicalAxis, y: Any, *, by_replica: bool) -> Any:
+def one_value(axis: LogicalAxis, y: ArrayLike, *, by_replica: bool) -> ArrayLike:
     """The result that is equal in all replicas, or whose first is meant.
 
     Args:

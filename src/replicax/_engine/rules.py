@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 
 from replicax import _jax
 from replicax._engine.blocks import lane_by_lane
 from replicax._engine.collectives import where_replica
 from replicax._engine.runner import Runner
+from replicax._typing import Array, ArrayLike, Function, PyTree
 
 
-def rewritten_rule(runner: Runner, rule: Callable[..., Any], role: str, *, apart: int) -> Callable[..., Any]:
+def rewritten_rule(runner: Runner, rule: Function, role: str, *, apart: int) -> Function:
     """A derivative rule of the user's, rewritten when JAX calls it.
 
     The rules are one replica's, and so is what they take and give. But JAX hands a reverse rule the sum over
@@ -30,7 +28,7 @@ def rewritten_rule(runner: Runner, rule: Callable[..., Any], role: str, *, apart
     axes = runner.scope.axes
     everywhere = frozenset(axes)
 
-    def rewritten(*args: Any) -> Any:
+    def rewritten(*args: ArrayLike) -> PyTree:
         with _jax.axis_env({axis.name: axis.size for axis in axes}):
             jaxpr, arrays, restore = _jax.trace_rule(rule, args)
         # JAX calls a rule when vmap and shard_map have long returned, and taken their axes along.
@@ -47,9 +45,7 @@ def rewritten_rule(runner: Runner, rule: Callable[..., Any], role: str, *, apart
     return rewritten
 
 
-def expanded(
-    runner: Runner, expansion: tuple[Callable[..., Any], Callable[..., Any]], args: list[Any], *, apart: int
-) -> list[Any]:
+def expanded(runner: Runner, expansion: tuple[Function, Function], args: list[ArrayLike], *, apart: int) -> list[Array]:
     """An operation that JAX keeps whole until it is compiled, and that communicates: what it stands for."""
     primal, jvp = (rewritten_rule(runner, rule, "jvp", apart=apart) for rule in expansion)
     call = jax.custom_jvp(primal)

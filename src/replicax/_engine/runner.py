@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from replicax._engine.communication import Communication
 from replicax._engine.varying import Analysis, Varying
 from replicax._jax import Jaxpr
 from replicax._layout.layout import Scope
+from replicax._typing import ArrayLike
 
 
 class Runner(Protocol):
@@ -24,5 +25,7 @@ class Runner(Protocol):
     analysis: Analysis
     communication: Communication
 
-    def run(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], varying: Sequence[Varying]) -> list[Any]:
+    def run(
+        self, jaxpr: Jaxpr, consts: Sequence[ArrayLike], args: Sequence[ArrayLike], varying: Sequence[Varying]
+    ) -> list[ArrayLike]:
         """Runs a jaxpr on the values of one replica."""

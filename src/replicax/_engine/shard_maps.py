@@ -7,8 +7,8 @@ cuts its arguments along the axes of a mesh, runs a program on each piece, and j
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeAlias
 
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -16,10 +16,14 @@ from jax.sharding import PartitionSpec
 from replicax import _jax
 from replicax._engine import primitives
 from replicax._jax import Equation, Jaxpr
+from replicax._typing import Array, Atom, AxisName, Function, PyTree
 from replicax.errors import NestedMapError
 
 #: What says where an array lies, or that it may vary, and does nothing to it.
 ABOUT_PLACES = ("pvary", "sharding_constraint", "reshard")
+
+#: A dimension of an array as a position, or the mesh axis that a dimension is cut along.
+Dimension: TypeAlias = int | AxisName
 
 
 def as_nested_maps(jaxpr: Jaxpr, sizes: Mapping[Hashable, int], name: str) -> Jaxpr:
@@ -46,11 +50,11 @@ def as_nested_maps(jaxpr: Jaxpr, sizes: Mapping[Hashable, int], name: str) -> Ja
         ) from error
 
 
-def _run(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
+def _run(jaxpr: Jaxpr, args: Sequence[Array]) -> list[Array]:
     body = _jax.body(jaxpr)
     env = dict(zip([*body.constvars, *body.invars], [*_jax.constants(jaxpr), *args], strict=True))
 
-    def read(atom: Any) -> Any:
+    def read(atom: Atom) -> Array:
         return _jax.literal(atom) if _jax.is_literal(atom) else env[atom]
 
     for eqn in body.eqns:
@@ -60,7 +64,7 @@ def _run(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     return list(map(read, body.outvars))
 
 
-def _equation(eqn: Equation, args: list[Any]) -> list[Any]:
+def _equation(eqn: Equation, args: list[Array]) -> list[Array]:
     if eqn.primitive.name == "shard_map":
         return _shard_map(eqn, args)
     if eqn.primitive.name in ABOUT_PLACES:
@@ -69,13 +73,13 @@ def _equation(eqn: Equation, args: list[Any]) -> list[Any]:
         return list(lax.psum(args, eqn.params["axes"]))
     hoist = _jax.bears_no_constants(eqn)
 
-    def rewritten(sub: Jaxpr) -> tuple[Jaxpr, list[Any]]:
+    def rewritten(sub: Jaxpr) -> tuple[Jaxpr, list[Array]]:
         return _jax.retrace(lambda *args: _run(sub, args), sub, hoist=hoist)
 
     return _jax.bind_again(eqn, args, rewritten, lambda rule, _: _explained(rule) if _jax.in_shard_map(eqn) else rule)
 
 
-def _explained(rule: Callable[..., Any]) -> Callable[..., Any]:
+def _explained(rule: Function) -> Function:
     """A derivative rule that was recorded inside a ``shard_map``, which JAX runs when it differentiates from outside.
 
     It compares the types of what the rule returns, which do not say any more over which axes they vary, with those
@@ -83,7 +87,7 @@ def _explained(rule: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(rule)
-    def explained(*args: Any) -> Any:
+    def explained(*args: PyTree) -> PyTree:
         try:
             return rule(*args)
         except TypeError as error:
@@ -97,32 +101,30 @@ def _explained(rule: Callable[..., Any]) -> Callable[..., Any]:
     return explained
 
 
-def _shard_map(eqn: Equation, args: Sequence[Any]) -> list[Any]:
+def _shard_map(eqn: Equation, args: Sequence[Array]) -> list[Array]:
     params, mesh = eqn.params, eqn.params["mesh"]
     names = [name for name in mesh.axis_names if name in params["newly_manual_axes"]]
     outs = [var.aval for var in eqn.outvars]
     cut = [_cut_dimensions(spec, x.ndim, names) for spec, x in zip(params["in_specs"], args, strict=True)]
     joined = [_cut_dimensions(spec, len(y.shape), names) for spec, y in zip(params["out_specs"], outs, strict=True)]
 
-    def over(axes: Sequence[Hashable], cut: Sequence[list[Any]], args: Sequence[Any]) -> list[Any]:
+    def over(axes: Sequence[Hashable], cut: Sequence[list[Dimension]], args: Sequence[Array]) -> list[Array]:
         """A map over each of the axes, of arrays that have those and no others of their cut dimensions."""
         if not axes:
             return _run(params["jaxpr"], args)
         name, *rest = axes
-        in_axes = [dims.index(name) if name in dims else None for dims in cut]
+        in_axes = _places(name, cut)
         remaining = [[dim for dim in dims if dim != name] for dims in cut]
         own = [_jax.without_axis(x, axis) for x, axis in zip(args, in_axes, strict=True)]
-        size = mesh.shape[name]
-        jaxpr, consts = _jax.trace_flat(lambda *own: over(rest, remaining, own), own, {name: size})
-        here = [[dim for dim in dims if isinstance(dim, int) or dim in axes] for dims in joined]
-        out_axes = [dims.index(name) if name in dims else None for dims in here]
+        jaxpr, consts = _jax.trace_flat(lambda *own: over(rest, remaining, own), own, {name: mesh.shape[name]})
+        out_axes = _places(name, [[dim for dim in dims if isinstance(dim, int) or dim in axes] for dims in joined])
         # Where JAX does not check that a result is equal on all devices, it is the first one's.
         first = [axis is None and not params["check_vma"] for axis in out_axes]
         results = primitives.nested_map(
             jaxpr,
             [*consts, *args],
             name=name,
-            size=size,
+            size=mesh.shape[name],
             in_axes=[*[None] * len(consts), *in_axes],
             out_axes=[0 if f else axis for f, axis in zip(first, out_axes, strict=True)],
         )
@@ -132,9 +134,14 @@ def _shard_map(eqn: Equation, args: Sequence[Any]) -> list[Any]:
     return [lax.reshape(y, aval.shape) for y, aval in zip(over(names, cut, pieces), outs, strict=True)]
 
 
-def _cut_dimensions(spec: PartitionSpec, rank: int, names: Sequence[Hashable]) -> list[Any]:
+def _places(name: AxisName, cut: Sequence[list[Dimension]]) -> list[int | None]:
+    """Where each array has the dimension that is cut along a mesh axis; None where it has none."""
+    return [dims.index(name) if name in dims else None for dims in cut]
+
+
+def _cut_dimensions(spec: PartitionSpec, rank: int, names: Sequence[Hashable]) -> list[Dimension]:
     """The dimensions of an array as positions, each after the names of the mesh axes that it is cut along."""
-    dims: list[Any] = []
+    dims: list[Dimension] = []
     for dim in range(rank):
         along = spec[dim] if dim < len(spec) else None
         dims += [name for name in (along if isinstance(along, tuple) else (along,)) if name in names]
@@ -142,7 +149,7 @@ def _cut_dimensions(spec: PartitionSpec, rank: int, names: Sequence[Hashable]) -
     return dims
 
 
-def _shape(x: Any, dims: Sequence[Any], sizes: Mapping[Hashable, int]) -> list[int]:
+def _shape(x: Array, dims: Sequence[Dimension], sizes: Mapping[Hashable, int]) -> list[int]:
     """The shape of an array whose cut dimensions are several."""
     shape, pieces = [], 1
     for dim in dims:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -14,6 +13,7 @@ from replicax import _jax
 from replicax._engine.outputs import OutputPolicy
 from replicax._engine.replica import Replica
 from replicax._layout.layout import Layout, Splits
+from replicax._typing import Array, DType, PyTreeDef, ShapeAndDtype
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Inputs:
         donated: The positions of those whose buffers the program may reuse.
     """
 
-    types: tuple[Any, ...]
+    types: tuple[jax.ShapeDtypeStruct, ...]
     axes: tuple[int | None, ...]
     donated: tuple[int, ...] = ()
 
@@ -56,11 +56,11 @@ class ProgramSpec:
     replica: Replica
     inputs: Inputs
     out_axes: tuple[int | None, ...]
-    out_tree: Any
+    out_tree: PyTreeDef
     in_splits: tuple[Splits, ...]
     out_splits: tuple[Splits, ...]
-    function: Callable[..., tuple[Any, ...]]
-    closed: tuple[Any, ...]
+    function: Callable[..., tuple[Array, ...]]
+    closed: tuple[Array, ...]
     one_mesh: bool
     policy: OutputPolicy
 
@@ -87,7 +87,7 @@ class ProgramSpec:
         """The type of each argument leaf once every padding lane has its row."""
         return tuple(map(self._padded_type, self.inputs.types, self.inputs.axes))
 
-    def _padded_type(self, x: Any, axis: int | None) -> jax.ShapeDtypeStruct:
+    def _padded_type(self, x: ShapeAndDtype, axis: int | None) -> jax.ShapeDtypeStruct:
         aval = _jax.typeof(x)
         shape = list(aval.shape)
         if axis is not None:
@@ -101,7 +101,7 @@ class ProgramSpec:
         return tuple(i for i in self.inputs.donated if self.inputs.axes[i] is None or not padded)
 
     @cached_property
-    def dtypes(self) -> tuple[Any, ...]:
+    def dtypes(self) -> tuple[DType, ...]:
         """The dtype of each argument leaf."""
         return tuple(aval.dtype for aval in self.inputs.types)
 

@@ -22,8 +22,9 @@ from replicax._engine.collectives import REGISTRY, Names, where_replica
 from replicax._engine.varying import Varying
 from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxes, LogicalAxis, Scope
+from replicax._typing import Array, Atom, Function
 
-Read = Callable[[Any], Any]
+Read = Callable[[Atom], Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +37,15 @@ class Sum:
     """
 
     eqn: Equation
-    made: dict[Any, Equation]
+    made: dict[Atom, Equation]
 
     @property
-    def needs(self) -> set[Any]:
+    def needs(self) -> set[Atom]:
         """The values that it takes."""
         operands = (atom for eqn in self.made.values() for atom in eqn.invars if not _jax.is_literal(atom))
         return {atom for atom in operands if atom not in self.made}
 
-    def run(self, scope: Scope, read: Read) -> Any:
+    def run(self, scope: Scope, read: Read) -> Array:
         """The sum over all replicas.
 
         Raises:
@@ -55,7 +56,7 @@ class Sum:
         with _jax.equation_context(self.eqn):
             return psum_of_devices(scope, of_lanes, axes=self.eqn.params["axes"])
 
-    def _of_lanes(self, atom: Any, scope: Scope, read: Read) -> Any:
+    def _of_lanes(self, atom: Atom, scope: Scope, read: Read) -> Array:
         axes = self.eqn.params["axes"]
         if atom not in self.made:
             with _jax.equation_context(self.eqn):
@@ -82,7 +83,7 @@ def _hides_products(eqn: Equation) -> bool:
     return eqn.primitive.name == "jit" and "dot_general" in _jax.primitives(eqn.params["jaxpr"])
 
 
-def find_sums(jaxpr: Jaxpr, scope: Scope, where: Callable[[], dict[Any, Varying]]) -> dict[int, Sum]:
+def find_sums(jaxpr: Jaxpr, scope: Scope, where: Callable[[], dict[Atom, Varying]]) -> dict[int, Sum]:
     """The sums of products in a jaxpr, by the ``id`` of their equation.
 
     Args:
@@ -93,14 +94,14 @@ def find_sums(jaxpr: Jaxpr, scope: Scope, where: Callable[[], dict[Any, Varying]
     psums = [eqn for eqn in jaxpr.eqns if _sums_lanes(eqn, scope)]
     if not psums or not any(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns):
         return {}
-    uses: dict[Any, int] = {}
+    uses: dict[Atom, int] = {}
     for atom in (*(atom for eqn in jaxpr.eqns for atom in eqn.invars), *jaxpr.outvars):
         if not _jax.is_literal(atom):
             uses[atom] = uses.get(atom, 0) + 1
     makers = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns if len(eqn.outvars) == 1 and uses.get(eqn.outvars[0]) == 1}
     found = {}
     for eqn in psums:
-        made: dict[Any, Equation] = {}
+        made: dict[Atom, Equation] = {}
         padded = any(scope[name].padding for name in eqn.params["axes"])
         lanes = frozenset(scope[name] for name in eqn.params["axes"] if scope[name].lane_axis is not None)
         suits = functools.partial(_suits, lanes, where, padded)
@@ -109,7 +110,7 @@ def find_sums(jaxpr: Jaxpr, scope: Scope, where: Callable[[], dict[Any, Varying]
     return found
 
 
-def _suits(lanes: Varying, where: Callable[[], dict[Any, Varying]], padded: bool, eqn: Equation) -> bool:
+def _suits(lanes: Varying, where: Callable[[], dict[Atom, Varying]], padded: bool, eqn: Equation) -> bool:
     """Whether one product over all lanes is better than the sum of one for each.
 
     XLA may have to copy an operand, or be as fast with a few large ones; but it cannot look through a mask.
@@ -137,7 +138,7 @@ def _sums_lanes(eqn: Equation, scope: Scope) -> bool:
 
 
 def _finds_products(
-    atom: Any, makers: dict[Any, Equation], made: dict[Any, Equation], suits: Callable[[Equation], bool]
+    atom: Atom, makers: dict[Atom, Equation], made: dict[Atom, Equation], suits: Callable[[Equation], bool]
 ) -> bool:
     """Whether products are among what a value is made of; if so, ``made`` gets the equations down to them."""
     eqn = None if _jax.is_literal(atom) else makers.get(atom)
@@ -175,7 +176,9 @@ def _summands(eqn: Equation) -> Sequence[int]:
 # As traced operations
 
 
-def psum_of_product(logical: LogicalAxes, a: Any, b: Any, *, axes: Names, dimension_numbers: Any, **params: Any) -> Any:
+def psum_of_product(
+    logical: LogicalAxes, a: Array, b: Array, *, axes: Names, dimension_numbers: lax.DotDimensionNumbers, **params: Any
+) -> Array:
     """Over a device's lanes, the sum of each replica's ``lax.dot_general(a, b)``: one product, of all lanes.
 
     Padding lanes are zero in both operands, so that what they hold makes no difference, not even a NaN.
@@ -186,14 +189,14 @@ def psum_of_product(logical: LogicalAxes, a: Any, b: Any, *, axes: Names, dimens
     contracted, batched = ([tuple(d + first for d in dims) for dims in pair] for pair in dimension_numbers)
     dimensions = tuple((*summed, *dims) for dims in contracted), tuple(batched)
 
-    def product(a: Any, b: Any) -> Any:
+    def product(a: Array, b: Array) -> Array:
         if not sums_leading(dimension_numbers):
             return lax.dot_general(a, b, dimensions, **params)
         count = len(dimensions[0][0])  # as one dimension: XLA copies an operand that is summed over several
         a, b = (x.reshape(-1, *x.shape[count:]) for x in (a, b))
         return lax.dot_general(a, b, (((0,), (0,)), ((), ())), **params)
 
-    def of_replicas(x: Any) -> Any:
+    def of_replicas(x: Array) -> Array:
         return functools.reduce(lambda x, axis: block(axis, x), lanes, where_replica(ours, x))
 
     if len(ours) == 1 and ours[0].placement.padding_is_last and 0 < 2 * ours[0].padding <= ours[0].lanes:
@@ -201,7 +204,7 @@ def psum_of_product(logical: LogicalAxes, a: Any, b: Any, *, axes: Names, dimens
     return product(of_replicas(a), of_replicas(b))
 
 
-def _product_beside_padding(axis: LogicalAxis, product: Callable[..., Any], a: Any, b: Any) -> Any:
+def _product_beside_padding(axis: LogicalAxis, product: Function, a: Array, b: Array) -> Array:
     """A product of lanes of which few on the last device are padding, with zeros there in the smaller operand alone.
 
     That is enough if what the other one has there is finite, and saves a pass over it.
@@ -209,13 +212,13 @@ def _product_beside_padding(axis: LogicalAxis, product: Callable[..., Any], a: A
     own, smaller, lanes = where_replica([axis], jnp.bool_(True)), a.size <= b.size, [block(axis, a), block(axis, b)]
     real = block(axis, own)
 
-    def zeroed(x: Any) -> Any:
+    def zeroed(x: Array) -> Array:
         return lax.select(jnp.broadcast_to(real.reshape(-1, *[1] * (x.ndim - 1)), x.shape), x, jnp.zeros_like(x))
 
-    def with_smaller_zeroed(small: Any, large: Any) -> Any:
+    def with_smaller_zeroed(small: Array, large: Array) -> Array:
         return product(small, large) if smaller else product(large, small)
 
-    def with_both_zeroed(small: Any, large: Any) -> Any:
+    def with_both_zeroed(small: Array, large: Array) -> Array:
         return with_smaller_zeroed(small, zeroed(large))
 
     small, large = zeroed(lanes[not smaller]), lanes[smaller]
@@ -223,19 +226,19 @@ def _product_beside_padding(axis: LogicalAxis, product: Callable[..., Any], a: A
     return lax.cond(finite, with_smaller_zeroed, with_both_zeroed, small, large)
 
 
-def sums_leading(dimension_numbers: Any) -> bool:
+def sums_leading(dimension_numbers: lax.DotDimensionNumbers) -> bool:
     """Whether a product sums over the first dimensions of both operands, in order, and has no others in common."""
     contracted, (batched, _) = dimension_numbers
     return not batched and all(tuple(dims) == tuple(range(len(dims))) for dims in contracted)
 
 
-def psum_of_lanes(logical: LogicalAxes, x: Any, *, axes: Names) -> Any:
+def psum_of_lanes(logical: LogicalAxes, x: Array, *, axes: Names) -> Array:
     """The sum over a device's own lanes."""
     ours = [logical[name] for name in axes]
     return lax.psum(where_replica(ours, x), tuple(axis.lane_axis for axis in ours if axis.lane_axis is not None))
 
 
-def psum_of_devices(logical: LogicalAxes, x: Any, *, axes: Names) -> Any:
+def psum_of_devices(logical: LogicalAxes, x: Array, *, axes: Names) -> Array:
     """The sum over devices of what each has summed over its lanes."""
     names = tuple(logical[name].device_axis for name in axes if logical[name].device_axis is not None)
     return lax.psum(x, names) if names else x

@@ -10,7 +10,6 @@ times, or enter differently: around those, the user's collectives need every rep
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 from replicax import _jax
 from replicax._engine import primitives
@@ -18,6 +17,7 @@ from replicax._engine.collectives import REGISTRY, Result
 from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis, Scope
+from replicax._typing import Atom
 
 #: The mapped axes over which one value varies.
 Varying = frozenset[LogicalAxis]
@@ -40,7 +40,7 @@ class Analysis:
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
         self._inside: dict[tuple[Hashable, int], Analysis] = {}
-        self._known: dict[tuple[int, tuple[Varying, ...]], tuple[Jaxpr, dict[Any, Varying]]] = {}
+        self._known: dict[tuple[int, tuple[Varying, ...]], tuple[Jaxpr, dict[Atom, Varying]]] = {}
 
     def inside(self, eqn: Equation) -> Analysis:
         """The analysis of the program of a map inside."""
@@ -54,14 +54,14 @@ class Analysis:
         known = self.values(jaxpr, args)
         return [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in _jax.body(jaxpr).outvars]
 
-    def values(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> dict[Any, Varying]:
+    def values(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> dict[Atom, Varying]:
         """Where each value in a jaxpr varies, given where each argument does."""
         key = (id(jaxpr), tuple(args))
         if key not in self._known:
             self._known[key] = (jaxpr, self._run(_jax.body(jaxpr), args))  # the jaxpr, so that its id stays its own
         return self._known[key][1]
 
-    def _run(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> dict[Any, Varying]:
+    def _run(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> dict[Atom, Varying]:
         known = dict.fromkeys(jaxpr.constvars, NOWHERE) | dict(zip(jaxpr.invars, args, strict=True))
         for eqn in jaxpr.eqns:
             operands = [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in eqn.invars]

@@ -7,7 +7,7 @@ import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import jax
 from jax.tree_util import keystr
@@ -15,7 +15,12 @@ from jax.tree_util import keystr
 from replicax import _jax
 from replicax._layout.vmappable import all_of, one_of
 from replicax._messages import MOST, as_int, report
+from replicax._typing import Axes, Function, KeyPath, PyTree, PyTreeDef
 from replicax.errors import ArgumentNameError, AxisSpecError, AxisSpecTypeError, MappedSizeError, OptionTypeError
+
+#: Given a value with rules of its own for ``vmap``, and its entry: the axis of each array in it, and what the map makes
+#: of it.
+OfOne: TypeAlias = Callable[[PyTree, PyTree], tuple[list[int | None], PyTree]]
 
 
 def is_none(x: object) -> bool:
@@ -30,16 +35,16 @@ class Spec:
     Types with rules of their own for ``vmap`` may have entries of a kind of their own, too.
     """
 
-    leaves: tuple[Any, ...]
-    treedef: Any
+    leaves: tuple[PyTree, ...]
+    treedef: PyTreeDef
 
     @property
-    def tree(self) -> Any:
+    def tree(self) -> PyTree:
         """The specification as the user wrote it."""
         return jax.tree.unflatten(self.treedef, self.leaves)
 
 
-def check_spec(which: str, spec: Any) -> Spec:
+def check_spec(which: str, spec: PyTree) -> Spec:
     """Checks that ``in_axes`` or ``out_axes`` holds nothing but ints and None, without looking at any argument.
 
     Raises:
@@ -47,7 +52,7 @@ def check_spec(which: str, spec: Any) -> Spec:
     """
     faults = []
 
-    def leaf(path: Any, axis: Any) -> Any:
+    def leaf(path: KeyPath, axis: PyTree) -> PyTree:
         if axis is None or (_jax.is_map_spec(axis) and not isinstance(axis, int)):
             return axis
         if _jax.is_vmappable(axis):
@@ -73,7 +78,7 @@ def check_spec(which: str, spec: Any) -> Spec:
     return Spec(*_flatten(checked))
 
 
-def _flatten(spec: Any) -> tuple[tuple[Any, ...], Any]:
+def _flatten(spec: PyTree) -> tuple[tuple[PyTree, ...], PyTreeDef]:
     leaves, treedef = jax.tree.flatten(spec, is_leaf=is_none)
     return tuple(leaves), treedef
 
@@ -89,7 +94,7 @@ class Leaf:
         return f"{self.name} of shape {self.aval.shape}"
 
 
-def name_leaves(fun: Callable[..., Any], args: Mapping[int, Any], kwargs: Mapping[str, Any]) -> list[str]:
+def name_leaves(fun: Function, args: Mapping[int, PyTree], kwargs: Mapping[str, PyTree]) -> list[str]:
     """What the user calls each leaf of the arguments: parameter name and tree path.
 
     Args:
@@ -103,7 +108,7 @@ def name_leaves(fun: Callable[..., Any], args: Mapping[int, Any], kwargs: Mappin
     return [root + keystr(path) for root, tree in roots for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def parameter_names(fun: Callable[..., Any], positions: Sequence[int] | Mapping[int, Any]) -> dict[int, str]:
+def parameter_names(fun: Function, positions: Iterable[int]) -> dict[int, str]:
     """The name of the parameter at each position; ``argument 0`` and so on where there is no telling."""
     parameters = _parameters(fun) or []
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -117,7 +122,7 @@ def parameter_names(fun: Callable[..., Any], positions: Sequence[int] | Mapping[
     return {i: name(i) for i in positions}
 
 
-def _parameters(fun: Callable[..., Any]) -> list[inspect.Parameter] | None:
+def _parameters(fun: Function) -> list[inspect.Parameter] | None:
     try:
         return list(inspect.signature(fun).parameters.values())
     except (ValueError, TypeError):
@@ -142,7 +147,7 @@ class Chosen:
 
 
 @_jax.api_boundary
-def choose(which: str, fun: Callable[..., Any], argnums: int | Iterable[int], argnames: str | Iterable[str]) -> Chosen:
+def choose(which: str, fun: Function, argnums: int | Iterable[int], argnames: str | Iterable[str]) -> Chosen:
     """Checks ``<which>_argnums`` and ``<which>_argnames``, and completes each by the other.
 
     Raises:
@@ -151,13 +156,7 @@ def choose(which: str, fun: Callable[..., Any], argnums: int | Iterable[int], ar
     """
     numbers = argnums if isinstance(argnums, Iterable) else (argnums,)
     positions = tuple(as_int(f"{which}_argnums", position) for position in numbers)
-    names = (argnames,) if isinstance(argnames, str) or not isinstance(argnames, Iterable) else tuple(argnames)
-    for name in names:
-        if not isinstance(name, str):
-            raise OptionTypeError(
-                f"{which}_argnames must be the name of a parameter, or several, and has {name!r:.60} in it, of type "
-                f"{type(name).__name__}. Positions go to {which}_argnums."
-            )
+    names = _as_names(which, argnames)
     parameters = _parameters(fun) if positions or names else None
     if parameters is None:
         return Chosen(positions, positions, names)
@@ -182,7 +181,18 @@ def choose(which: str, fun: Callable[..., Any], argnums: int | Iterable[int], ar
     )
 
 
-def takes_position(fun: Callable[..., Any], position: int) -> bool:
+def _as_names(which: str, argnames: str | Iterable[str]) -> tuple[str, ...]:
+    names = (argnames,) if isinstance(argnames, str) or not isinstance(argnames, Iterable) else tuple(argnames)
+    for name in names:
+        if not isinstance(name, str):
+            raise OptionTypeError(
+                f"{which}_argnames must be the name of a parameter, or several, and has {name!r:.60} in it, of type "
+                f"{type(name).__name__}. Positions go to {which}_argnums."
+            )
+    return names
+
+
+def takes_position(fun: Function, position: int) -> bool:
     """Whether a function may have a positional argument there; yes where there is no telling."""
     parameters = _parameters(fun)
     return parameters is None or _takes(parameters, position)
@@ -199,7 +209,7 @@ def _positional(parameters: Sequence[inspect.Parameter]) -> int:
 
 
 def _refuse_unknown_names(
-    which: str, fun: Callable[..., Any], names: Sequence[str], parameters: Sequence[inspect.Parameter]
+    which: str, fun: Function, names: Sequence[str], parameters: Sequence[inspect.Parameter]
 ) -> None:
     known = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     unknown = [name for name in names if name not in known]
@@ -223,12 +233,12 @@ def one_replica_type(aval: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeD
 
 def match_in_axes(
     spec: Spec,
-    args: Mapping[int, Any],
-    kwargs: Mapping[str, Any],
+    args: Mapping[int, PyTree],
+    kwargs: Mapping[str, PyTree],
     names: Mapping[int, str],
     static: Collection[int | str],
     leaves: Sequence[Leaf],
-) -> tuple[list[int | None], Any]:
+) -> tuple[list[int | None], PyTreeDef]:
     """The mapped axis of each leaf of the arguments, as a non-negative position, and how those of one replica nest.
 
     As in ``jax.pmap``, ``in_axes`` has an entry for a static argument, too, which is not used; and where the function
@@ -268,7 +278,7 @@ def match_in_axes(
     return axes, jax.tree.structure((own, own_kwargs))
 
 
-def _entries(called: str, in_axes: Sequence[Any], names: Mapping[int, str], static: Collection[int | str]) -> str:
+def _entries(called: str, in_axes: Sequence[PyTree], names: Mapping[int, str], static: Collection[int | str]) -> str:
     """Which entry of ``in_axes`` belongs to which argument, where it has too few and some arguments are static."""
     lines, dynamic = [], [i for i in names if i not in static]
     for i, name in names.items():
@@ -284,7 +294,7 @@ def _entries(called: str, in_axes: Sequence[Any], names: Mapping[int, str], stat
     )
 
 
-def match_out_axes(spec: Spec, out: Any, size: int) -> tuple[list[int | None], Any]:
+def match_out_axes(spec: Spec, out: PyTree, size: int) -> tuple[list[int | None], PyTreeDef]:
     """The mapped axis of each leaf of the result, as a non-negative position, and how those of all replicas nest.
 
     Args:
@@ -302,8 +312,8 @@ def match_out_axes(spec: Spec, out: Any, size: int) -> tuple[list[int | None], A
 
 
 def broadcast_prefix(
-    which: str, what: str, spec: Any, tree: Any, mapped: Callable[[Any, Any], tuple[list[int | None], Any]]
-) -> tuple[list[int | None], Any]:
+    which: str, what: str, spec: PyTree, tree: PyTree, mapped: OfOne
+) -> tuple[list[int | None], PyTree]:
     """The axis in a prefix tree for each leaf of ``tree``.
 
     Args:
@@ -318,9 +328,9 @@ def broadcast_prefix(
         The axes, and the tree with what the map makes of such values in their places.
     """
     axes: list[int | None] = []
-    values: list[Any] = []
+    values: list[PyTree] = []
 
-    def repeat(axis: Any, subtree: Any) -> None:
+    def repeat(axis: PyTree, subtree: PyTree) -> None:
         for x in jax.tree.leaves(subtree, is_leaf=_jax.is_vmappable):
             if not _jax.is_vmappable(x) and not isinstance(axis, int | None):
                 raise AxisSpecError(
@@ -345,7 +355,7 @@ def broadcast_prefix(
     return axes, jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_jax.is_vmappable), values)
 
 
-def _prefix_faults(where: str, spec: Any, tree: Any) -> list[str]:
+def _prefix_faults(where: str, spec: PyTree, tree: PyTree) -> list[str]:
     """Where a specification does not nest as the tree that it is about."""
     if is_none(spec) or (ours := _jax.one_level(spec)) is None:
         return []
@@ -357,7 +367,7 @@ def _prefix_faults(where: str, spec: Any, tree: Any) -> list[str]:
     return [fault for key, one, other in pairs for fault in _prefix_faults(f"{where}[{key!r}]", one, other)]
 
 
-def _kind(tree: Any) -> str:
+def _kind(tree: PyTree) -> str:
     if tree is None:
         return "None"
     if isinstance(tree, dict):
@@ -367,9 +377,7 @@ def _kind(tree: Any) -> str:
     return "an array" if _jax.one_level(tree) is None else f"a {type(tree).__name__}"
 
 
-def normalize(
-    which: str, role: str, axes: Sequence[int | None], leaves: Sequence[Leaf], *, extra: int
-) -> list[int | None]:
+def normalize(which: str, role: str, axes: Axes, leaves: Sequence[Leaf], *, extra: int) -> list[int | None]:
     """Counts negative axes from the end.
 
     Args:
@@ -422,7 +430,7 @@ def _by_argument(mapped: Sequence[tuple[Leaf, int, int]]) -> list[str]:
 _ARGUMENT = re.compile(r"(?=[.\[])")
 
 
-def mapped_size(axes: Sequence[int | None], leaves: Sequence[Leaf], axis_size: int | None) -> int:
+def mapped_size(axes: Axes, leaves: Sequence[Leaf], axis_size: int | None) -> int:
     """The number of replicas, which all mapped arguments and ``axis_size`` have to agree on.
 
     Raises:
@@ -432,7 +440,6 @@ def mapped_size(axes: Sequence[int | None], leaves: Sequence[Leaf], axis_size: i
     sizes = {size for _, _, size in mapped} | ({axis_size} if axis_size is not None else set())
     if len(sizes) == 1 and (size := next(iter(sizes))) > 0:
         return size
-    faults = _by_argument(mapped)
     if not sizes:
         raise MappedSizeError(
             report(
@@ -441,8 +448,7 @@ def mapped_size(axes: Sequence[int | None], leaves: Sequence[Leaf], axis_size: i
                 "Map an argument with in_axes, or give the number of replicas, as in pmap(f, axis_size=8).",
             )
         )
-    if axis_size is not None:
-        faults.insert(0, f"axis_size is {axis_size}")
+    faults = [*([f"axis_size is {axis_size}"] if axis_size is not None else []), *_by_argument(mapped)]
     if len(sizes) == 1 or (axis_size is not None and axis_size < 1):
         raise MappedSizeError(
             report(

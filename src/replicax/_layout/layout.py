@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -197,7 +197,7 @@ Nesting = Sequence[Sequence[tuple[Hashable, int]]]
 def layout(
     name: Hashable,
     size: int,
-    devices: Sequence[Any],
+    devices: Sequence[jax.Device],
     *,
     spread: bool = False,
     aside: bool = False,

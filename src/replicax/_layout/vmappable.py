@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from replicax import _jax
+from replicax._typing import Array, Axes, Function, PyTree, PyTreeDef
 from replicax.errors import AxisSpecError, NotAnArrayError
 
 
-def one_of(value: Any, spec: Any) -> tuple[list[int | None], Any]:
+def one_of(value: PyTree, spec: PyTree) -> tuple[list[int | None], PyTree]:
     """What a replica gets of an argument: the mapped axis of each array in it, and the replica's own value.
 
     Args:
@@ -26,16 +26,16 @@ def one_of(value: Any, spec: Any) -> tuple[list[int | None], Any]:
     """
     into, _ = _jax.vmap_rules(type(value))
 
-    def rule(value: Any, part: Callable[..., Any]) -> Any:
+    def rule(value: PyTree, part: Function) -> PyTree:
         return into(part, lambda: 0, value, spec)
 
-    def row(x: Any, axis: int) -> Any:
+    def row(x: Array, axis: int) -> Array:
         return lax.index_in_dim(x, 0, axis, keepdims=False)
 
     return _mapped("in_axes", value, spec, rule, row)
 
 
-def all_of(own: Any, spec: Any, size: int) -> tuple[list[int | None], Any]:
+def all_of(own: PyTree, spec: PyTree, size: int) -> tuple[list[int | None], PyTree]:
     """What becomes of the results of all replicas: where each array in them is mapped, and the whole value.
 
     Args:
@@ -49,25 +49,25 @@ def all_of(own: Any, spec: Any, size: int) -> tuple[list[int | None], Any]:
     """
     _, back = _jax.vmap_rules(type(own))
 
-    def rule(own: Any, part: Callable[..., Any]) -> Any:
+    def rule(own: PyTree, part: Function) -> PyTree:
         return back(lambda _, x, axis: part(x, axis), size, own, spec)
 
-    def stack(x: Any, axis: int) -> Any:
+    def stack(x: Array, axis: int) -> Array:
         return jnp.repeat(jnp.expand_dims(x, axis), size, axis)
 
     return _mapped("out_axes", own, spec, rule, stack)
 
 
 def _mapped(
-    which: str, value: Any, spec: Any, rule: Callable[..., Any], change: Callable[..., Any]
-) -> tuple[list[int | None], Any]:
+    which: str, value: PyTree, spec: PyTree, rule: Function, change: Function
+) -> tuple[list[int | None], PyTree]:
     """Follows what the rule of a type does to its arrays, and makes sure that it maps them and does no more."""
     leaves, tree = jax.tree.flatten(value)
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(_jax.typeof, leaves)]
     axes: list[int | None] = [None] * len(types)
 
-    def noting(*arrays: Any) -> Any:
-        def part(x: Any, axis: int | None) -> Any:
+    def noting(*arrays: Array) -> PyTree:
+        def part(x: Array, axis: int | None) -> Array:
             if axis is None:
                 return x
             axes[_index(x, arrays, type(value))] = axis
@@ -88,14 +88,19 @@ def _mapped(
 
 
 def _check_order(
-    kind: type, types: Sequence[Any], axes: Sequence[int | None], changed: Sequence[Any], tree: Any, rule: Any
+    kind: type,
+    types: Sequence[jax.ShapeDtypeStruct],
+    axes: Axes,
+    changed: Sequence[jax.ShapeDtypeStruct],
+    tree: PyTreeDef,
+    rule: Function,
 ) -> None:
     """Makes sure that each array of the value that a rule returns is one that it was given, in the same order."""
 
-    def exchanging(*arrays: Any) -> Any:
+    def exchanging(*arrays: Array) -> list[Array]:
         given, put = arrays[: len(types)], arrays[len(types) :]
 
-        def part(x: Any, axis: int | None) -> Any:
+        def part(x: Array, axis: int | None) -> Array:
             return x if axis is None else put[_index(x, given, kind)]
 
         return jax.tree.leaves(rule(tree.unflatten(given), part))
@@ -107,7 +112,7 @@ def _check_order(
         raise _computes(kind)
 
 
-def _index(x: Any, arrays: Sequence[Any], kind: type) -> int:
+def _index(x: Array, arrays: Sequence[Array], kind: type) -> int:
     for k, y in enumerate(arrays):
         if x is y:
             return k

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from replicax._engine.references import refuse_passed
 from replicax._engine.replica import no_arrays
 from replicax._layout.axes import Chosen, name_leaves, parameter_names
 from replicax._messages import report, text_of, too_large
+from replicax._typing import Args, Function, Kwargs, PyTree
 from replicax.errors import StaticArgumentError
 
 
@@ -27,10 +28,10 @@ class Call(NamedTuple):
         static: The static arguments: position or name, type, value.
     """
 
-    fun: Callable[..., Any]
-    dynamic: tuple[Any, ...]
+    fun: Function
+    dynamic: Args
     positions: Sequence[int]
-    kwargs: dict[str, Any]
+    kwargs: Kwargs
     static: tuple[tuple[int | str, type, Any], ...] = ()
 
     @property
@@ -43,7 +44,7 @@ class Call(NamedTuple):
         """The positions of the static arguments that were passed by position."""
         return [where for where, _, _ in self.static if isinstance(where, int)]
 
-    def by_position(self) -> dict[int, Any]:
+    def by_position(self) -> dict[int, PyTree]:
         """The positional arguments that are not static."""
         return dict(zip(self.positions, self.dynamic, strict=True))
 
@@ -65,7 +66,7 @@ class Call(NamedTuple):
         return tuple(k for k, given in enumerate(leaves) if given)
 
 
-def split(fun: Callable[..., Any], static: Chosen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def split(fun: Function, static: Chosen, args: Args, kwargs: Kwargs) -> Call:
     """Takes the static arguments out of a call.
 
     Raises:
@@ -89,7 +90,7 @@ def split(fun: Callable[..., Any], static: Chosen, args: tuple[Any, ...], kwargs
     return partition(fun, static, args, kwargs)
 
 
-def partition(fun: Callable[..., Any], static: Chosen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def partition(fun: Function, static: Chosen, args: Args, kwargs: Kwargs) -> Call:
     """Takes those static arguments out of a call that it has."""
     count = len(args)
     at = sorted({i % count for i in static.positions if -count <= i < count})
@@ -100,14 +101,14 @@ def partition(fun: Callable[..., Any], static: Chosen, args: tuple[Any, ...], kw
     return Call(fun, tuple(args[i] for i in positions), positions, rest, tuple(values))
 
 
-def function_name(fun: Callable[..., Any]) -> str:
+def function_name(fun: Function) -> str:
     """What the user calls a function, and what its programs are called."""
     while isinstance(fun, functools.partial):
         fun = fun.func
     return getattr(fun, "__name__", type(fun).__name__)
 
 
-def check_types(call: Call, leaves: Sequence[Any], *, abstract: bool) -> Hashable:
+def check_types(call: Call, leaves: Sequence[PyTree], *, abstract: bool) -> Hashable:
     """The types of leaves of which some may be no arrays, as a key.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,10 @@ from replicax._runtime.arguments import Call
 from replicax._runtime.executable import Executable
 from replicax._runtime.options import Options
 from replicax._runtime.signature import Signature
+from replicax._typing import ArrayLike, Function
 
 
-def signature_of(options: Options, call: Call, leaves: Sequence[Any]) -> Signature:
+def signature_of(options: Options, call: Call, leaves: Sequence[ArrayLike]) -> Signature:
     """What a program for this call has to be compiled for.
 
     Raises:
@@ -48,7 +49,7 @@ def signature_of(options: Options, call: Call, leaves: Sequence[Any]) -> Signatu
     )
 
 
-def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+def shape_of(x: ArrayLike) -> jax.ShapeDtypeStruct:
     """The type of an array."""
     aval = _jax.typeof(x)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
@@ -92,7 +93,7 @@ def _trace(options: Options, call: Call, signature: Signature) -> Replica:
     )
 
 
-def _bound(fun: Callable[..., Any], static: Mapping[str, Any]) -> Callable[..., Any]:
+def _bound(fun: Function, static: Mapping[str, object]) -> Function:
     """``fun`` with its static keyword arguments."""
     if not static:
         return fun

@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 from numpy import ndarray
@@ -33,6 +33,7 @@ from replicax._runtime.options import Options
 from replicax._runtime.packing import MANY
 from replicax._runtime.taken import TakenArrays
 from replicax._runtime.transfer import copy_small, put
+from replicax._typing import Args, Function, Kwargs, PyTree
 
 R = TypeVar("R")
 
@@ -54,13 +55,16 @@ class Outcome(NamedTuple):
         start: Where such calls should start; None where that makes no difference.
     """
 
-    result: Any
-    known: Any = None
+    result: PyTree
+    known: object = None
     start: Path | None = None
 
 
 #: ``slow_path(args, kwargs, copied)``; with ``copied`` the small NumPy arrays among the arguments are copies already.
-SlowPath = Callable[[tuple[Any, ...], dict[str, Any], bool], Outcome]
+SlowPath: TypeAlias = Callable[[Args, Kwargs, bool], Outcome]
+
+#: ``slow(args, kwargs)``: the result of a call, and what C++ has to know to run such a call.
+Slow: TypeAlias = Callable[[Args, Kwargs], tuple[PyTree, object]]
 
 #: After so many calls in a row that need nothing from Python, calls start in C++ again.
 IN_A_ROW = 3
@@ -74,10 +78,10 @@ class Switch:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._takers: weakref.WeakSet[PathTaker[Any]] = weakref.WeakSet()
+        self._takers: weakref.WeakSet[PathTaker[PyTree]] = weakref.WeakSet()
         self._tracing = self._bounded = False
 
-    def add(self, taker: PathTaker[Any]) -> None:
+    def add(self, taker: PathTaker[PyTree]) -> None:
         """Lets calls of a new callable in."""
         with self._lock:
             self._takers.add(taker)
@@ -95,7 +99,7 @@ class Switch:
             self._bounded = True
             self.point(*self._takers)
 
-    def point(self, *takers: PathTaker[Any]) -> None:
+    def point(self, *takers: PathTaker[PyTree]) -> None:
         """Points callables to where their calls start."""
         with self._lock:
             for taker in takers:
@@ -119,7 +123,7 @@ class PathTaker(Generic[R]):
 
     __call__: Callable[..., R]
 
-    def __init__(self, table: Callable[..., Callable[..., Any]], slow_path: SlowPath, switch: Switch) -> None:
+    def __init__(self, table: Callable[..., Function], slow_path: SlowPath, switch: Switch) -> None:
         """Makes the paths.
 
         Args:
@@ -149,8 +153,8 @@ class PathTaker(Generic[R]):
 
 
 def _run_and_learn(
-    taker: weakref.ref[PathTaker[Any]], slow_path: SlowPath, copied: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Any]:
+    taker: weakref.ref[PathTaker[R]], slow_path: SlowPath, copied: bool, args: Args, kwargs: Kwargs
+) -> tuple[R, object]:
     """Takes the slow path; the result, and what C++ has to know."""
     outcome = slow_path(args, kwargs, copied)
     if outcome.start is not None and (found := taker()) is not None:
@@ -159,8 +163,8 @@ def _run_and_learn(
 
 
 def _maybe_packed(
-    taker: weakref.ref[PathTaker[Any]], slow_path: SlowPath, in_place: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+    taker: weakref.ref[PathTaker[R]], slow_path: SlowPath, in_place: Function, *args: PyTree, **kwargs: PyTree
+) -> R:
     """A call that may be packed; not one of few arrays."""
     if len(cpp.flatten((args, kwargs), None)[0]) < MANY:
         return in_place(*args, **kwargs)
@@ -168,12 +172,12 @@ def _maybe_packed(
 
 
 def _missed(
-    taker: weakref.ref[PathTaker[Any]],
+    taker: weakref.ref[PathTaker[R]],
     slow_path: SlowPath,
-    copied: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[Any, Any]:
+    copied: Function,
+    args: Args,
+    kwargs: Kwargs,
+) -> tuple[R, object]:
     """A call that the table of calls in place does not have."""
     if (found := taker()) is not None and found._copies and has_host_leaves(args, kwargs):
         if starts_with_host_leaf(args, kwargs):
@@ -183,7 +187,7 @@ def _missed(
     return _run_and_learn(taker, slow_path, False, args, kwargs)
 
 
-def _copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _copies(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """The arguments with copies of small NumPy arrays, whose owner may change them before the program has run."""
     if kwargs or len(args) != 1:
         return tuple(map(copy_small, args)), {name: copy_small(tree) for name, tree in kwargs.items()}
@@ -191,15 +195,15 @@ def _copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, .
 
 
 def _starting(
-    taker: weakref.ref[PathTaker[Any]],
-    in_place: Callable[..., Any],
-    with_host_leaves: Callable[..., Any],
-    prepare: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
-) -> Callable[..., Any]:
+    taker: weakref.ref[PathTaker[R]],
+    in_place: Function,
+    with_host_leaves: Function,
+    prepare: Callable[[Args, Kwargs], tuple[Args, Kwargs]] | None = None,
+) -> Function:
     """Runs calls that begin with NumPy arrays so, once they are prepared, and others in place."""
     others = 0
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: PyTree, **kwargs: PyTree) -> PyTree:
         nonlocal others
         if starts_with_host_leaf(args, kwargs):
             others = 0
@@ -215,7 +219,7 @@ def _starting(
     return call
 
 
-def starts_with_host_leaf(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def starts_with_host_leaf(args: Sequence[PyTree], kwargs: Mapping[str, PyTree]) -> bool:
     """Whether an argument is a NumPy array, or a tree that begins with one: a glance, for speed."""
     for x in (*args, *kwargs.values()) if kwargs else args:
         kind = type(x)
@@ -227,14 +231,12 @@ def starts_with_host_leaf(args: Sequence[Any], kwargs: Mapping[str, Any]) -> boo
     return False
 
 
-def has_host_leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def has_host_leaves(args: Sequence[PyTree], kwargs: Mapping[str, PyTree]) -> bool:
     """Whether there is a NumPy array or scalar anywhere in the arguments."""
     return any(isinstance(x, ndarray | np.generic) for x in cpp.flatten((args, kwargs), None)[0])
 
 
-def table(
-    owner: Callable[..., Any], fun: Callable[..., Any], options: Options, slow: Callable[..., tuple[Any, Any]]
-) -> Callable[..., Any]:
+def table(owner: Function, fun: Function, options: Options, slow: Slow) -> Function:
     """JAX's table of calls in C++, for calls of ``fun``.
 
     Args:
@@ -247,7 +249,7 @@ def table(
     static = options.static.positions, options.static.names
 
     @_jax.api_boundary
-    def in_python(*args: Any, **kwargs: Any) -> Any:
+    def in_python(*args: PyTree, **kwargs: PyTree) -> PyTree:
         return slow(args, kwargs)[0]
 
     entry = cpp.entry(owner, slow, _refuse_nan if donates else in_python, function_name(fun), static, put)
@@ -256,10 +258,10 @@ def table(
     return _explaining(entry, in_python) if any(static) else entry
 
 
-def _explaining(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Callable[..., Any]:
+def _explaining(entry: Function, in_python: Function) -> Function:
     """Runs calls with static arguments, which C++ refuses without their names: that is left to Python."""
 
-    def explaining(*args: Any, **kwargs: Any) -> Any:
+    def explaining(*args: PyTree, **kwargs: PyTree) -> PyTree:
         try:
             return entry(*args, **kwargs)
         except ValueError as error:
@@ -270,13 +272,13 @@ def _explaining(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Cal
     return explaining
 
 
-def _donating(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Callable[..., Any]:
+def _donating(entry: Function, in_python: Function) -> Function:
     """Runs calls that donate, but those with an array twice: XLA ends the process, or prints all that it knows of it.
 
     For arrays that were taken see :class:`replicax._runtime.taken.TakenArrays`.
     """
 
-    def donating(*args: Any, **kwargs: Any) -> Any:
+    def donating(*args: PyTree, **kwargs: PyTree) -> PyTree:
         leaves = cpp.flatten((args, kwargs), None)[0]
         if len(set(map(id, leaves))) < len(leaves):
             return in_python(*args, **kwargs)
@@ -292,7 +294,7 @@ def _donating(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Calla
     return donating
 
 
-def _refuse_nan(*_: Any, **__: Any) -> Any:
+def _refuse_nan(*_: object, **__: object) -> NoReturn:
     """What JAX calls where a program has returned a NaN, was told to look for any, and its arguments are gone."""
     raise FloatingPointError(
         "invalid value (nan or inf) encountered in the result of a map, under jax_debug_nans or jax_debug_infs. What "

@@ -36,6 +36,7 @@ import jax
 
 from replicax import _jax
 from replicax._jax import cpp
+from replicax._typing import Function, PyTree
 from replicax.errors import ReplicaxError
 
 
@@ -66,7 +67,7 @@ def _devices_asked_for() -> int:
 _pools: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
-def _make_client(make: Callable[[], Any]) -> Any:
+def _make_client(make: Callable[[], object]) -> object:
     """Makes JAX's CPU client, with threads enough for the devices that are asked for, unless the user has set NPROC.
 
     The variable is set for as long as that takes, and not in ``os.environ``, which other threads may read and copy.
@@ -102,7 +103,7 @@ class _Calls:
         self._in_flight: deque[Any] = deque()
         self._warned = False
 
-    def note(self, result: Any) -> None:
+    def note(self, result: PyTree) -> None:
         """Takes note of a call by another thread than before, and waits for an earlier call if there are several."""
         if self.caller == _NOBODY:
             self.caller = threading.get_ident()
@@ -151,13 +152,13 @@ def may_hang(mesh: jax.sharding.Mesh) -> bool:
     return True
 
 
-def bounded(call: Callable[..., Any], in_python: Callable[..., Any] | None = None) -> Callable[..., Any]:
+def bounded(call: Function, in_python: Function | None = None) -> Function:
     """Runs calls so that few are in flight, where more might hang.
 
     A call that C++ refuses without the argument's name is refused again ``in_python``, which knows the name.
     """
 
-    def bounding(*args: Any, **kwargs: Any) -> Any:
+    def bounding(*args: PyTree, **kwargs: PyTree) -> PyTree:
         try:
             result = call(*args, **kwargs)
         except ReplicaxError as error:

@@ -18,13 +18,14 @@ from replicax._jax import cpp
 from replicax._runtime import cpu_threads
 from replicax._runtime.arguments import Call, check_types, refuse_static, split
 from replicax._runtime.build import build, shape_of, signature_of
-from replicax._runtime.call_path import Outcome, Path, Switch, table
+from replicax._runtime.call_path import Outcome, Path, Slow, Switch, table
 from replicax._runtime.executable import Executable
 from replicax._runtime.options import Options
 from replicax._runtime.packing import may_be_packed, packed
 from replicax._runtime.run import cpp_cacheable, reads_host_memory, run, stage
 from replicax._runtime.signature import Signature
 from replicax._runtime.transfer import native
+from replicax._typing import Args, ArrayLike, Function, Kwargs, PyTree
 
 #: How many seconds a thread waits while another traces the same program. After that it traces for itself, which is a
 #: waste and no harm; it might be what the other one waits for.
@@ -47,7 +48,7 @@ class Dispatcher:
         switch: Which path the calls of the function take.
     """
 
-    def __init__(self, fun: Callable[[], Callable[..., Any]], options: Options) -> None:
+    def __init__(self, fun: Callable[[], Function], options: Options) -> None:
         self._fun = fun
         self.options = options
         self.switch = Switch()
@@ -57,14 +58,12 @@ class Dispatcher:
         # What C++ remembers belongs to these, and is freed with them.
         self._owners = {copied: functools.partial(_without_jit, weakref.ref(self)) for copied in (False, True)}
 
-    def __call__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, fun: Function, args: Args, kwargs: Kwargs) -> PyTree:
         """Runs ``fun`` once for each replica, in Python alone."""
         return self.call(fun, args, kwargs).result
 
     @_jax.api_boundary
-    def call(
-        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], copied: bool = False
-    ) -> Outcome:
+    def call(self, fun: Function, args: Args, kwargs: Kwargs, copied: bool = False) -> Outcome:
         """Runs ``fun`` once for each replica.
 
         Args:
@@ -88,8 +87,8 @@ class Dispatcher:
         return Outcome(out, known and cpp.remember(known, out), start)
 
     def resolve(
-        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, abstract: bool = False
-    ) -> tuple[Executable | Recorded, list[Any]]:
+        self, fun: Function, args: Args, kwargs: Kwargs, *, abstract: bool = False
+    ) -> tuple[Executable | Recorded, list[ArrayLike]]:
         """The program for a call, traced and lowered at most once a signature, and the leaves to run it on.
 
         With ``abstract`` a ``jax.ShapeDtypeStruct`` may stand for an array.
@@ -105,7 +104,7 @@ class Dispatcher:
             program = self._build(key, call, leaves)
         return program, leaves
 
-    def _build(self, key: Hashable, call: Call, leaves: Sequence[Any]) -> Executable | Recorded:
+    def _build(self, key: Hashable, call: Call, leaves: Sequence[ArrayLike]) -> Executable | Recorded:
         """Traces and lowers a program, unless another thread has done so by the time that it is this one's turn."""
         turn = self._tracing.setdefault(key, threading.RLock())
         self.switch.trace(bool(self._tracing))
@@ -129,16 +128,14 @@ class Dispatcher:
             self._tracing.pop(key, None)
             self.switch.trace(bool(self._tracing))
 
-    def describe(
-        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Executable | Recorded, Call, Signature]:
+    def describe(self, fun: Function, args: Args, kwargs: Kwargs) -> tuple[Executable | Recorded, Call, Signature]:
         """The program for a call with these arguments or types, and what it stands for."""
         program, leaves = self.resolve(fun, args, kwargs, abstract=True)
         call = split(fun, self.options.static, args, kwargs)
         return program, call, signature_of(self.options, call, leaves)
 
     @_jax.api_boundary
-    def eval_shape(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def eval_shape(self, fun: Function, args: Args, kwargs: Kwargs) -> PyTree:
         """The types of the results of a call with these arguments or types."""
         with _jax.own_mesh():
             program, leaves = self.resolve(fun, args, kwargs, abstract=True)
@@ -150,7 +147,7 @@ class Dispatcher:
         return jax.tree.unflatten(program.out_tree, types)
 
     @_jax.api_boundary
-    def explain(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def explain(self, fun: Function, args: Args, kwargs: Kwargs) -> str:
         """Whether a call has its program already, and if not, why none of the others fits."""
         call = split(fun, self.options.static, args, kwargs)
         leaves, key = _key(call, abstract=True)
@@ -158,7 +155,7 @@ class Dispatcher:
             return f"{call.name} is compiled already for such a call."
         return signature_of(self.options, call, leaves).explain(call.name, list(self._signatures.values()))
 
-    def table(self, fun: Callable[..., Any], slow: Callable[..., tuple[Any, Any]], *, copied: bool) -> Any:
+    def table(self, fun: Function, slow: Slow, *, copied: bool) -> Function:
         """One of the two tables of calls in C++, and ``slow``, which takes what it does not have."""
         return table(self._owners[copied], fun, self.options, slow)
 
@@ -171,8 +168,8 @@ class Dispatcher:
 
 
 def _run(
-    program: Executable, leaves: Sequence[Any], names: Callable[[], Sequence[str]], copied: bool
-) -> tuple[Sequence[Any], Any, Path | None]:
+    program: Executable, leaves: Sequence[ArrayLike], names: Callable[[], Sequence[str]], copied: bool
+) -> tuple[Sequence[ArrayLike], object, Path | None]:
     """Runs an eager call; the results, what C++ has to know to run it, and where such calls should start."""
     if pack := packed(program, leaves):
         return run(pack.executable, pack.leaves(leaves), pack.names(names))[0], None, Path.PACKED
@@ -184,13 +181,11 @@ def _run(
     return results, program.known if copied else None, Path.COPY_HOST_LEAVES
 
 
-def _leaf_names(
-    fun: Callable[..., Any], options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Sequence[str]:
+def _leaf_names(fun: Function, options: Options, args: Args, kwargs: Kwargs) -> Sequence[str]:
     return split(fun, options.static, args, kwargs).leaf_names()
 
 
-def _key(call: Call, *, abstract: bool) -> tuple[list[Any], Hashable]:
+def _key(call: Call, *, abstract: bool) -> tuple[list[ArrayLike], Hashable]:
     """The arguments' leaves, and all that the program for them depends on."""
     leaves, tree = jax.tree.flatten((call.dynamic, call.kwargs))
     try:
@@ -204,12 +199,12 @@ def _key(call: Call, *, abstract: bool) -> tuple[list[Any], Hashable]:
     return leaves, (tree, types, call.static, _jax.trace_context(), surroundings)
 
 
-def _has_to_spread(leaves: Sequence[Any]) -> bool:
+def _has_to_spread(leaves: Sequence[ArrayLike]) -> bool:
     """Whether a program has to take all devices: it is recorded with others, or its arguments' types name a mesh."""
     return not _jax.eager() and (_jax.staging() or any(primitives.split_over(x) is not None for x in leaves))
 
 
-def _without_jit(dispatcher: weakref.ref[Dispatcher], /, *args: Any, **kwargs: Any) -> Any:
+def _without_jit(dispatcher: weakref.ref[Dispatcher], /, *args: PyTree, **kwargs: PyTree) -> PyTree:
     """What C++ calls where jit is disabled."""
     found: Any = dispatcher()
     return found(found._fun(), args, kwargs)
@@ -222,7 +217,7 @@ def _without_jit(dispatcher: weakref.ref[Dispatcher], /, *args: Any, **kwargs: A
 _dispatchers: dict[int, tuple[weakref.ref[Any], dict[Hashable, Dispatcher]]] = {}
 
 
-def dispatcher(fun: Callable[..., Any], options: Options) -> Dispatcher:
+def dispatcher(fun: Function, options: Options) -> Dispatcher:
     """The dispatcher of ``fun``, shared by all who map the same function in the same way, and freed with it."""
     owner = getattr(fun, "__self__", None) if hasattr(fun, "__func__") else fun
     try:

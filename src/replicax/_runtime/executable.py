@@ -17,6 +17,7 @@ from replicax._engine import primitives
 from replicax._engine.levels import own_rows, pad_rows
 from replicax._engine.spec import ProgramSpec
 from replicax._jax import cpp
+from replicax._typing import Array, Axes, Function, PyTreeDef
 
 
 class Executable:
@@ -33,19 +34,19 @@ class Executable:
 
     def __init__(self, spec: ProgramSpec) -> None:
         self.spec = spec
-        self.known: Any = None
+        self.known: object = None
         self.packings: dict[Hashable, Any] = {}
         self._has_run = False
         self._turn = threading.RLock()
         self._pads: dict[tuple[tuple[int, ...], bool], jax.stages.Wrapped] = {}
 
     @property
-    def closed(self) -> tuple[Any, ...]:
+    def closed(self) -> tuple[Array, ...]:
         """The arrays that it takes after its arguments."""
         return self.spec.closed
 
     @property
-    def out_tree(self) -> Any:
+    def out_tree(self) -> PyTreeDef:
         """The structure of the result."""
         return self.spec.out_tree
 
@@ -60,7 +61,7 @@ class Executable:
         return self._jitted.trace(*self.spec.padded_types)
 
     @cached_property
-    def _compiled(self) -> Callable[..., Any]:
+    def _compiled(self) -> Function:
         """Compiled once, where ``jit`` compiles anew for each mixture of meshes that the arguments lie on."""
         return cpp.fast_call(self.traced.lower().compile())
 
@@ -75,11 +76,11 @@ class Executable:
         )
 
     @cached_property
-    def closed_in_place(self) -> list[Any]:
+    def closed_in_place(self) -> list[Array]:
         """What the function closed over, on the layout's devices; moved once, since nobody can change it."""
         return list(jax.device_put(self.spec.closed, self.spec.layout.sharding(None)))
 
-    def run(self, *leaves: Any) -> Sequence[Any]:
+    def run(self, *leaves: Array) -> Sequence[Array]:
         """Runs the program on arrays that lie in place: what an eager call does."""
         if jax.config.jax_disable_jit or _jax.looks_for_nans():
             return self._jitted(*leaves)  # which shows the user's Python, or where a NaN comes from
@@ -94,7 +95,7 @@ class Executable:
         self._has_run = True
         return results
 
-    def pad(self, which: tuple[int, ...], leaves: list[Any]) -> list[Any]:
+    def pad(self, which: tuple[int, ...], leaves: list[Array]) -> list[Array]:
         """These arguments, which lie on the layout's devices, with a row for each padding lane."""
         whole = all(x.sharding.is_fully_replicated and x.dtype in _WHOLE_BYTES for x in leaves)
         if (which, whole) not in self._pads:
@@ -117,17 +118,17 @@ _WHOLE_BYTES = frozenset(
 )
 
 
-def _adding_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
+def _adding_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Array]], list[Array]]:
     where = spec.layout.axis.placement
     # One row more has no type on a mesh with Explicit axes that split the rows.
     return lambda xs: [pad_rows(primitives.retype(x, None), a, where) for x, a in zip(xs, axes, strict=True)]
 
 
-def _taking_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Any]], list[Any]]:
+def _taking_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Array]], list[Array]]:
     """Each device takes its own rows of what it has whole, where XLA would have devices send each other parts."""
     where, name = spec.layout, spec.layout.mesh.axis_names[0]
 
-    def rows(xs: list[Any]) -> list[Any]:
+    def rows(xs: list[Array]) -> list[Array]:
         first = lax.axis_index(name) * where.axis.lanes
         return [own_rows(x, axis, first, where.axis.placement) for x, axis in zip(xs, axes, strict=True)]
 
@@ -135,16 +136,16 @@ def _taking_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Any]]
     return jax.shard_map(rows, mesh=where.mesh, in_specs=PartitionSpec(), out_specs=outs, check_vma=False)
 
 
-def _padding_by_itself(spec: ProgramSpec) -> Callable[..., tuple[Any, ...]]:
+def _padding_by_itself(spec: ProgramSpec) -> Callable[..., tuple[Array, ...]]:
     where, placement, in_axes = spec.layout, spec.layout.axis.placement, spec.inputs.axes
 
-    def placed(x: Any, axis: int | None) -> Any:
+    def placed(x: Array, axis: int | None) -> Array:
         if axis is None or not placement.padding:
             return x
         # XLA may choose a sharding of N rows that JAX cannot express, and JAX then refuses the array.
         return primitives.pin(x, where.sharding(None))
 
-    def padded_first(*args: Any) -> tuple[Any, ...]:
+    def padded_first(*args: Array) -> tuple[Array, ...]:
         typed = [primitives.split_over(x) for x in args]
         args = tuple(
             x if axis is None else placed(pad_rows(placed(x, axis), axis, placement), axis)
@@ -161,7 +162,7 @@ def _padding_by_itself(spec: ProgramSpec) -> Callable[..., tuple[Any, ...]]:
 
 
 def _like_the_arguments(
-    axis: int | None, typed: Sequence[jax.sharding.NamedSharding | None], in_axes: Sequence[int | None]
+    axis: int | None, typed: Sequence[jax.sharding.NamedSharding | None], in_axes: Axes
 ) -> jax.sharding.NamedSharding | None:
     """What the type of a result says: split along the mapped axis as all mapped arguments whose types say so."""
     said = [(where, a) for where, a in zip(typed, in_axes, strict=True) if where is not None]

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,7 @@ from replicax._engine.replica import Replica, trace_replica
 from replicax._engine.spec import Inputs, ProgramSpec
 from replicax._layout.axes import check_spec, one_replica_type
 from replicax._runtime.executable import Executable
+from replicax._typing import Array, ArrayLike, Axes, DType, HostArray
 
 #: From so many arrays on packing pays.
 MANY = 8
@@ -56,9 +57,9 @@ class Run:
         rows: The number of replicas, if each has a row of its own, as a shape.
     """
 
-    dtype: np.dtype[Any]
+    dtype: DType
     leaves: Sequence[int]
-    axes: Sequence[int | None]
+    axes: Axes
     shapes: Sequence[tuple[int, ...]]
     words: slice
     rows: tuple[int, ...]
@@ -76,7 +77,7 @@ class Run:
     def _turned(self) -> list[tuple[int, int]]:
         return [(k, axis) for k, axis in enumerate(self.axes) if axis]
 
-    def pack_into(self, packed: np.ndarray[Any, Any], leaves: Sequence[Any]) -> None:
+    def pack_into(self, packed: HostArray, leaves: Sequence[HostArray]) -> None:
         """Writes the arrays into their place."""
         chosen = [leaves[i] for i in self.leaves]
         for k, axis in self._turned:
@@ -86,14 +87,14 @@ class Run:
         out = packed[..., self.words].view(self.dtype)[..., : self._ends[-1]]
         np.concatenate(chosen, axis=-1, out=out, casting="unsafe")
 
-    def unpack(self, row: Any) -> list[Any]:
+    def unpack(self, row: Array) -> list[Array]:
         """The arrays of one replica."""
         numbers = _numbers(row[self.words], self.dtype)
         parts = jax.numpy.split(numbers, self._ends)[:-1]
         return [x.reshape(shape) for x, shape in zip(parts, self.shapes, strict=True)]
 
 
-def _numbers(words: Any, dtype: np.dtype[Any]) -> Any:
+def _numbers(words: Array, dtype: DType) -> Array:
     """The bits of whole words as numbers of any width."""
     if dtype == words.dtype:
         return words
@@ -115,7 +116,7 @@ class Group(NamedTuple):
 
     runs: Sequence[Run]
     mapped: bool
-    dtype: np.dtype[Any]
+    dtype: DType
 
     @property
     def leaves(self) -> list[int]:
@@ -127,14 +128,14 @@ class Group(NamedTuple):
         """That of what :meth:`pack` returns."""
         return *self.runs[0].rows, self.runs[-1].words.stop
 
-    def pack(self, leaves: Sequence[Any]) -> np.ndarray[Any, Any]:
+    def pack(self, leaves: Sequence[HostArray]) -> HostArray:
         """The arrays side by side: (replicas, words of one), or (words,) of those that go whole."""
         packed = np.empty(self.shape, self.dtype)
         for run in self.runs:
             run.pack_into(packed, leaves)
         return packed
 
-    def unpack(self, row: Any) -> list[Any]:
+    def unpack(self, row: Array) -> list[Array]:
         """The arrays of one replica."""
         # What follows is compiled as if they were arguments, and so computes the same to the last bit.
         return list(lax.optimization_barrier([x for run in self.runs for x in run.unpack(row)]))
@@ -154,7 +155,7 @@ class Packed:
     kept: Sequence[int]
     groups: Sequence[Group]
 
-    def leaves(self, leaves: Sequence[Any]) -> list[Any]:
+    def leaves(self, leaves: Sequence[ArrayLike]) -> list[ArrayLike]:
         """The arguments of :attr:`executable`."""
         return [*(leaves[i] for i in self.kept), *(group.pack(leaves) for group in self.groups)]
 
@@ -163,7 +164,7 @@ class Packed:
         return lambda: [every()[i] for i in self.kept]
 
 
-def packed(executable: Executable, leaves: Sequence[Any]) -> Packed | None:
+def packed(executable: Executable, leaves: Sequence[ArrayLike]) -> Packed | None:
     """The program for a call with these arguments that takes those of the host packed, where that pays."""
     kinds, known = tuple(map(type, leaves)), executable.packings
     if kinds not in known:
@@ -174,7 +175,7 @@ def packed(executable: Executable, leaves: Sequence[Any]) -> Packed | None:
     return None if found is _NOT_YET else found
 
 
-def may_be_packed(executable: Executable, leaves: Sequence[Any]) -> bool:
+def may_be_packed(executable: Executable, leaves: Sequence[ArrayLike]) -> bool:
     """Whether a next call with such arguments takes them packed."""
     return executable.packings.get(tuple(map(type, leaves))) is not None
 
@@ -190,15 +191,15 @@ def _small(program: ProgramSpec, kinds: Sequence[type]) -> list[int]:
 _NOT_YET = object()
 
 
-def _pack(program: ProgramSpec, leaves: Sequence[Any], which: Sequence[int]) -> Packed:
+def _pack(program: ProgramSpec, leaves: Sequence[ArrayLike], which: Sequence[int]) -> Packed:
     chosen = set(which)
     kept = [i for i in range(len(leaves)) if i not in chosen]
     own_types = [one_replica_type(x, axis) for x, axis in zip(program.inputs.types, program.inputs.axes, strict=True)]
     groups = _groups(program, own_types, which)
     replica, axis = program.replica, program.layout.axis
 
-    def unpacked(*arguments: Any) -> list[Any]:
-        own: dict[int, Any] = dict(zip(kept, arguments, strict=False))
+    def unpacked(*arguments: Array) -> list[Array]:
+        own: dict[int, Array] = dict(zip(kept, arguments, strict=False))
         for group, row in zip(groups, arguments[len(kept) :], strict=True):
             own.update(zip(group.leaves, group.unpack(row), strict=True))
         return _jax.run(replica.jaxpr, [own[i] for i in range(len(own))], replica.consts)
@@ -217,14 +218,14 @@ def _pack(program: ProgramSpec, leaves: Sequence[Any], which: Sequence[int]) -> 
     return Packed(Executable(lower(flat, program.layout, inputs, outputs, program.name)), kept, groups)
 
 
-def _groups(program: ProgramSpec, own_types: Sequence[Any], which: Sequence[int]) -> list[Group]:
+def _groups(program: ProgramSpec, own_types: Sequence[jax.ShapeDtypeStruct], which: Sequence[int]) -> list[Group]:
     """Which arguments go together: those that are all mapped, or none, as words of 32 bits where their dtype has bits.
 
     XLA on CPUs runs a program whose arrays are all tiny at once, and any other as a graph of tasks, which takes 1 µs
     for each (``execute_sequential_buffer_threshold`` in its ``thunk_executor.cc``). So few bytes are kept that small on
     a single device; on several, sending one more array takes longer.
     """
-    together: dict[Any, list[int]] = {}
+    together: dict[tuple[DType, bool], list[int]] = {}
     for i in sorted(which, key=lambda i: str(program.inputs.types[i].dtype)):
         dtype = program.inputs.types[i].dtype
         together.setdefault((WORD if _has_bits(dtype) else dtype, program.inputs.axes[i] is not None), []).append(i)
@@ -239,12 +240,16 @@ def _groups(program: ProgramSpec, own_types: Sequence[Any], which: Sequence[int]
     return groups
 
 
-def _has_bits(dtype: np.dtype[Any]) -> bool:
+def _has_bits(dtype: DType) -> bool:
     return dtype.kind in "biuf" and dtype.itemsize <= 8
 
 
 def _runs(
-    program: ProgramSpec, own_types: Sequence[Any], which: Sequence[int], word: np.dtype[Any], rows: tuple[int, ...]
+    program: ProgramSpec,
+    own_types: Sequence[jax.ShapeDtypeStruct],
+    which: Sequence[int],
+    word: DType,
+    rows: tuple[int, ...],
 ) -> list[Run]:
     runs: list[Run] = []
     for dtype, some in itertools.groupby(which, lambda i: program.inputs.types[i].dtype):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,15 +18,16 @@ from replicax._messages import report
 from replicax._runtime.executable import Executable
 from replicax._runtime.taken import TakenArrays
 from replicax._runtime.transfer import copy_small, is_small, put
+from replicax._typing import Array, ArrayLike, Function
 from replicax.errors import DeletedArrayError, UnsupportedTransformationError
 
 
 def run(
     executable: Executable,
-    leaves: Sequence[Any],
+    leaves: Sequence[ArrayLike],
     names: Callable[[], Sequence[str]],
-    compiled: Callable[..., Any] | None = None,
-) -> tuple[Sequence[Any], Sequence[Any]]:
+    compiled: Function | None = None,
+) -> tuple[Sequence[Array], Sequence[Array]]:
     """Runs a program on arguments that may lie anywhere, and takes those that are donated.
 
     Args:
@@ -58,7 +58,7 @@ def run(
     return results, placed
 
 
-def cpp_cacheable(spec: ProgramSpec, leaves: Sequence[Any], placed: Sequence[Any]) -> bool:
+def cpp_cacheable(spec: ProgramSpec, leaves: Sequence[ArrayLike], placed: Sequence[Array]) -> bool:
     """Whether C++ may run such a call: each argument is in place, or gets there in the same way by itself."""
     if spec.closed or _jax.looks_for_nans():
         return False
@@ -73,14 +73,14 @@ def cpp_cacheable(spec: ProgramSpec, leaves: Sequence[Any], placed: Sequence[Any
     return True
 
 
-def _moves_by_itself(spec: ProgramSpec, x: Any, axis: int | None) -> bool:
+def _moves_by_itself(spec: ProgramSpec, x: ArrayLike, axis: int | None) -> bool:
     """Whether C++ may move it from the host: it is not padded, has numbers, and is small if it has to be copied."""
     if (spec.layout.axis.padding and axis is not None) or jax.dtypes.float0 == getattr(x, "dtype", None):
         return False
     return spec.layout.mesh.size > 1 or not isinstance(x, np.ndarray) or is_small(x)
 
 
-def reads_host_memory(spec: ProgramSpec, leaves: Sequence[Any]) -> bool:
+def reads_host_memory(spec: ProgramSpec, leaves: Sequence[ArrayLike]) -> bool:
     """Whether C++ would read NumPy arrays of such a call where they are (to C++ a NumPy scalar is one, too)."""
     return spec.layout.mesh.size == 1 and any(isinstance(x, np.ndarray | np.generic) for x in leaves)
 
@@ -93,7 +93,7 @@ def _shares(x: jax.Array, copy: jax.Array) -> bool:
     return any(before[device] == after[device] for device in before.keys() & after.keys())
 
 
-def _check_donated(spec: ProgramSpec, leaves: Sequence[Any], names: Callable[[], Sequence[str]]) -> None:
+def _check_donated(spec: ProgramSpec, leaves: Sequence[ArrayLike], names: Callable[[], Sequence[str]]) -> None:
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
     times = Counter(map(id, arrays.values()))
     faults = {
@@ -121,7 +121,7 @@ def _check_donated(spec: ProgramSpec, leaves: Sequence[Any], names: Callable[[],
 # Moving arguments
 
 
-def place(executable: Executable, leaves: Sequence[Any]) -> list[Any]:
+def place(executable: Executable, leaves: Sequence[ArrayLike]) -> list[Array]:
     """The argument leaves, padded, and moved to where the program wants them; what lies right is not touched."""
     spec = executable.spec
     wanted, placement = spec.in_shardings, spec.layout.axis.placement
@@ -150,7 +150,7 @@ def place(executable: Executable, leaves: Sequence[Any]) -> list[Any]:
     return placed
 
 
-def _put(spec: ProgramSpec, x: Any, wanted: jax.sharding.NamedSharding, axis: int | None) -> Any:
+def _put(spec: ProgramSpec, x: ArrayLike, wanted: jax.sharding.NamedSharding, axis: int | None) -> ArrayLike:
     """An argument from the host, padded, on its devices. What is small JAX puts on a single device by itself."""
     if axis is None and spec.layout.mesh.size == 1 and (not isinstance(x, np.ndarray) or is_small(x)):
         return copy_small(x)
@@ -172,7 +172,7 @@ def _alike(one: jax.sharding.Sharding, other: jax.sharding.Sharding, ndim: int) 
     return one.is_equivalent_to(other, ndim)
 
 
-def stage(executable: Executable, leaves: Sequence[Any]) -> tuple[Any, ...]:
+def stage(executable: Executable, leaves: Sequence[ArrayLike]) -> tuple[Array, ...]:
     """The results of a call inside a transformation."""
     spec = executable.spec
     settled = map(functools.partial(_settle, spec), [*leaves, *spec.closed], spec.inputs.axes)
@@ -188,7 +188,7 @@ def stage(executable: Executable, leaves: Sequence[Any]) -> tuple[Any, ...]:
         ) from None
 
 
-def _settle(spec: ProgramSpec, x: Any, axis: int | None) -> Any:
+def _settle(spec: ProgramSpec, x: ArrayLike, axis: int | None) -> ArrayLike:
     """An argument of a traced call, moved if its value is known already and lies on devices of its own.
 
     Where the call is recorded it is a constant of the program, which XLA puts where it has to be.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax.tree_util import keystr
 
 from replicax import _jax
 from replicax._layout.axes import Leaf, one_replica_type
+from replicax._typing import Aval, KeyPath, PyTreeDef
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Signature:
     size: int
     leaves: tuple[Leaf, ...]
     in_axes: tuple[int | None, ...]
-    tree: Any
-    own_tree: Any
+    tree: PyTreeDef
+    own_tree: PyTreeDef
     roots: Mapping[Hashable, str]
-    static: Mapping[str, Any]
-    settings: Mapping[str, Any]
+    static: Mapping[str, object]
+    settings: Mapping[str, object]
     surroundings: str
 
     def differences(self, earlier: Signature) -> list[str]:
@@ -77,13 +77,13 @@ class Signature:
         )
 
 
-def type_name(aval: Any) -> str:
+def type_name(aval: Aval) -> str:
     """A type as JAX writes it, and whether it is that of a scalar of Python's, which adapts to what it meets."""
     shape = ",".join(map(str, aval.shape))
     return f"{aval.dtype}[{shape}]" + (" (weakly typed)" if getattr(aval, "weak_type", False) else "")
 
 
-def structure_differences(tree: Any, earlier: Any, roots: Mapping[Hashable, str]) -> list[str]:
+def structure_differences(tree: PyTreeDef, earlier: PyTreeDef, roots: Mapping[Hashable, str]) -> list[str]:
     """Where two trees of ``(positional arguments, keyword arguments)`` are not the same, one line a difference."""
     found = []
     for path, now, was in _jax.structure_faults(tree, earlier):
@@ -96,12 +96,12 @@ def structure_differences(tree: Any, earlier: Any, roots: Mapping[Hashable, str]
     return found
 
 
-def path_key(path: Iterable[Any]) -> tuple[Hashable, ...]:
+def path_key(path: KeyPath) -> tuple[Hashable, ...]:
     """A path in a tree of tuples and dicts, as plain positions and keys."""
     return tuple(entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else entry.key for entry in path)
 
 
-def _values(now: Mapping[str, Any], then: Mapping[str, Any], name: Any) -> list[str]:
+def _values(now: Mapping[str, object], then: Mapping[str, object], name: Callable[[str], str]) -> list[str]:
     found = []
     for key in sorted({*now, *then}):
         if key not in then:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -19,6 +18,7 @@ from replicax._runtime.dispatch import Dispatcher
 from replicax._runtime.executable import Executable
 from replicax._runtime.run import run
 from replicax._runtime.signature import Signature, structure_differences, type_name
+from replicax._typing import Args, ArrayLike, Function, Kwargs, PyTree
 from replicax.errors import AheadOfTimeError
 
 
@@ -39,24 +39,24 @@ class Plan:
     signature: Signature
 
     @property
-    def in_avals(self) -> Any:
+    def in_avals(self) -> PyTree:
         """The types of the arguments, as ``(positional arguments, keyword arguments)``, static ones left out."""
         return self.signature.tree.unflatten([_jax.typeof(leaf.aval) for leaf in self.signature.leaves])
 
     @property
-    def args_info(self) -> Any:
+    def args_info(self) -> PyTree:
         """The same, and whether each is donated."""
         donated = [i in self.executable.spec.inputs.donated for i in range(len(self.signature.leaves))]
         avals = jax.tree.leaves(self.in_avals)
         return self.signature.tree.unflatten(list(map(jax.stages.ArgInfo, avals, donated)))
 
-    def own(self, values: Any) -> Any:
+    def own(self, values: PyTree) -> PyTree:
         """Of something that JAX knows of every array the program takes: that of the user's arguments."""
         flat, _ = values
         return self.signature.tree.unflatten(flat[: len(self.signature.leaves)])
 
     @_jax.api_boundary
-    def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def leaves(self, args: Args, kwargs: Kwargs) -> list[ArrayLike]:
         """The arguments of a call of the compiled program, checked.
 
         Raises:
@@ -76,7 +76,7 @@ class Plan:
         self._check_types(leaves)
         return leaves
 
-    def _check_types(self, leaves: Sequence[Any]) -> None:
+    def _check_types(self, leaves: Sequence[ArrayLike]) -> None:
         faults, traced = [], []
         for leaf, x in zip(self.signature.leaves, leaves, strict=True):
             if isinstance(x, jax.core.Tracer):
@@ -108,7 +108,7 @@ class Plan:
                 )
             )
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _call(self, args: Args, kwargs: Kwargs) -> Call:
         """The arguments, which may come with the static ones, as in a call of the map, or without, as in JAX."""
         chosen = self.dispatcher.options.static
         if len(args) > len(self.call.positions):
@@ -139,7 +139,7 @@ class Plan:
 
 
 @_jax.api_boundary
-def trace(dispatcher: Dispatcher, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+def trace(dispatcher: Dispatcher, fun: Function, args: Args, kwargs: Kwargs) -> Traced:
     """Traces a map for arguments, or types of arguments.
 
     Raises:
@@ -217,7 +217,7 @@ class Lowered(jax.stages.Lowered):  # type: ignore[misc]  # JAX's is untyped her
         self._plan = plan
 
     @property
-    def in_avals(self) -> Any:
+    def in_avals(self) -> PyTree:
         """The type of each argument."""
         return self._plan.in_avals
 
@@ -256,9 +256,9 @@ class Compiled(jax.stages.Compiled):  # type: ignore[misc]
         self._compiled = compiled
         self._plan = plan
         may_hang = cpu_threads.may_hang(plan.executable.spec.layout.mesh)
-        self._run_on: Callable[..., Any] = cpu_threads.bounded(compiled) if may_hang else compiled
+        self._run_on: Function = cpu_threads.bounded(compiled) if may_hang else compiled
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Runs the program.
 
         Raises:
@@ -273,7 +273,7 @@ class Compiled(jax.stages.Compiled):  # type: ignore[misc]
         with jax.ensure_compile_time_eval():  # a transformation goes on around it, and is not concerned
             return self._run(leaves)
 
-    def _run(self, leaves: Sequence[Any]) -> Any:
+    def _run(self, leaves: Sequence[ArrayLike]) -> PyTree:
         plan = self._plan
         with _jax.own_mesh():
             names = [leaf.name for leaf in plan.signature.leaves]
@@ -281,16 +281,16 @@ class Compiled(jax.stages.Compiled):  # type: ignore[misc]
         return jax.tree.unflatten(plan.executable.spec.out_tree, results)
 
     @property
-    def in_avals(self) -> Any:
+    def in_avals(self) -> PyTree:
         """The type of each argument."""
         return self._plan.in_avals
 
     @property
-    def input_shardings(self) -> Any:
+    def input_shardings(self) -> PyTree:
         """Where the program wants each argument, as ``(positional arguments, keyword arguments)``."""
         return self._plan.own(self._compiled.input_shardings)
 
     @property
-    def input_formats(self) -> Any:
+    def input_formats(self) -> PyTree:
         """Where it wants them, and in which layout in memory."""
         return self._plan.own(self._compiled.input_formats)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from replicax._jax import cpp
+from replicax._typing import ArrayLike
 
 
 class TakenArrays:
@@ -24,7 +24,7 @@ class TakenArrays:
     CRASH = jax.__version_info__ < (0, 11, 2)
 
     @classmethod
-    def delete(cls, leaves: Sequence[Any]) -> None:
+    def delete(cls, leaves: Sequence[ArrayLike]) -> None:
         """Deletes those among the arguments of a call, so that the next call to get them can say so."""
         if cls.CRASH:
             for x in leaves:

@@ -18,6 +18,7 @@ from replicax._jax import cpp
 from replicax._jax.cpp import ArrayImpl
 from replicax._layout.placement import Placement
 from replicax._messages import nameless, too_large
+from replicax._typing import ArrayLike, DType, HostArray, PyTree
 from replicax.errors import UnconvertedArrayError
 
 #: Up to so many bytes, copying an array twice takes no longer than copying it to where a device can use it.
@@ -27,7 +28,9 @@ SMALL = 1 << 16
 LARGE = 1 << 20
 
 
-def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, placement: Placement | None = None) -> Any:
+def put(
+    x: ArrayLike, sharding: jax.sharding.Sharding, axis: int | None = None, placement: Placement | None = None
+) -> ArrayLike:
     """An array or a scalar on its devices, as it is now: its owner may change it as soon as this returns.
 
     JAX reads a NumPy array in its owner's memory where it can, on CPUs, and does so while a program runs. Here every
@@ -61,14 +64,14 @@ def put(x: Any, sharding: jax.sharding.Sharding, axis: int | None = None, placem
     return cpp.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=ours)
 
 
-def _as_numpy(x: Any) -> np.ndarray[Any, Any]:
+def _as_numpy(x: ArrayLike) -> HostArray:
     try:
         return np.asarray(x, _jax.typeof(x).dtype)
     except OverflowError:
         raise nameless(too_large("An argument", x)) from None
 
 
-def copy_small(tree: Any) -> Any:
+def copy_small(tree: PyTree) -> PyTree:
     """A tree with copies of the small NumPy arrays in it."""
     kind = type(tree)
     if kind is ndarray and tree.nbytes <= SMALL and tree.dtype.isnative:
@@ -85,7 +88,7 @@ def copy_small(tree: Any) -> Any:
     return tree if jax.tree_util.all_leaves((tree,)) else jax.tree.map(copy_small, tree)
 
 
-def plain(x: Any) -> Any:
+def plain(x: HostArray) -> HostArray:
     """A NumPy array, or one of a subclass (a memory map, a matrix), of NumPy's own class and native.
 
     Raises:
@@ -101,14 +104,14 @@ def plain(x: Any) -> Any:
     return np.asarray(native(x))
 
 
-def native(x: Any) -> Any:
+def native(x: PyTree) -> PyTree:
     """A NumPy array in this machine's order of bytes, of which C++ takes all to be; anything else as it is."""
     if isinstance(x, np.ndarray) and not x.dtype.isnative and x.dtype.kind in "iufc":
         return x.astype(x.dtype.newbyteorder("="))
     return x
 
 
-def is_small(x: Any) -> bool:
+def is_small(x: object) -> bool:
     """Whether :func:`copy_small` copies it."""
     return type(x) is np.ndarray and 0 < x.nbytes <= SMALL
 
@@ -124,7 +127,7 @@ class _Spread(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _spread(sharding: jax.sharding.Sharding, shape: tuple[int, ...], dtype: np.dtype[Any], x64: bool) -> _Spread:
+def _spread(sharding: jax.sharding.Sharding, shape: tuple[int, ...], dtype: DType, x64: bool) -> _Spread:
     each = sharding.addressable_devices_indices_map(shape)
     ends = [tuple((along.start, along.stop) for along in index) for index in each.values()]
     different = list(dict.fromkeys(ends))
@@ -133,9 +136,7 @@ def _spread(sharding: jax.sharding.Sharding, shape: tuple[int, ...], dtype: np.d
     return _Spread(_jax.array_type(shape, dtype, x64), list(each), indices, [*map(different.index, ends)], on_host)
 
 
-def _block(
-    host: np.ndarray[Any, Any], axis: int, placement: Placement, index: tuple[slice, ...]
-) -> np.ndarray[Any, Any]:
+def _block(host: HostArray, axis: int, placement: Placement, index: tuple[slice, ...]) -> HostArray:
     """The rows of one device's slots along an axis, as they lie where they follow each other."""
     start, stop, _ = index[axis].indices(placement.slots)
     rows = placement.replica_at[start:stop]
@@ -144,7 +145,7 @@ def _block(
     return host[(*[slice(None)] * axis, slice(rows[0], rows[-1] + 1))]
 
 
-def _copies(blocks: Sequence[np.ndarray[Any, Any]], dtype: Any) -> list[np.ndarray[Any, Any]]:
+def _copies(blocks: Sequence[HostArray], dtype: DType) -> list[HostArray]:
     """The blocks in memory of ours, so aligned that it can serve as that of a CPU device."""
     copies = []
     for block in blocks:
@@ -161,7 +162,7 @@ def _copies(blocks: Sequence[np.ndarray[Any, Any]], dtype: Any) -> list[np.ndarr
     return copies
 
 
-def _cut(copy: np.ndarray[Any, Any], block: np.ndarray[Any, Any], times: int) -> list[tuple[Any, Any]]:
+def _cut(copy: HostArray, block: HostArray, times: int) -> list[tuple[HostArray, HostArray]]:
     """The two in so many parts, along the axis that is the longest."""
     axis = int(np.argmax(block.shape))
     return list(zip(np.array_split(copy, times, axis), np.array_split(block, times, axis), strict=True))

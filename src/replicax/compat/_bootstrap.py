@@ -117,7 +117,7 @@ def _set_path(first: str) -> None:
         sys.path[0] = first
 
 
-def _become_main(file: str | None, loader: Any) -> dict[str, Any]:
+def _become_main(file: str | None, loader: SourceFileLoader | None) -> dict[str, Any]:
     """The namespace of ``__main__``, as python gives it to a program."""
     namespace = vars(sys.modules["__main__"])
     builtins, annotated = namespace["__builtins__"], "__annotations__" in namespace

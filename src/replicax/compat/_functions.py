@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from replicax._layout.layout import layout
 from replicax._messages import report
 from replicax._pmap import MappedFunction
 from replicax._pmap import pmap as mapped
+from replicax._typing import Array, ArrayLike, Function, HostArray, PyTree
 from replicax.compat._virtual import distinct
 from replicax.errors import OptionTypeError, ShardsError
 
@@ -30,8 +31,8 @@ def pmap(
     fun: Callable[..., R],
     axis_name: Hashable | None = None,
     *,
-    in_axes: Any = 0,
-    out_axes: Any = 0,
+    in_axes: PyTree = 0,
+    out_axes: PyTree = 0,
     static_broadcasted_argnums: int | Iterable[int] = (),
     devices: Sequence[jax.Device] | None = None,
     backend: str | None = None,
@@ -81,7 +82,7 @@ def pmap(
     return MappedFunction(fun, dataclasses.replace(checked.options, outputs=outputs))
 
 
-def _that_exist(fun: Callable[..., Any], positions: int | Iterable[int]) -> Any:
+def _that_exist(fun: Function, positions: int | Iterable[int]) -> tuple[int, ...]:
     """The donated positions without those that the function does not have, which ``jax.pmap`` ignores."""
     numbers = tuple(positions) if isinstance(positions, Iterable) else (positions,)
     return tuple(i for i in numbers if not isinstance(i, int) or takes_position(fun, i))
@@ -160,19 +161,19 @@ def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) ->
         return jax.tree.map(lambda *leaves: _rows_on(leaves, real), *shards)
 
 
-def put_rows(x: Any, devices: Sequence[jax.Device]) -> jax.Array:
+def put_rows(x: Array | HostArray, devices: Sequence[jax.Device]) -> jax.Array:
     """An array whose leading axis is the replicas, where :func:`pmap` puts results; of a NumPy array a copy."""
     where = layout("replicas", len(x), distinct(devices)[0]).result_sharding(0)
     with _jax.own_mesh():
         return jax.device_put(x if isinstance(x, jax.Array) else np.array(x), where)
 
 
-def _as_row(x: Any) -> Any:
+def _as_row(x: ArrayLike) -> Array | HostArray:
     """The leaf with a leading axis of 1, where it lies; of a NumPy array a copy, since JAX may alias its memory."""
     return lax.expand_dims(x, (0,)) if isinstance(x, jax.Array) else np.array(x)[None]
 
 
-def _rows_on(rows: Sequence[Any], devices: tuple[jax.Device, ...]) -> Any:
+def _rows_on(rows: Sequence[ArrayLike], devices: tuple[jax.Device, ...]) -> Array:
     """One array, of which each device has its replicas' rows; weakly typed as they are."""
     where = layout("replicas", len(rows), devices).result_sharding(0)
     shape = len(rows), *np.shape(rows[0])
@@ -186,7 +187,7 @@ def _rows_on(rows: Sequence[Any], devices: tuple[jax.Device, ...]) -> Any:
 _joined = jax.jit(lambda rows: jax.numpy.concatenate(rows))
 
 
-def _check_alike(shards: Sequence[Any]) -> None:
+def _check_alike(shards: Sequence[PyTree]) -> None:
     trees = [jax.tree.structure(shard) for shard in shards]
     faults = [f"shards[{i}] is {tree}, and shards[0] is {trees[0]}" for i, tree in enumerate(trees) if tree != trees[0]]
     if not faults:

@@ -20,15 +20,16 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from replicax._arrays import unreplicate
 from replicax._pmap import MappedFunction
+from replicax._typing import ArrayLike, AxisName, Function, PyTree
 from replicax.compat._bootstrap import AfterImport
 from replicax.compat._functions import device_put_replicated, pmap, put_rows
 from replicax.compat._virtual import distinct, padded, program_devices
 
 #: Makes the replacement of a function of a module's.
-Replace = Callable[[Any, Any], Any]
+Replace = Callable[[ModuleType, Function], Function]
 
 
-def first_replica(x: Any) -> Any:
+def first_replica(x: ArrayLike) -> ArrayLike:
     """Replica 0's row of an array; the whole of one that has no mapped axis, and lies on all devices."""
     if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or isinstance(x.sharding, SingleDeviceSharding):
         return x[0]
@@ -52,35 +53,35 @@ def _has_rows(x: jax.Array) -> bool:
 # flax
 
 
-def _flax_replicate(_: Any, original: Any) -> Any:
+def _flax_replicate(_: ModuleType, original: Function) -> Function:
     @functools.wraps(original)
     def replicate(
-        tree: Any,
+        tree: PyTree,
         devices: Sequence[jax.Device] | None = None,
-        axis_name: Any = None,  # noqa: ARG001  # of the original's mesh
-    ) -> Any:
+        axis_name: AxisName | None = None,  # noqa: ARG001  # of the original's mesh
+    ) -> PyTree:
         arrays = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), tree)  # strongly typed
         return device_put_replicated(arrays, devices or program_devices())
 
     return replicate
 
 
-def _flax_unreplicate(_: Any, original: Any) -> Any:
+def _flax_unreplicate(_: ModuleType, original: Function) -> Function:
     @functools.wraps(original)
-    def unreplicate(tree: Any) -> Any:
+    def unreplicate(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: x if getattr(x, "ndim", None) == 0 else first_replica(x), tree)
 
     return unreplicate
 
 
-def _flax_prefetch_to_device(_: Any, original: Any) -> Any:
+def _flax_prefetch_to_device(_: ModuleType, original: Function) -> Function:
     @functools.wraps(original)
     def prefetch_to_device(
-        iterator: Iterator[Any],
+        iterator: Iterator[PyTree],
         size: int,
         devices: Sequence[jax.Device] | None = None,
-        axis_name: Any = None,  # noqa: ARG001  # of the original's mesh
-    ) -> Iterator[Any]:
+        axis_name: AxisName | None = None,  # noqa: ARG001  # of the original's mesh
+    ) -> Iterator[PyTree]:
         chosen = program_devices() if devices is None else devices
         batches = (jax.tree.map(lambda x: put_rows(x, chosen), tree) for tree in iterator)
         queue = deque(itertools.islice(batches, size))
@@ -91,9 +92,9 @@ def _flax_prefetch_to_device(_: Any, original: Any) -> Any:
     return prefetch_to_device
 
 
-def _flax_get_metrics(module: Any, original: Any) -> Any:
+def _flax_get_metrics(module: ModuleType, original: Function) -> Function:
     @functools.wraps(original)
-    def get_metrics(device_metrics: Any) -> Any:
+    def get_metrics(device_metrics: PyTree) -> PyTree:
         return module.stack_forest(jax.device_get(jax.tree.map(first_replica, device_metrics)))
 
     return get_metrics
@@ -103,23 +104,23 @@ def _flax_get_metrics(module: Any, original: Any) -> Any:
 # kfac-jax
 
 
-def _kfac_get_first(module: Any, original: Any) -> Any:
+def _kfac_get_first(module: ModuleType, original: Function) -> Function:
     @functools.wraps(original)
-    def get_first(obj: Any) -> Any:
+    def get_first(obj: PyTree) -> PyTree:
         return jax.tree.map(lambda x: x if module.is_scalar(x) else first_replica(x), obj)
 
     return get_first
 
 
-def _kfac_on_all_devices(place: Callable[[Any, Any], Any]) -> Replace:
+def _kfac_on_all_devices(place: Callable[[PyTree, Sequence[jax.Device]], PyTree]) -> Replace:
     """A function that puts a tree on all devices, by ``place(tree, devices)``."""
 
-    def replace(_: Any, original: Any) -> Any:
+    def replace(_: ModuleType, original: Any) -> Function:
         @functools.wraps(original)
         def on_all_local_devices(
-            obj: Any,
-            axis_name: Any = None,  # noqa: ARG001  # of the original's mesh
-        ) -> Any:
+            obj: PyTree,
+            axis_name: AxisName | None = None,  # noqa: ARG001  # of the original's mesh
+        ) -> PyTree:
             return place(obj, program_devices())
 
         return on_all_local_devices
@@ -127,14 +128,14 @@ def _kfac_on_all_devices(place: Callable[[Any, Any], Any]) -> Replace:
     return replace
 
 
-def _put_rows(tree: Any, devices: Any) -> Any:
+def _put_rows(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     return jax.tree.map(lambda x: put_rows(x, devices), tree)
 
 
 def _mapped(**options: Any) -> Replace:
     """What ``jax.pmap`` has returned to a module that was imported before it was replaced."""
 
-    def replace(_: Any, original: Any) -> Any:
+    def replace(_: ModuleType, original: Any) -> Function:
         return original if isinstance(original, MappedFunction) else pmap(original.__wrapped__, **options)
 
     return replace
@@ -144,9 +145,9 @@ def _mapped(**options: Any) -> Replace:
 # chex
 
 
-def _chex_with_pmap(_: Any, original: Any) -> Any:
+def _chex_with_pmap(_: ModuleType, original: Function) -> Function:
     @functools.wraps(original)
-    def with_pmap(*fn: Any, **options: Any) -> Any:
+    def with_pmap(*fn: Function, **options: Any) -> Function:
         if not fn:  # the original is curried
             return functools.partial(with_pmap, **options)
         if len(fn) > 1 or not options.get("broadcast_args_to_devices", True) or options.get("in_axes", 0) != 0:
@@ -156,7 +157,7 @@ def _chex_with_pmap(_: Any, original: Any) -> Any:
         kept = {static} if isinstance(static, int) else set(static)
 
         @functools.wraps(inner)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
+        def wrapper(*args: PyTree, **kwargs: PyTree) -> PyTree:
             devices = list(options.get("devices") or program_devices())[: options.get("n_devices")]
             copies = functools.partial(device_put_replicated, devices=devices)
             return inner(
@@ -169,9 +170,9 @@ def _chex_with_pmap(_: Any, original: Any) -> Any:
     return with_pmap
 
 
-def _chex_assert_tree_is_sharded(_: Any, original: Any) -> Any:
+def _chex_assert_tree_is_sharded(_: ModuleType, original: Function) -> Function:
     @functools.wraps(original)
-    def assert_tree_is_sharded(tree: Any, *, devices: Sequence[jax.Device]) -> None:
+    def assert_tree_is_sharded(tree: PyTree, *, devices: Sequence[jax.Device]) -> None:
         real, count = distinct(devices)
         if len(real) == count:
             original(tree, devices=devices)
@@ -220,7 +221,7 @@ class Helpers:
     """The replaced functions, for as long as replicax is installed."""
 
     def __init__(self) -> None:
-        self._back: dict[int, tuple[Any, Any]] = {}
+        self._back: dict[int, tuple[Function, Function]] = {}
         self._finder: Any = AfterImport(tuple(HELPERS), self.replace)
 
     def install(self) -> None:
@@ -233,6 +234,8 @@ class Helpers:
         pairs = {}
         for name, replacements in HELPERS.items():
             module = sys.modules.get(name)
+            if module is None:
+                continue
             for attribute, replacement in replacements.items():
                 original = getattr(module, attribute, None)
                 if original is None or id(original) in self._back:
@@ -249,7 +252,7 @@ class Helpers:
         _swap(self._back)
 
 
-def _swap(pairs: Mapping[int, tuple[Any, Any]]) -> None:
+def _swap(pairs: Mapping[int, tuple[Function, Function]]) -> None:
     """Puts the second of each pair wherever a module, or a table of a module's, has the first."""
     if not pairs:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,13 +12,14 @@ import jax
 from jax.sharding import Mesh
 
 from replicax import _jax
+from replicax._typing import Function
 from replicax.compat._functions import device_put_replicated, device_put_sharded, pmap
 from replicax.compat._helpers import Helpers
 from replicax.compat._virtual import FUNCTIONS, REAL, guarded_mesh, see, seen, wanted
 from replicax.errors import ReplicasError
 
 #: The attributes of ``jax`` that are taken, and what takes them.
-_OURS: dict[str, Callable[..., Any]] = {
+_OURS: dict[str, Function] = {
     "pmap": pmap,
     "device_put_replicated": device_put_replicated,
     "device_put_sharded": device_put_sharded,
@@ -145,7 +146,7 @@ def installed(replicas: int | None = None) -> Iterator[None]:
             uninstall()
 
 
-def _warn_of_those_who_took(originals: Mapping[str, Any]) -> None:
+def _warn_of_those_who_took(originals: Mapping[str, object]) -> None:
     took = sorted(
         f"{name} ({attribute})"
         for name, module in list(sys.modules.items())

@@ -6,8 +6,8 @@ import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from types import FrameType
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from replicax import _jax
 from replicax._messages import as_int, report
 from replicax._runtime.options import check_devices
+from replicax._typing import Function, HostArray
 from replicax.errors import DevicesError, ReplicasError
 
 VARIABLE = "REPLICAX_REPLICAS"
@@ -74,7 +75,7 @@ def seen() -> int | None:
     return _replicas
 
 
-def _stand_ins(real: list[Any]) -> list[Any]:
+def _stand_ins(real: list[jax.Device]) -> list[jax.Device]:
     """The list that the program sees in place of real devices: replica r on device ``r // L``, where maps have it."""
     if _replicas is None or real[0].client is not _jax.devices()[0].client:  # such as the CPU beside a GPU
         return real
@@ -92,7 +93,7 @@ def _stand_ins(real: list[Any]) -> list[Any]:
     return [real[r // lanes] for r in range(_replicas)]
 
 
-def program_devices() -> list[Any]:
+def program_devices() -> list[jax.Device]:
     """The devices of this process as the program sees them."""
     return _stand_ins(_jax.local_devices())
 
@@ -103,34 +104,36 @@ def padded() -> bool:
     return _replicas is not None and _replicas % -(-_replicas // real) != 0
 
 
-def _for(asking: Any, real: list[Any]) -> list[Any]:
+def _for(asking: FrameType, real: list[jax.Device]) -> list[jax.Device]:
     """What the one who asks is to see."""
     package = str(asking.f_globals.get("__name__")).partition(".")[0]
     return real if package in REAL else _stand_ins(real)
 
 
 @functools.wraps(_jax.devices)
-def _devices(backend: Any = None) -> list[Any]:
+def _devices(backend: str | None = None) -> list[jax.Device]:
     return _for(sys._getframe(1), _jax.devices(backend))
 
 
 @functools.wraps(_jax.local_devices)
-def _local_devices(process_index: int | None = None, backend: Any = None, host_id: int | None = None) -> list[Any]:
+def _local_devices(
+    process_index: int | None = None, backend: str | None = None, host_id: int | None = None
+) -> list[jax.Device]:
     return _for(sys._getframe(1), _jax.local_devices(process_index, backend, host_id))
 
 
 @functools.wraps(jax.device_count)
-def _device_count(backend: Any = None) -> int:
+def _device_count(backend: str | None = None) -> int:
     return len(_for(sys._getframe(1), _jax.devices(backend)))
 
 
 @functools.wraps(jax.local_device_count)
-def _local_device_count(backend: Any = None) -> int:
+def _local_device_count(backend: str | None = None) -> int:
     return len(_for(sys._getframe(1), _jax.local_devices(backend=backend)))
 
 
 #: What takes the place of which attribute of ``jax``.
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+FUNCTIONS: dict[str, Function] = {
     "devices": _devices,
     "local_devices": _local_devices,
     "device_count": _device_count,
@@ -156,11 +159,11 @@ def distinct(devices: Sequence[jax.Device]) -> tuple[tuple[jax.Device, ...], int
     return check_devices(real), len(given)
 
 
-def guarded_mesh(original: Callable[..., Any]) -> Callable[..., Any]:
+def guarded_mesh(original: Function) -> Function:
     """``Mesh.__new__`` that refuses a device that stands several times, which JAX takes, and fails on later."""
 
     @functools.wraps(original)
-    def new(cls: type[Mesh], devices: Any, *args: Any, **kwargs: Any) -> Any:
+    def new(cls: type[Mesh], devices: Sequence[jax.Device] | HostArray, *args: object, **kwargs: object) -> Mesh:
         times = Counter(map(id, flat := np.asarray(devices, dtype=object).ravel()))
         if len(times) < flat.size:
             raise DevicesError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +11,22 @@ from jax.tree_util import keystr
 
 from replicax._messages import report
 from replicax._pmap import pmap
+from replicax._typing import Args, Array, ArrayLike, DType, Function, KeyPath, PyTree
 from replicax.errors import MismatchError
 
 
 def check(
-    fun: Callable[..., Any],
-    *args: Any,
+    fun: Function,
+    *args: PyTree,
     axis_name: Hashable | None = None,
-    in_axes: Any = 0,
-    out_axes: Any = 0,
+    in_axes: PyTree = 0,
+    out_axes: PyTree = 0,
     axis_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
-    reference: Callable[..., Any] = jax.vmap,
+    reference: Function = jax.vmap,
     derivatives: bool = False,
     rtol: float | None = None,
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, PyTree] | None = None,
 ) -> None:
     """Checks that ``pmap(fun)`` computes what ``jax.vmap(fun)`` computes.
 
@@ -69,15 +69,15 @@ def check(
         compare(lambda path: f"derivative by {path[0].key}", ours, theirs, rtol)
 
 
-def _as_it_is(fun: Callable[..., Any]) -> Callable[..., Any]:
+def _as_it_is(fun: Function) -> Function:
     return fun
 
 
 def gradient(
-    fun: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    compiled: Callable[[Callable[..., Any]], Callable[..., Any]],
+    fun: Function,
+    args: Args,
+    kwargs: Mapping[str, PyTree],
+    compiled: Callable[[Function], Function],
 ) -> dict[str, jax.Array]:
     """The derivative of a scalar that depends on every floating-point result, by each floating-point argument.
 
@@ -106,16 +106,16 @@ def gradient(
     return {_argument(paths[i][0]): gradient for i, gradient in zip(smooth, gradients, strict=True)}
 
 
-def _argument(path: Any) -> str:
+def _argument(path: KeyPath) -> str:
     """``args[0]['w']`` for a positional argument's leaf, ``['scale']`` for a keyword argument's."""
     return ("args" if path[0].idx == 0 else "kwargs") + keystr(path[1:])
 
 
-def _is_differentiable(x: Any) -> bool:
+def _is_differentiable(x: ArrayLike) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
 
 
-def compare(label: Callable[[Any], str], ours: Any, theirs: Any, rtol: float | None = None) -> None:
+def compare(label: Callable[[KeyPath], str], ours: PyTree, theirs: PyTree, rtol: float | None = None) -> None:
     """Checks two trees of arrays leaf by leaf, each called what ``label`` makes of its path.
 
     Raises:
@@ -135,7 +135,7 @@ def compare(label: Callable[[Any], str], ours: Any, theirs: Any, rtol: float | N
         raise MismatchError(report("pmap does not compute what the reference computes:", faults, ""))
 
 
-def difference(ours: Any, theirs: Any, rtol: float | None = None) -> str | None:
+def difference(ours: Array, theirs: Array, rtol: float | None = None) -> str | None:
     """What tells two arrays apart, or None when nothing does."""
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return f"{ours.dtype}{list(ours.shape)}, and the reference is {theirs.dtype}{list(theirs.shape)}"
@@ -159,6 +159,6 @@ def difference(ours: Any, theirs: Any, rtol: float | None = None) -> str | None:
     return f"{int(wrong.sum())} of {x.size} elements differ, first at {at}: {x[at]} where the reference has {y[at]}"
 
 
-def _tolerance(dtype: Any) -> float:
+def _tolerance(dtype: DType) -> float:
     """The relative rounding that sums in another order may show: some units in the last place."""
     return (100 if jnp.finfo(dtype).bits > 16 else 2) * float(jnp.finfo(dtype).eps)

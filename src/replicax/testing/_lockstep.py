@@ -9,7 +9,7 @@ communicates). It is slow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -17,16 +17,17 @@ import jax.numpy as jnp
 
 from replicax import _jax
 from replicax._engine.collectives import AWAITING, REGISTRY
+from replicax._typing import Array, ArrayLike, Atom, Function, PyTree
 from replicax.errors import DivergentOutputError, UnsupportedCollectiveError
 
 
 def lockstep(
-    fun: Callable[..., Any],
-    in_axes: Any = 0,
-    out_axes: Any = 0,
+    fun: Function,
+    in_axes: PyTree = 0,
+    out_axes: PyTree = 0,
     axis_name: Hashable | None = None,
     axis_size: int | None = None,
-) -> Callable[..., Any]:
+) -> Function:
     """Maps ``fun`` as ``jax.vmap`` does, replica beside replica, on one device.
 
     Args:
@@ -49,10 +50,10 @@ def lockstep(
         Array([3, 3, 3], dtype=int32)
     """
 
-    def mapped(*args: Any, **kwargs: Any) -> Any:
+    def mapped(*args: PyTree, **kwargs: PyTree) -> PyTree:
         trees: list[Any] = []
 
-        def one_replica(*own: Any, **own_kwargs: Any) -> list[Any]:
+        def one_replica(*own: PyTree, **own_kwargs: PyTree) -> list[Array]:
             leaves, tree = jax.tree.flatten((own, own_kwargs))
             trees.append(tree)
             return leaves
@@ -69,7 +70,7 @@ def lockstep(
     return mapped
 
 
-def _placed(results: Sequence[jax.Array], out: Any, out_axes: Any, size: int) -> Any:
+def _placed(results: Sequence[jax.Array], out: PyTree, out_axes: PyTree, size: int) -> PyTree:
     """The results of all replicas, each with the mapped axis where ``out_axes`` has it, nested as one replica's."""
     same = jax.tree.map(lambda axis: axis is None, out_axes, is_leaf=lambda axis: axis is None)
     rows = [
@@ -98,11 +99,11 @@ class _Interpreter:
         self.name = name
         self.size = size
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    def run(self, jaxpr: _jax.Jaxpr, consts: Sequence[Array], args: Sequence[Array]) -> list[Array]:
         jaxpr = _jax.body(jaxpr)
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
-        def read(atom: Any) -> Any:
+        def read(atom: Atom) -> Array:
             if _jax.is_literal(atom):
                 return jnp.broadcast_to(jnp.asarray(atom.val, atom.aval.dtype), (self.size, *atom.aval.shape))
             return env[atom]
@@ -111,13 +112,13 @@ class _Interpreter:
             env.update(zip(eqn.outvars, self.equation(eqn, [read(atom) for atom in eqn.invars]), strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def closed(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+    def closed(self, jaxpr: _jax.Jaxpr, args: Sequence[Array]) -> list[Array]:
         return self.run(jaxpr, [self.everywhere(c) for c in _jax.constants(jaxpr)], args)
 
-    def everywhere(self, x: Any) -> jax.Array:
+    def everywhere(self, x: ArrayLike) -> jax.Array:
         return jnp.broadcast_to(x, (self.size, *jnp.shape(x)))
 
-    def equation(self, eqn: Any, args: list[Any]) -> list[Any]:
+    def equation(self, eqn: _jax.Equation, args: list[Array]) -> list[Array]:
         subs = list(_jax.sub_jaxprs(eqn))
         if not any(map(self.communicates, subs)):
             if not subs and self.name in _jax.named_axes(eqn):
@@ -143,13 +144,13 @@ class _Interpreter:
             return self.closed(subs[0], args)
         raise UnsupportedCollectiveError(f"lockstep has no definition of {eqn.primitive.name}")
 
-    def communicates(self, jaxpr: Any) -> bool:
+    def communicates(self, jaxpr: _jax.Jaxpr) -> bool:
         return any(
             self.name in _jax.named_axes(eqn) or any(map(self.communicates, _jax.sub_jaxprs(eqn)))
             for eqn in _jax.body(jaxpr).eqns
         )
 
-    def scan(self, eqn: Any, step: Any, args: list[Any]) -> list[Any]:
+    def scan(self, eqn: _jax.Equation, step: _jax.Jaxpr, args: list[Array]) -> list[Array]:
         carry_at = _jax.loop_carry(eqn)
         consts, carry, xs = args[: carry_at.start], args[carry_at], args[carry_at.stop :]
         length, rows = eqn.params["length"], []
@@ -162,7 +163,7 @@ class _Interpreter:
         empty = [jnp.zeros((self.size, *aval.shape), aval.dtype) for aval in avals]
         return [*carry, *([jnp.stack(column, 1) for column in zip(*rows, strict=True)] if rows else empty)]
 
-    def while_(self, eqn: Any, subs: list[Any], args: list[Any]) -> list[Any]:
+    def while_(self, eqn: _jax.Equation, subs: list[_jax.Jaxpr], args: list[Array]) -> list[Array]:
         cond, body = subs
         n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         for_cond, for_body, carry = args[:n], args[n : n + m], args[n + m :]
@@ -171,7 +172,7 @@ class _Interpreter:
             carry = [_select(goes_on.astype(jnp.int32), pair) for pair in zip(carry, after, strict=True)]
         return carry
 
-    def collective(self, eqn: Any, *args: Any) -> Any:
+    def collective(self, eqn: _jax.Equation, *args: Array) -> Array:
         entry = REGISTRY.get(eqn.primitive.name)
         if entry is None:
             raise UnsupportedCollectiveError(f"lockstep has no definition of {eqn.primitive.name}")

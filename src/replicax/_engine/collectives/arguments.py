@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import chain
-from typing import Any
 
 from replicax._layout.exchange import Groups, groups
 from replicax._layout.layout import LogicalAxes, LogicalAxis
+from replicax._typing import IndexGroups
 from replicax.errors import CollectiveArgumentError
 
 Names = Sequence[Hashable]
@@ -31,7 +31,7 @@ def split_axes(logical: LogicalAxes, axes: Names) -> tuple[list[LogicalAxis], tu
     return ours, positional, foreign
 
 
-def groups_of(primitive: str, axis_index_groups: Any, size: int, *, of_one_size: bool) -> Groups | None:
+def groups_of(primitive: str, axis_index_groups: IndexGroups, size: int, *, of_one_size: bool) -> Groups | None:
     """The groups as tables; None where all replicas are one group.
 
     Raises:
@@ -52,7 +52,7 @@ def groups_of(primitive: str, axis_index_groups: Any, size: int, *, of_one_size:
     return groups([group for group in axis_index_groups if group], size)
 
 
-def shown(argument: Any) -> str:
+def shown(argument: Iterable[Iterable[int]]) -> str:
     """Groups or pairs as a message has them."""
     text = str([list(map(int, item)) for item in argument])
     return text if len(text) < 200 else f"{text[:197]}..."

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-#: ``axis_index_groups``: the replicas of each group; None for one group of all.
-IndexGroups = Sequence[Sequence[int]] | None
+from replicax._typing import IndexGroups
 
 
 def groups_in(size: int, axis_index_groups: IndexGroups) -> list[list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax import lax
 from replicax._engine import primitives
 from replicax._engine.blocks import block, exchanged, fetch, gather, only_axis, own_lane, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
-from replicax._engine.collectives.definitions import IndexGroups, in_each_group
+from replicax._engine.collectives.definitions import in_each_group
 from replicax._engine.collectives.reductions import over_segments
 from replicax._engine.collectives.registry import collective, equal, keeps_constants, moves_data, own
 from replicax._engine.collectives.replicas import where_replica
@@ -31,6 +30,7 @@ from replicax._layout.exchange import (
     segments,
 )
 from replicax._layout.layout import LogicalAxes, LogicalAxis
+from replicax._typing import Array, IndexGroups, ShapeAndDtype
 from replicax.errors import CollectiveArgumentError
 
 
@@ -41,13 +41,13 @@ def _gathered_rows(
     all_gather_dimension: int,
     tiled: bool,
     axis_index_groups: IndexGroups = None,
-    **_: Any,
+    **_: object,
 ) -> jax.Array:
     join = jnp.concatenate if tiled else jnp.stack
     return in_each_group(size, x, axis_index_groups, lambda mine: [join(list(mine), all_gather_dimension)] * len(mine))
 
 
-def wire_of_gather(axis: LogicalAxis, x: Any, *, axis_index_groups: Any = None, **_: Any) -> int:
+def wire_of_gather(axis: LogicalAxis, x: ShapeAndDtype, *, axis_index_groups: IndexGroups = None, **_: object) -> int:
     """Each replica's operand, for all replicas of its group."""
     lane = size_in_bytes(x)
     split = groups_of("all_gather", axis_index_groups, axis.size, of_one_size=True)
@@ -70,14 +70,14 @@ def wire_of_gather(axis: LogicalAxis, x: Any, *, axis_index_groups: Any = None, 
 @keeps_constants
 def all_gather(
     logical: LogicalAxes,
-    x: Any,
+    x: Array,
     *,
     all_gather_dimension: int,
     axis_name: Names | Hashable,
     axis_size: int,
     tiled: bool,
-    axis_index_groups: Any = None,
-) -> Any:
+    axis_index_groups: IndexGroups = None,
+) -> Array:
     """The group's operands along a new dimension, or (tiled) along an old one; padding is cut off."""
     names = as_names(axis_name)
     split = groups_of("all_gather", axis_index_groups, size_of(logical, names), of_one_size=True)
@@ -96,13 +96,13 @@ def all_gather(
     return joined(gathered, all_gather_dimension) if tiled else jnp.moveaxis(gathered, 0, all_gather_dimension)
 
 
-def joined(x: Any, dimension: int) -> Any:
+def joined(x: Array, dimension: int) -> Array:
     """``x`` with its first dimension laid out along another of the rest."""
     x = jnp.moveaxis(x, 0, dimension)
     return x.reshape(*x.shape[:dimension], x.shape[dimension] * x.shape[dimension + 1], *x.shape[dimension + 2 :])
 
 
-def chunks(x: Any, dimension: int, count: int) -> Any:
+def chunks(x: Array, dimension: int, count: int) -> Array:
     """``x`` cut along a dimension into so many pieces, which are a new first dimension."""
     x = x.reshape(*x.shape[:dimension], count, x.shape[dimension] // count, *x.shape[dimension + 1 :])
     return jnp.moveaxis(x, dimension, 0)
@@ -115,7 +115,7 @@ def _scattered_rows(
     scatter_dimension: int,
     tiled: bool,
     axis_index_groups: IndexGroups = None,
-    **_: Any,
+    **_: object,
 ) -> jax.Array:
     def one_group(mine: jax.Array) -> Sequence[jax.Array] | jax.Array:
         total = jnp.sum(mine, 0, dtype=mine.dtype)
@@ -126,7 +126,9 @@ def _scattered_rows(
     return in_each_group(size, x, axis_index_groups, one_group)
 
 
-def _wire_of_scatter(axis: LogicalAxis, x: Any, *, axis_size: int, axis_index_groups: Any = None, **_: Any) -> int:
+def _wire_of_scatter(
+    axis: LogicalAxis, x: ShapeAndDtype, *, axis_size: int, axis_index_groups: IndexGroups = None, **_: object
+) -> int:
     piece = size_in_bytes(x) // axis_size
     split = groups_of("psum_scatter", axis_index_groups, axis.size, of_one_size=True)
     whole = device_groups(axis, split) if split else None
@@ -150,14 +152,14 @@ def _wire_of_scatter(axis: LogicalAxis, x: Any, *, axis_size: int, axis_index_gr
 @keeps_constants
 def psum_scatter(
     logical: LogicalAxes,
-    x: Any,
+    x: Array,
     *,
     scatter_dimension: int,
     axis_name: Names | Hashable,
     axis_size: int,
     tiled: bool,
-    axis_index_groups: Any = None,
-) -> Any:
+    axis_index_groups: IndexGroups = None,
+) -> Array:
     """Of the sum over the group, this replica's slice along a dimension: the transpose of ``all_gather``.
 
     Raises:
@@ -184,7 +186,7 @@ def psum_scatter(
     return SUM.local(fetch(logical, names, x, items), 0)
 
 
-def scatter_sum(axis: LogicalAxis, x: Any, whole: DeviceGroups | None) -> Any:
+def scatter_sum(axis: LogicalAxis, x: Array, whole: DeviceGroups | None) -> Array:
     """Of the sum over the replicas of ``x``, whose first dimension is theirs, this replica's element.
 
     The replicas are all, or those of the device's group of whole devices.
@@ -200,7 +202,7 @@ def scatter_sum(axis: LogicalAxis, x: Any, whole: DeviceGroups | None) -> Any:
     return own_lane(axis, lax.psum_scatter(x, axis.device_axis, axis_index_groups=whole))
 
 
-def scatter_sum_over(logical: LogicalAxes, names: Names, x: Any) -> Any:
+def scatter_sum_over(logical: LogicalAxes, names: Names, x: Array) -> Array:
     """The same along several axes as one."""
     sizes = [size_of(logical, [name]) for name in names]
     x = x.reshape(*sizes, *x.shape[1:])
@@ -209,7 +211,7 @@ def scatter_sum_over(logical: LogicalAxes, names: Names, x: Any) -> Any:
     return x
 
 
-def scatter_sum_over_segments(axis: LogicalAxis, x: Any, split: Groups) -> Any:
+def scatter_sum_over_segments(axis: LogicalAxis, x: Array, split: Groups) -> Array:
     """The same for groups that share devices: a device sends one sum for each replica of its lanes' groups."""
     plan, size = segments(axis, split), x.shape[0]
     sums = over_segments(axis, block(axis, x), plan.lanes, plan.count, SUM)  # (segments, group, ...)

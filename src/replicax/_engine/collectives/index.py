@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from replicax._engine.collectives.wire import nothing
 from replicax._layout.layout import LogicalAxes
 
 
-def _every_index(size: int, **_: Any) -> jax.Array:
+def _every_index(size: int, **_: object) -> jax.Array:
     return jnp.arange(size, dtype=jnp.int32)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from itertools import chain
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +15,19 @@ from replicax._engine.blocks import block, fetch, gather, only_axis, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, shown
 from replicax._engine.collectives.registry import Result, collective, equal, moves_data, refuse
 from replicax._engine.collectives.wire import fetched, reduced, size_in_bytes
-from replicax._layout.exchange import NOTHING
+from replicax._layout.exchange import NOTHING, Table
 from replicax._layout.layout import LogicalAxes, LogicalAxis
+from replicax._typing import Array, Params, ShapeAndDtype
 from replicax.errors import CollectiveArgumentError
 
 
-def result_of_permutation(params: Mapping[str, Any], logical: LogicalAxes) -> Result:
+def result_of_permutation(params: Params, logical: LogicalAxes) -> Result:
     """Replicas that receive nothing get zeros; where all receive, they have the same if they had the same."""
     axis = only_axis(logical, as_names(params["axis_name"]))
     return Result.AS_GIVEN if axis is not None and len(params["perm"]) == axis.size else Result.OWN
 
 
-def _permuted_rows(size: int, x: jax.Array, *, perm: Sequence[tuple[int, int]], **_: Any) -> jax.Array:
+def _permuted_rows(size: int, x: jax.Array, *, perm: Sequence[tuple[int, int]], **_: object) -> jax.Array:
     del size
     rows = [jnp.zeros_like(x[0])] * len(x)
     for source, destination in perm:
@@ -35,7 +35,7 @@ def _permuted_rows(size: int, x: jax.Array, *, perm: Sequence[tuple[int, int]], 
     return jnp.stack(rows)
 
 
-def _wire_of_permutation(axis: LogicalAxis, x: Any, *, perm: Sequence[tuple[int, int]], **_: Any) -> int:
+def _wire_of_permutation(axis: LogicalAxis, x: ShapeAndDtype, *, perm: Sequence[tuple[int, int]], **_: object) -> int:
     return size_in_bytes(x) * fetched(axis, permutation(perm, axis.size)[:, None])
 
 
@@ -49,7 +49,7 @@ def _wire_of_permutation(axis: LogicalAxis, x: Any, *, perm: Sequence[tuple[int,
     wire=_wire_of_permutation,
 )
 @moves_data
-def ppermute(logical: LogicalAxes, x: Any, *, axis_name: Names | Hashable, perm: Sequence[tuple[int, int]]) -> Any:
+def ppermute(logical: LogicalAxes, x: Array, *, axis_name: Names | Hashable, perm: Sequence[tuple[int, int]]) -> Array:
     """Another replica's operand, or zeros; only what changes device travels."""
     names = as_names(axis_name)
     sources = permutation(perm, size_of(logical, names))
@@ -60,7 +60,7 @@ def ppermute(logical: LogicalAxes, x: Any, *, axis_name: Names | Hashable, perm:
     return fetch(logical, names, x[None], sources[:, None])[0]
 
 
-def permutation(perm: Sequence[tuple[int, int]], size: int) -> Any:
+def permutation(perm: Sequence[tuple[int, int]], size: int) -> Table:
     """``(replicas,)``: from which replica each receives, or :data:`NOTHING`.
 
     As in JAX, a negative index counts from the end.
@@ -96,17 +96,17 @@ def permutation(perm: Sequence[tuple[int, int]], size: int) -> Any:
     return sources
 
 
-def _row_of_source(size: int, x: jax.Array, *, source: int, **_: Any) -> jax.Array:
+def _row_of_source(size: int, x: jax.Array, *, source: int, **_: object) -> jax.Array:
     return jnp.stack([x[source]] * size)
 
 
-def _wire_of_broadcast(axis: LogicalAxis, x: Any, **_: Any) -> int:
+def _wire_of_broadcast(axis: LogicalAxis, x: ShapeAndDtype, **_: object) -> int:
     return reduced(axis, size_in_bytes(x))
 
 
 @collective("pbroadcast", result=equal, definition=_row_of_source, wire=_wire_of_broadcast)
 @moves_data
-def pbroadcast(logical: LogicalAxes, x: Any, *, axis_name: Names | Hashable, source: int) -> Any:
+def pbroadcast(logical: LogicalAxes, x: Array, *, axis_name: Names | Hashable, source: int) -> Array:
     """One replica's operand, for all: a sum in which the others are zero, as JAX defines it."""
     names = as_names(axis_name)
     size = size_of(logical, names)

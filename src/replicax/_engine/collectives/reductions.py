@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,14 @@ from jax import lax
 
 from replicax._engine.blocks import block, fetch, on_device, only_axis, own_lane, size_of, take, with_zero
 from replicax._engine.collectives.arguments import Names, direct, groups_of, split_axes
-from replicax._engine.collectives.definitions import IndexGroups, in_each_group
+from replicax._engine.collectives.definitions import in_each_group
 from replicax._engine.collectives.registry import collective, equal, keeps_constants
 from replicax._engine.collectives.replicas import physical, where_replica
 from replicax._engine.collectives.wire import fetched, reduced, size_in_bytes
 from replicax._engine.reductions import MAX, MIN, SUM, Reduction, without_derivative
 from replicax._layout.exchange import NOTHING, Groups, Table, segments
 from replicax._layout.layout import LaneAxis, LogicalAxes, LogicalAxis
+from replicax._typing import Array, IndexGroups, ShapeAndDtype
 
 
 def _of_rows(reduce: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -31,7 +31,7 @@ def _of_rows(reduce: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return definition
 
 
-def _wire_of_sum(axis: LogicalAxis, x: Any, *, axes: Names, axis_index_groups: Any = None) -> int:
+def _wire_of_sum(axis: LogicalAxis, x: ShapeAndDtype, *, axes: Names, axis_index_groups: IndexGroups = None) -> int:
     lane = size_in_bytes(x, [dim for dim in axes if isinstance(dim, int)])
     split = groups_of("psum", axis_index_groups, axis.size, of_one_size=False)
     if split is None:
@@ -40,7 +40,9 @@ def _wire_of_sum(axis: LogicalAxis, x: Any, *, axes: Names, axis_index_groups: A
     return lane * sum((stop - start) * sum(len(on) for on in shared if len(on) > 1) for start, stop, shared in runs)
 
 
-def _wire_of_extremum(axis: LogicalAxis, x: Any, *, axes: Names, axis_index_groups: Any = None) -> int:
+def _wire_of_extremum(
+    axis: LogicalAxis, x: ShapeAndDtype, *, axes: Names, axis_index_groups: IndexGroups = None
+) -> int:
     """As that of a sum, but floats go as integers of at least 32 bits, and complex numbers are gathered."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         lane = size_in_bytes(x, [dim for dim in axes if isinstance(dim, int)])
@@ -64,7 +66,7 @@ def _wire_of_extremum(axis: LogicalAxis, x: Any, *, axes: Names, axis_index_grou
     sums=True,
 )
 @keeps_constants
-def psum(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
+def psum(logical: LogicalAxes, x: Array, *, axes: Names, axis_index_groups: IndexGroups = None) -> Array:
     """The sum over the replicas; padding lanes add nothing."""
     if axis_index_groups is not None:
         return reduce_groups(logical, x, axes, axis_index_groups, SUM)
@@ -75,18 +77,18 @@ def psum(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = 
 
 
 @collective("pmax", result=equal, definition=_of_rows(jnp.max), wire=_wire_of_extremum, by_groups=True)
-def pmax(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
+def pmax(logical: LogicalAxes, x: Array, *, axes: Names, axis_index_groups: IndexGroups = None) -> Array:
     """The maximum over the replicas; a copy of a replica does not change it."""
     return extremum(logical, x, axes, axis_index_groups, MAX)
 
 
 @collective("pmin", result=equal, definition=_of_rows(jnp.min), wire=_wire_of_extremum, by_groups=True)
-def pmin(logical: LogicalAxes, x: Any, *, axes: Names, axis_index_groups: Any = None) -> Any:
+def pmin(logical: LogicalAxes, x: Array, *, axes: Names, axis_index_groups: IndexGroups = None) -> Array:
     """The minimum over the replicas; a copy of a replica does not change it."""
     return extremum(logical, x, axes, axis_index_groups, MIN)
 
 
-def extremum(logical: LogicalAxes, x: Any, axes: Names, axis_index_groups: Any, which: Reduction) -> Any:
+def extremum(logical: LogicalAxes, x: Array, axes: Names, axis_index_groups: IndexGroups, which: Reduction) -> Array:
     """A maximum or minimum over the replicas."""
     if axis_index_groups is not None:
         return reduce_groups(logical, x, axes, axis_index_groups, which)
@@ -105,14 +107,18 @@ def extremum(logical: LogicalAxes, x: Any, axes: Names, axis_index_groups: Any, 
     return which.between(x, between) if between else x
 
 
-def reduce_groups(logical: LogicalAxes, x: Any, names: Names, axis_index_groups: Any, which: Reduction) -> Any:
+def reduce_groups(
+    logical: LogicalAxes, x: Array, names: Names, axis_index_groups: IndexGroups, which: Reduction
+) -> Array:
     """A reduction over groups; hidden from XLA, which folds that of a constant as if all groups were the first."""
     hidden = lax.optimization_barrier
     x = x if which is SUM else without_derivative(which.name, x)
     return hidden(_reduce_groups(logical, hidden(x), names, axis_index_groups, which))
 
 
-def _reduce_groups(logical: LogicalAxes, x: Any, names: Names, axis_index_groups: Any, which: Reduction) -> Any:
+def _reduce_groups(
+    logical: LogicalAxes, x: Array, names: Names, axis_index_groups: IndexGroups, which: Reduction
+) -> Array:
     """A reduction over groups of replicas, of any sizes: over the lanes that a device has of a group, then over the
     devices that share it, each sending one lane's bytes for a group.
     """
@@ -139,7 +145,7 @@ def _members(split: Groups, which: Reduction) -> Table:
     return members if which is SUM else np.where(members == NOTHING, members[:, :1], members)
 
 
-def over_segments(axis: LogicalAxis, lanes: Any, table: Any, count: int, which: Reduction) -> Any:
+def over_segments(axis: LogicalAxis, lanes: Array, table: Table, count: int, which: Reduction) -> Array:
     """``(count, ...)``: a reduction over each segment of a device's lanes.
 
     Args:

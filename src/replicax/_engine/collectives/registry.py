@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from replicax import _jax
 from replicax._engine.blocks import narrow, on_data, unfolded, wide
 from replicax._layout.layout import LogicalAxes, LogicalAxis
+from replicax._typing import Array, Function, Params, ShapeAndDtype
 from replicax.errors import UnsupportedCollectiveError
 
 
@@ -33,7 +34,7 @@ class Result(Enum):
     AS_GIVEN = auto()  #: the same for all if the operand is
 
 
-ResultOf = Callable[[Mapping[str, Any], LogicalAxes], Result]
+ResultOf = Callable[[Params, LogicalAxes], Result]
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class Collective:
     primitives: tuple[str, ...]
     awaited_by: tuple[str, ...]
     names: tuple[str, ...]
-    rule: Callable[..., Any]
+    rule: Function
     result: ResultOf
-    definition: Callable[..., Any]
+    definition: Function
     wire: Callable[..., int]
     by_groups: bool
 
@@ -80,19 +81,19 @@ class Collective:
             return None
         return frozenset(p.name for p in takes if p.kind is p.KEYWORD_ONLY)
 
-    def on_lanes(self, logical: LogicalAxes, operands: Sequence[Any], params: Mapping[str, Any]) -> Any:
+    def on_lanes(self, logical: LogicalAxes, operands: Sequence[Array], params: Params) -> Array:
         """The result, as one replica sees it."""
         return self.rule(logical, *operands, **self.known(params))
 
-    def on_rows(self, size: int, rows: Sequence[Any], params: Mapping[str, Any]) -> Any:
+    def on_rows(self, size: int, rows: Sequence[Array], params: Params) -> Array:
         """The results of all replicas by the definition."""
         return self.definition(size, *rows, **self.known(params))
 
-    def bytes_sent(self, axis: LogicalAxis, operands: Sequence[Any], params: Mapping[str, Any]) -> int:
+    def bytes_sent(self, axis: LogicalAxis, operands: Sequence[ShapeAndDtype], params: Params) -> int:
         """How many bytes devices send each other."""
         return self.wire(axis, *operands, **self.known(params))
 
-    def known(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def known(self, params: Params) -> dict[str, Any]:
         """The parameters without those that the rule does not name, which must be None or False.
 
         Raises:
@@ -120,13 +121,13 @@ AWAITING: set[str] = set()
 #: Why JAX itself has no meaning for a collective in a mapped function, by the name of the primitive.
 REFUSED: dict[str, str] = {}
 
-Rule = TypeVar("Rule", bound=Callable[..., Any])
+Rule = TypeVar("Rule", bound=Function)
 
 
 def collective(
     *primitives: str,
     result: ResultOf,
-    definition: Callable[..., Any],
+    definition: Function,
     wire: Callable[..., int],
     names: Sequence[str] = (),
     awaited_by: Sequence[str] = (),
@@ -183,23 +184,23 @@ def unsupported(primitive: str, axes: Sequence[Hashable]) -> UnsupportedCollecti
 # What entries are made of
 
 
-def equal(params: Mapping[str, Any], logical: LogicalAxes) -> Result:
+def equal(params: Params, logical: LogicalAxes) -> Result:
     """All replicas have the same result, and with groups each group its own."""
     del logical
     return Result.EQUAL if params.get("axis_index_groups") is None else Result.OWN
 
 
-def own(params: Mapping[str, Any], logical: LogicalAxes) -> Result:
+def own(params: Params, logical: LogicalAxes) -> Result:
     """Every replica has a result of its own."""
     del params, logical
     return Result.OWN
 
 
-def _in_bytes(rule: Callable[..., Any], bits: int) -> Callable[..., Any]:
+def _in_bytes(rule: Function, bits: int) -> Function:
     """A rule for operands of any dtype: those of no more ``bits`` go as bytes, and so does what is made of them."""
 
     @functools.wraps(rule)
-    def carrying(logical: LogicalAxes, *operands: Any, **params: Any) -> Any:
+    def carrying(logical: LogicalAxes, *operands: Array, **params: Any) -> Array:
         out = rule(logical, *(wide(x, bits) for x in operands), **params)
         return narrow(out, operands[0].dtype, bits) if operands else out
 
@@ -210,7 +211,7 @@ def moves_data(rule: Rule) -> Rule:
     """A rule that only moves data moves the data of random keys, too."""
 
     @functools.wraps(rule)
-    def moving(logical: LogicalAxes, x: Any, **params: Any) -> Any:
+    def moving(logical: LogicalAxes, x: Array, **params: Any) -> Array:
         return on_data(lambda data: rule(logical, data, **params), x)
 
     return moving  # type: ignore[return-value]
@@ -220,7 +221,7 @@ def keeps_constants(rule: Rule) -> Rule:
     """A rule that sums, or whose transpose does, in a form that XLA survives: see :func:`unfolded`."""
 
     @functools.wraps(rule)
-    def unfolding(logical: LogicalAxes, x: Any, **params: Any) -> Any:
+    def unfolding(logical: LogicalAxes, x: Array, **params: Any) -> Array:
         return unfolded(rule(logical, unfolded(x), **params))
 
     return unfolding  # type: ignore[return-value]

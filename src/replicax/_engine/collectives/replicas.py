@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jax import lax
 from replicax import _jax
 from replicax._engine.blocks import any_lane, lane_position
 from replicax._layout.layout import LogicalAxis
+from replicax._typing import Array
 
 
 def is_replica(axis: LogicalAxis) -> jax.Array:
@@ -32,7 +32,7 @@ def physical(axes: Sequence[LogicalAxis]) -> tuple[Hashable, ...]:
     return tuple(name for axis in axes for name, _ in axis.physical)
 
 
-def where_replica(axes: Sequence[LogicalAxis], x: Any) -> Any:
+def where_replica(axes: Sequence[LogicalAxis], x: Array) -> Array:
     """``x``, and zero in padding lanes."""
     for axis in axes:
         if axis.padding:
@@ -40,14 +40,14 @@ def where_replica(axes: Sequence[LogicalAxis], x: Any) -> Any:
     return x
 
 
-def any_replica(axes: Sequence[LogicalAxis], x: Any) -> Any:
+def any_replica(axes: Sequence[LogicalAxis], x: Array) -> Array:
     """Whether a truth value holds in any replica."""
     names = physical(axes)
     return lax.pmax(x.astype(jnp.int32), names) > 0 if names else x
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def equal_value(axis: LogicalAxis, x: Any) -> Any:
+def equal_value(axis: LogicalAxis, x: Array) -> Array:
     """``x``, which is equal in all replicas; its derivative falls to all of them in equal parts.
 
     ``any_lane`` is enough where the sum of the parts is all that counts, which a reverse rule of the user's may not
@@ -56,7 +56,7 @@ def equal_value(axis: LogicalAxis, x: Any) -> Any:
     return any_lane(axis, x)
 
 
-def _equal_tangent(axis: LogicalAxis, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+def _equal_tangent(axis: LogicalAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     with _jax.axis_env(dict(axis.physical)):  # JAX calls this when vmap and shard_map have long returned
         total = lax.psum(where_replica([axis], tangents[0]), physical([axis]))
         return any_lane(axis, primals[0]), (total / axis.size).astype(total.dtype)

@@ -12,12 +12,13 @@ from jax import lax
 from replicax._engine import primitives
 from replicax._engine.blocks import block, fetch, only_axis, own_lane, real_rows, replica_index, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
-from replicax._engine.collectives.definitions import IndexGroups, groups_in, in_each_group
+from replicax._engine.collectives.definitions import groups_in, in_each_group
 from replicax._engine.collectives.gathers import all_gather, chunks, joined, wire_of_gather
 from replicax._engine.collectives.registry import collective, moves_data, own
 from replicax._engine.collectives.wire import fetched, gathered, size_in_bytes
 from replicax._layout.exchange import DeviceGroups, Groups, device_groups, groups
 from replicax._layout.layout import LogicalAxes, LogicalAxis
+from replicax._typing import Array, IndexGroups, Params, ShapeAndDtype
 from replicax.errors import CollectiveArgumentError
 
 
@@ -28,7 +29,7 @@ def _transposed_rows(
     split_axis: int,
     concat_axis: int,
     axis_index_groups: IndexGroups = None,
-    **_: Any,
+    **_: object,
 ) -> jax.Array:
     def one_group(mine: jax.Array) -> Sequence[jax.Array]:
         cut = [jnp.split(operand, len(mine), split_axis) for operand in mine]
@@ -37,7 +38,7 @@ def _transposed_rows(
     return in_each_group(size, x, axis_index_groups, one_group)
 
 
-def _wire_of_pieces(axis: LogicalAxis, x: Any, *, axis_index_groups: Any = None, **_: Any) -> int:
+def _wire_of_pieces(axis: LogicalAxis, x: ShapeAndDtype, *, axis_index_groups: IndexGroups = None, **_: object) -> int:
     split = groups_of("all_to_all", axis_index_groups, axis.size, of_one_size=True)
     size = axis.size if split is None else len(split.groups[0])
     piece = size_in_bytes(x) // size
@@ -59,14 +60,14 @@ def _wire_of_pieces(axis: LogicalAxis, x: Any, *, axis_index_groups: Any = None,
 @moves_data
 def all_to_all(
     logical: LogicalAxes,
-    x: Any,
+    x: Array,
     *,
     axis_name: Names | Hashable,
     split_axis: int,
     concat_axis: int,
-    axis_index_groups: Any,
+    axis_index_groups: IndexGroups,
     tiled: bool,
-) -> Any:
+) -> Array:
     """The group's pieces for this replica, cut along one dimension and laid out along another.
 
     JAX's primitive is always tiled; where the user's call is not, JAX adds and removes the dimensions around it.
@@ -89,7 +90,7 @@ def all_to_all(
     return joined(pieces(logical, names, chunks(x, split_axis, size), split), concat_axis)
 
 
-def pieces(logical: LogicalAxes, names: Names, x: Any, split: Groups | None) -> Any:
+def pieces(logical: LogicalAxes, names: Names, x: Array, split: Groups | None) -> Array:
     """``(group, ...)``: what each member has for this replica.
 
     Args:
@@ -107,7 +108,7 @@ def pieces(logical: LogicalAxes, names: Names, x: Any, split: Groups | None) -> 
     return fetch(logical, names, x, split.members * x.shape[0] + split.rank[:, None])
 
 
-def pieces_between_devices(axis: LogicalAxis, x: Any, whole: DeviceGroups | None) -> Any:
+def pieces_between_devices(axis: LogicalAxis, x: Array, whole: DeviceGroups | None) -> Array:
     """The same for all replicas, or for groups of whole devices: one exchange of lanes' pieces between devices."""
     rest = x.shape[1:]
     if axis.padding:  # A padding lane gets what the replica gets that it copies.
@@ -121,7 +122,9 @@ def pieces_between_devices(axis: LogicalAxis, x: Any, whole: DeviceGroups | None
     return own_lane(axis, real_rows(x, 1, axis.placement) if axis.padding else x)
 
 
-def all_to_all_devices(x: Any, name: Hashable, split_axis: int, concat_axis: int, split: DeviceGroups | None) -> Any:
+def all_to_all_devices(
+    x: Array, name: Hashable, split_axis: int, concat_axis: int, split: DeviceGroups | None
+) -> Array:
     """JAX's collective over devices, or over groups of them."""
     if split is None:
         return lax.all_to_all(x, name, split_axis, concat_axis, tiled=True)
@@ -138,7 +141,7 @@ def _ragged_rows(
     received: jax.Array,
     *,
     axis_index_groups: IndexGroups = None,
-    **_: Any,
+    **_: object,
 ) -> jax.Array:
     """JAX's definition, one slice after the other."""
     del received
@@ -157,12 +160,12 @@ def _ragged_rows(
 
 def _wire_of_ragged(
     axis: LogicalAxis,
-    operand: Any,
-    output: Any,
-    input_offsets: Any,
-    send_sizes: Any,
-    output_offsets: Any,
-    recv_sizes: Any,
+    operand: ShapeAndDtype,
+    output: ShapeAndDtype,
+    input_offsets: ShapeAndDtype,
+    send_sizes: ShapeAndDtype,
+    output_offsets: ShapeAndDtype,
+    recv_sizes: ShapeAndDtype,
     **params: Any,
 ) -> int:
     del output, recv_sizes
@@ -172,16 +175,16 @@ def _wire_of_ragged(
 @collective("ragged_all_to_all", result=own, definition=_ragged_rows, wire=_wire_of_ragged)
 def ragged_all_to_all(
     logical: LogicalAxes,
-    operand: Any,
-    output: Any,
-    input_offsets: Any,
-    send_sizes: Any,
-    output_offsets: Any,
-    recv_sizes: Any,
+    operand: Array,
+    output: Array,
+    input_offsets: Array,
+    send_sizes: Array,
+    output_offsets: Array,
+    recv_sizes: Array,
     *,
     axis_name: Names | Hashable,
-    axis_index_groups: Any,
-) -> Any:
+    axis_index_groups: IndexGroups,
+) -> Array:
     """``output`` with the rows that the group sends this replica.
 
     How many rows go where is known only when the program runs, so that every replica's whole operand goes to each
@@ -198,9 +201,9 @@ def ragged_all_to_all(
             f"divide. It needs as many slices for each replica."
         )
 
-    def from_all(x: Any) -> Any:
+    def from_all(x: Array) -> Array:
         x = jnp.asarray(x)
-        params = {"axis_name": names, "axis_size": size, "axis_index_groups": axis_index_groups}
+        params: Params = {"axis_name": names, "axis_size": size, "axis_index_groups": axis_index_groups}
         return all_gather(logical, x, all_gather_dimension=0, tiled=False, **params)
 
     me = replica_index(logical, names)

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from replicax._layout.exchange import DeviceGroups, Exchange, Table, exchange, wants_of
 from replicax._layout.layout import LogicalAxis
+from replicax._typing import ShapeAndDtype
 
 
-def size_in_bytes(x: Any, without: Sequence[int] = ()) -> int:
+def size_in_bytes(x: ShapeAndDtype, without: Sequence[int] = ()) -> int:
     """The bytes of an operand of one replica, with some of its dimensions reduced; no number has less than one."""
     rest = [length for dim, length in enumerate(x.shape) if dim not in without]
     return math.prod(rest) * int(x.dtype.itemsize)
 
 
-def nothing(axis: LogicalAxis, *operands: Any, **params: Any) -> int:
+def nothing(axis: LogicalAxis, *operands: object, **params: object) -> int:
     """Of what each device knows by itself."""
     del axis, operands, params
     return 0

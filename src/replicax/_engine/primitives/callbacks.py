@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,10 @@ from jax import lax
 from replicax._jax import Equation, Jaxpr, axis_env, constants, derivative_rules, rule_jaxprs, sub_jaxprs, trace_rule
 from replicax._jax.interpreters import ad, ad_util, batching, callback, core, debugging, mlir
 from replicax._jax.interpreters import linear_util as lu
+from replicax._typing import Array, ArrayLike, Aval, Function, PyTree
 
 #: Runs a jaxpr on constants, arguments and the number of an earlier failure; the results, and the number after it.
-Run = Callable[[Jaxpr, Sequence[Any], Sequence[Any], Any], tuple[list[Any], Any]]
+Run = Callable[[Jaxpr, Sequence[ArrayLike], Sequence[ArrayLike], Array], tuple[list[Array], Array]]
 
 _NUMBER = core.ShapedArray((), np.dtype("int32"))
 
@@ -36,7 +36,7 @@ def is_ordered(eqn: Equation) -> bool:
 # A callback that a failure goes through
 
 
-def guarded(eqn: Equation, args: Sequence[Any], failed: Any, name: str) -> tuple[list[Any], Any]:
+def guarded(eqn: Equation, args: Sequence[ArrayLike], failed: Array, name: str) -> tuple[list[Array], Array]:
     """Records a callback that takes the number of an earlier failure and gives that of its own: see ``_failures``.
 
     Nothing but the rewriter can run it, with :func:`call`.
@@ -56,7 +56,7 @@ _guarded_p.multiple_results = True
 
 
 @_guarded_p.def_effectful_abstract_eval  # type: ignore[untyped-decorator]
-def _guarded_type(*avals: Any, eqn: Equation, name: str) -> tuple[list[Any], set[Any]]:
+def _guarded_type(*avals: Aval, eqn: Equation, name: str) -> tuple[list[Aval], set[object]]:
     del avals, name
     return [*(var.aval for var in eqn.outvars), _NUMBER], {debugging.debug_effect} if eqn.effects else set()
 
@@ -66,19 +66,19 @@ def is_guarded(eqn: Equation) -> bool:
     return eqn.primitive is _guarded_p
 
 
-def callback_of(eqn: Equation) -> tuple[Callable[..., Sequence[Any]], tuple[Any, ...], bool]:
+def callback_of(eqn: Equation) -> tuple[Callable[..., Sequence[ArrayLike]], tuple[Aval, ...], bool]:
     """What a callback's equation calls, on flat arguments; the types of its results; and whether it has an effect."""
     if eqn.primitive.name in ("pure_callback", "io_callback"):
         return eqn.params["callback"], tuple(eqn.params["result_avals"]), eqn.primitive.name == "io_callback"
 
-    def show(*args: Any) -> tuple[()]:
+    def show(*args: ArrayLike) -> tuple[()]:
         eqn.primitive.impl(*args, **eqn.params)
         return ()
 
     return show, (), True
 
 
-def call(eqn: Equation, function: Callable[..., Sequence[Any]], args: Sequence[Any]) -> list[Any]:
+def call(eqn: Equation, function: Callable[..., Sequence[ArrayLike]], args: Sequence[ArrayLike]) -> list[Array]:
     """Binds a callback's equation with another function, which takes these arguments and returns one number more."""
     if eqn.primitive.name not in ("pure_callback", "io_callback"):
         return list(_effect_p.bind(*args, function=function))
@@ -91,7 +91,7 @@ def call(eqn: Equation, function: Callable[..., Sequence[Any]], args: Sequence[A
 # A call of Python for its effect, which returns a number
 
 
-def effect(function: Callable[..., Any], *args: Any) -> None:
+def effect(function: Function, *args: Array) -> None:
     """Calls ``function`` for its effect, wherever a ``jax.debug.callback`` may be called."""
     _effect_p.bind(*args, function=lambda *args: (function(*args), np.int32(0))[1:])
 
@@ -101,16 +101,18 @@ _effect_p.multiple_results = True
 
 
 @_effect_p.def_effectful_abstract_eval  # type: ignore[untyped-decorator]
-def _effect_type(*avals: Any, function: Callable[..., Any]) -> tuple[list[Any], set[Any]]:
+def _effect_type(*avals: Aval, function: Function) -> tuple[list[Aval], set[object]]:
     del avals, function
     return [_NUMBER], {debugging.debug_effect}  # which loops, branches, derivatives and checkpoints allow
 
 
-def _effect_batched(args: Sequence[Any], dims: Sequence[int | None], *, function: Callable[..., Any]) -> Any:
+def _effect_batched(
+    args: Sequence[Array], dims: Sequence[int | None], *, function: Function
+) -> tuple[list[Array], list[int]]:
     """One call for each row, in order."""
     rows = [jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True) if d is not None]
 
-    def one(rows: Sequence[Any]) -> list[Any]:
+    def one(rows: Sequence[Array]) -> list[Array]:
         row = iter(rows)
         each = (x if d is None else next(row) for x, d in zip(args, dims, strict=True))
         return list(_effect_p.bind(*each, function=function))
@@ -118,16 +120,18 @@ def _effect_batched(args: Sequence[Any], dims: Sequence[int | None], *, function
     return lax.map(one, rows), [0]
 
 
-def _effect_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, function: Callable[..., Any]) -> Any:
+def _effect_jvp(
+    primals: Sequence[Array], tangents: Sequence[Array | ad_util.Zero], *, function: Function
+) -> tuple[list[Array], list[ad_util.Zero]]:
     del tangents
     results = _effect_p.bind(*primals, function=function)
     return results, [ad_util.p2tz(x) for x in results]
 
 
-def _effect_lowered(ctx: Any, *args: Any, function: Callable[..., Any]) -> Any:
+def _effect_lowered(ctx: mlir.LoweringRuleContext, *args: mlir.ir.Value, function: Function) -> Sequence[mlir.ir.Value]:
     cpu = jax.local_devices(backend="cpu")[0]
 
-    def on_host(*flat: Any) -> tuple[Any, ...]:
+    def on_host(*flat: ArrayLike) -> tuple[ArrayLike, ...]:
         with jax.default_device(cpu):
             return tuple(function(*jax.device_put(flat, cpu)))
 
@@ -155,7 +159,7 @@ mlir.register_lowering(_effect_p, _effect_lowered, cacheable=False)
 # Functions with derivative rules of the user's
 
 
-def bind_custom(eqn: Equation, args: Sequence[Any], failed: Any, run: Run) -> tuple[list[Any], Any]:
+def bind_custom(eqn: Equation, args: Sequence[ArrayLike], failed: Array, run: Run) -> tuple[list[Array], Array]:
     """Binds a ``custom_jvp`` or ``custom_vjp`` function whose program or rules call back, failures going through it.
 
     The number of a failure is its last operand and its last result, and has no derivative. A reverse rule has no
@@ -165,40 +169,18 @@ def bind_custom(eqn: Equation, args: Sequence[Any], failed: Any, run: Run) -> tu
     primal, *rules = params["subfuns"]
     program = next(sub_jaxprs(eqn))
 
-    def new_primal(*flat: Any) -> list[Any]:
+    def new_primal(*flat: Array) -> list[Array]:
         results, number = run(program, constants(program), flat[:-1], flat[-1])
         return [*results, number]
 
-    def traced(rule: Any, args: Sequence[Any], number: Any) -> tuple[list[Any], Any]:
-        jaxpr, arrays, restore = trace_rule(rule.call_wrapped, args)
-        results, number = run(jaxpr, constants(jaxpr), arrays, number)
-        return list(restore(results)), number
-
-    def new_jvp(*flat: Any) -> list[Any]:
-        primals, tangents = flat[: len(flat) // 2], flat[len(flat) // 2 :]
-        results, number = traced(rules[0], [*primals[:-1], *tangents[:-1]], primals[-1])
-        half = len(results) // 2
-        return [*results[:half], number, *results[half:], np.zeros((), jax.dtypes.float0)]
-
-    def new_fwd(*flat: Any) -> list[Any]:  # each operand, and whether it is differentiated
-        results, number = traced(rules[0], flat[:-2], flat[-2])
-        return [*results, number]
-
-    def new_bwd(*flat: Any) -> Any:
-        out = rules[1].call_wrapped(*flat[:-1])
-        if isinstance(out, tuple):  # from JAX 0.12 on, with what the rule logs
-            return [*out[0], ad_util.p2tz(failed)], *out[1:]
-        return [*out, ad_util.p2tz(failed)]
-
-    new = {"jvp": new_jvp, "fwd": new_fwd, "bwd": new_bwd}
     wrapped = [
-        lu.wrap_init(new[role], debug_info=rule.debug_info)
+        lu.wrap_init(_with_number(role, rule, failed, run), debug_info=rule.debug_info)
         for role, rule in zip(derivative_rules(eqn), rules, strict=True)
     ]
     params = {**params, "subfuns": (lu.wrap_init(new_primal, debug_info=primal.debug_info), *wrapped)}
     if "out_trees" in params:
 
-        def out_trees() -> Any:
+        def out_trees() -> tuple[jax.tree_util.PyTreeDef, ...]:
             out, *others = eqn.params["out_trees"]()
             return (jax.tree.structure((jax.tree.unflatten(out, range(out.num_leaves)), 0)), *others)
 
@@ -206,6 +188,40 @@ def bind_custom(eqn: Equation, args: Sequence[Any], failed: Any, run: Run) -> tu
     with eqn.ctx.manager:
         *results, number = eqn.primitive.bind(*args, failed, **params)
     return results, _no_tangent_p.bind(number)
+
+
+def _with_number(role: str, rule: lu.WrappedFun, failed: Array, run: Run) -> Function:
+    """A derivative rule of such a function, which takes one operand more and gives one result more.
+
+    Args:
+        role: ``"jvp"``, ``"fwd"`` or ``"bwd"``.
+        rule: The rule.
+        failed: The number of the earlier failure.
+        run: Runs the rule's program.
+    """
+
+    def traced(args: Sequence[Array], number: Array) -> tuple[list[Array], Array]:
+        jaxpr, arrays, restore = trace_rule(rule.call_wrapped, args)
+        results, number = run(jaxpr, constants(jaxpr), arrays, number)
+        return list(restore(results)), number
+
+    def jvp(*flat: Array) -> list[ArrayLike]:
+        primals, tangents = flat[: len(flat) // 2], flat[len(flat) // 2 :]
+        results, number = traced([*primals[:-1], *tangents[:-1]], primals[-1])
+        half = len(results) // 2
+        return [*results[:half], number, *results[half:], np.zeros((), jax.dtypes.float0)]
+
+    def fwd(*flat: Array) -> list[Array]:  # each operand, and whether it is differentiated
+        results, number = traced(flat[:-2], flat[-2])
+        return [*results, number]
+
+    def bwd(*flat: Array) -> Sequence[PyTree]:
+        out = rule.call_wrapped(*flat[:-1])
+        if isinstance(out, tuple):  # from JAX 0.12 on, with what the rule logs
+            return [*out[0], ad_util.p2tz(failed)], *out[1:]
+        return [*out, ad_util.p2tz(failed)]
+
+    return {"jvp": jvp, "fwd": fwd, "bwd": bwd}[role]
 
 
 def forward_rule(eqn: Equation, sizes: Mapping[Hashable, int]) -> Jaxpr | None:

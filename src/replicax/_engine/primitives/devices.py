@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from replicax._jax.interpreters import ad, batching, core, mlir, parallel, slicing
-
-AxisName = Hashable
-
+from replicax._typing import Array, Aval, AxisName, Function
 
 # ---------------------------------------------------------------------------------------------------------------
 # Between a program that all devices along a mesh axis run alike and one that differs between them
@@ -19,37 +17,37 @@ AxisName = Hashable
 # whole, and of the cotangent too. JAX has the same pairs, each the other's transpose, where shard_map checks types.
 
 
-def share(x: Any, axis: AxisName) -> Any:
+def share(x: Array, axis: AxisName) -> Array:
     """Each device's own ``x``, which is equal on all; its cotangent is their sum."""
     return _share_p.bind(x, axis=axis)
 
 
-def total(x: Any, axis: AxisName) -> Any:
+def total(x: Array, axis: AxisName) -> Array:
     """The sum over the devices, equal on all."""
     return _total_p.bind(x, axis=axis)
 
 
-def own_part(x: Any, axis: AxisName, dim: int) -> Any:
+def own_part(x: Array, axis: AxisName, dim: int) -> Array:
     """This device's part along ``dim`` of ``x``, which is equal on all."""
     return _own_part_p.bind(x, axis=axis, dim=dim)
 
 
-def join_parts(x: Any, axis: AxisName, dim: int) -> Any:
+def join_parts(x: Array, axis: AxisName, dim: int) -> Array:
     """All devices' parts, one after the other along ``dim``, equal on all."""
     return _join_parts_p.bind(x, axis=axis, dim=dim)
 
 
-def equal_parts(x: Any, axis: AxisName) -> Any:
+def equal_parts(x: Array, axis: AxisName) -> Array:
     """``x``, which every device has found alike; its cotangent goes to the first."""
     return _equal_parts_p.bind(x, axis=axis)
 
 
-def _slice_of_device(x: Any, *, axis: AxisName, dim: int) -> Any:
+def _slice_of_device(x: Array, *, axis: AxisName, dim: int) -> Array:
     size = x.shape[dim] // parallel.axis_size(axis)
     return slicing.dynamic_slice_in_dim(x, parallel.axis_index(axis) * size, size, dim)
 
 
-def _between(name: str, impl: Callable[..., Any], transposed: Callable[..., Any], *, factor: int = 0) -> Any:
+def _between(name: str, impl: Function, transposed: Function, *, factor: int = 0) -> core.Primitive:
     """A primitive that maps one array, over one mesh axis.
 
     Args:
@@ -61,14 +59,16 @@ def _between(name: str, impl: Callable[..., Any], transposed: Callable[..., Any]
     """
     primitive = core.Primitive(name)
 
-    def type_of(x: Any, *, axis: AxisName, dim: int = 0) -> Any:
+    def type_of(x: Aval, *, axis: AxisName, dim: int = 0) -> tuple[Aval, set[object]]:
         shape = list(x.shape)
         if factor:
             size = parallel.axis_size(axis)
             shape[dim] = shape[dim] * size if factor > 0 else shape[dim] // size
         return core.ShapedArray(shape, x.dtype, weak_type=x.weak_type), {core.NamedAxisEffect(axis)}
 
-    def batched(axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], **params: Any) -> Any:
+    def batched(
+        axis_data: batching.AxisData, args: Sequence[Array], dims: Sequence[int | None], **params: Any
+    ) -> tuple[Array, int | None]:
         del axis_data
         (x,), (d,) = args, dims
         if d is not None and "dim" in params:
@@ -82,16 +82,16 @@ def _between(name: str, impl: Callable[..., Any], transposed: Callable[..., Any]
     return primitive
 
 
-def _as_it_is(x: Any, *, axis: AxisName) -> Any:
+def _as_it_is(x: Array, *, axis: AxisName) -> Array:
     del axis
     return x
 
 
-def _gathered(x: Any, *, axis: AxisName, dim: int) -> Any:
+def _gathered(x: Array, *, axis: AxisName, dim: int) -> Array:
     return parallel.all_gather(x, axis, axis=dim, tiled=True)
 
 
-def _to_first(ct: Any, *, axis: AxisName) -> Any:
+def _to_first(ct: Array, *, axis: AxisName) -> Array:
     own = share(ct, axis)
     return jnp.where(parallel.axis_index(axis) == 0, own, jnp.zeros_like(own))
 

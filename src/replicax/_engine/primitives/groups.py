@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from replicax._jax.interpreters import ad, batching, core, mlir, parallel
-
-AxisName = Hashable
-
+from replicax._typing import Array, AxisName
 
 # ---------------------------------------------------------------------------------------------------------------
 # All to all over groups
 
 
 def grouped_all_to_all(
-    x: Any, axis: AxisName, split_axis: int, concat_axis: int, device_groups: tuple[tuple[int, ...], ...]
-) -> Any:
+    x: Array, axis: AxisName, split_axis: int, concat_axis: int, device_groups: tuple[tuple[int, ...], ...]
+) -> Array:
     """``lax.all_to_all`` (tiled) over groups of a mesh axis, which JAX's own refuses under any ``vmap``."""
     return _grouped_all_to_all_p.bind(
         x,
@@ -32,8 +29,14 @@ _grouped_all_to_all_p = core.Primitive("grouped_all_to_all")
 
 
 def _grouped_all_to_all_batched(
-    axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], *, split_axis: int, concat_axis: int, **params: Any
-) -> tuple[Any, int | None]:
+    axis_data: batching.AxisData,
+    args: Sequence[Array],
+    dims: Sequence[int | None],
+    *,
+    split_axis: int,
+    concat_axis: int,
+    **params: object,
+) -> tuple[Array, int | None]:
     del axis_data
     (x,), (dim,) = args, dims
     if dim is None:
@@ -42,7 +45,9 @@ def _grouped_all_to_all_batched(
     return _grouped_all_to_all_p.bind(x, split_axis=split_axis, concat_axis=concat_axis, **params), dim
 
 
-def _grouped_all_to_all_transposed(ct: Any, x: Any, *, split_axis: int, concat_axis: int, **params: Any) -> list[Any]:
+def _grouped_all_to_all_transposed(
+    ct: Array, x: ad.UndefinedPrimal, *, split_axis: int, concat_axis: int, **params: object
+) -> list[Array]:
     del x
     return [_grouped_all_to_all_p.bind(ct, split_axis=concat_axis, concat_axis=split_axis, **params)]
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
 from replicax._jax.interpreters import ad, batching, core, mlir, slicing
 from replicax._layout.placement import Placement
-
-AxisName = Hashable
-
+from replicax._typing import Array, Aval, AxisName
 
 # ---------------------------------------------------------------------------------------------------------------
 # One lane and all
 
 
-def own_lane(x: Any, axis: AxisName) -> Any:
+def own_lane(x: Array, axis: AxisName) -> Array:
     """Element ``i`` of ``x`` in lane ``i`` of a vmapped axis, as long as the first dimension of ``x``.
 
     ``vmap`` only names the dimension, where an index by ``lax.axis_index`` would be a gather.
@@ -28,14 +25,14 @@ def own_lane(x: Any, axis: AxisName) -> Any:
 _own_lane_p = core.Primitive("own_lane")
 
 
-def _own_lane_type(x: Any, *, axis: AxisName) -> Any:
+def _own_lane_type(x: Aval, *, axis: AxisName) -> Aval:
     del axis
     return x.update(shape=x.shape[1:])
 
 
 def _own_lane_batched(
-    axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], *, axis: AxisName
-) -> tuple[Any, int | None]:
+    axis_data: batching.AxisData, args: Sequence[Array], dims: Sequence[int | None], *, axis: AxisName
+) -> tuple[Array, int | None]:
     (x,), (dim,) = args, dims
     if axis_data.name != axis:
         return (own_lane(x, axis), None) if dim is None else (own_lane(jnp.moveaxis(x, dim, 1), axis), 0)
@@ -46,7 +43,7 @@ _own_lane_p.def_abstract_eval(_own_lane_type)
 batching.fancy_primitive_batchers[_own_lane_p] = _own_lane_batched
 
 
-def each_lane(x: Any, axis: AxisName) -> Any:
+def each_lane(x: Array, axis: AxisName) -> Array:
     """``x``, which ``vmap`` takes to differ along the axis from here on, whether it does or not."""
     return _each_lane_p.bind(x, axis=axis)
 
@@ -54,14 +51,14 @@ def each_lane(x: Any, axis: AxisName) -> Any:
 _each_lane_p = core.Primitive("each_lane")
 
 
-def _each_lane_type(x: Any, *, axis: AxisName) -> Any:
+def _each_lane_type(x: Aval, *, axis: AxisName) -> Aval:
     del axis
     return x
 
 
 def _each_lane_batched(
-    axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], *, axis: AxisName
-) -> tuple[Any, int | None]:
+    axis_data: batching.AxisData, args: Sequence[Array], dims: Sequence[int | None], *, axis: AxisName
+) -> tuple[Array, int | None]:
     (x,), (dim,) = args, dims
     if axis_data.name != axis:
         return each_lane(x, axis), dim
@@ -76,7 +73,7 @@ batching.fancy_primitive_batchers[_each_lane_p] = _each_lane_batched
 # Padding
 
 
-def pad_rows(x: Any, dim: int, placement: Placement) -> Any:
+def pad_rows(x: Array, dim: int, placement: Placement) -> Array:
     """``x``, which has a row for each replica along ``dim``, with one for each slot: padding has copies.
 
     The copies give no cotangent back: not even a NaN, from a slope of infinity times a cotangent of zero.
@@ -87,7 +84,7 @@ def pad_rows(x: Any, dim: int, placement: Placement) -> Any:
 _pad_rows_p = core.Primitive("pad_rows")
 
 
-def _pad_rows(x: Any, *, dim: int, placement: Placement) -> Any:
+def _pad_rows(x: Array, *, dim: int, placement: Placement) -> Array:
     parts = []
     for first, rows, copies in placement.pieces:
         if rows:
@@ -99,18 +96,20 @@ def _pad_rows(x: Any, *, dim: int, placement: Placement) -> Any:
     return jnp.concatenate(parts, dim)
 
 
-def _pad_rows_type(x: Any, *, dim: int, placement: Placement) -> Any:
+def _pad_rows_type(x: Aval, *, dim: int, placement: Placement) -> Aval:
     shape = (*x.shape[:dim], placement.slots, *x.shape[dim + 1 :])
     return core.ShapedArray(shape, x.dtype, weak_type=x.weak_type)
 
 
-def _pad_rows_transposed(ct: Any, x: Any, *, dim: int, placement: Placement) -> list[Any]:
+def _pad_rows_transposed(ct: Array, x: ad.UndefinedPrimal, *, dim: int, placement: Placement) -> list[Array]:
     del x
     runs = [slicing.slice_in_dim(ct, first, first + count, axis=dim) for first, count in placement.runs]
     return [runs[0] if len(runs) == 1 else jnp.concatenate(runs, dim)]
 
 
-def _pad_rows_batched(args: Sequence[Any], dims: Sequence[int], *, dim: int, placement: Placement) -> tuple[Any, int]:
+def _pad_rows_batched(
+    args: Sequence[Array], dims: Sequence[int], *, dim: int, placement: Placement
+) -> tuple[Array, int]:
     (x,), (d,) = args, dims
     return pad_rows(x, dim + (d <= dim), placement), d
 

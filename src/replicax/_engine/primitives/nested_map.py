@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +23,7 @@ from replicax._jax import (
     without_constants,
 )
 from replicax._jax.interpreters import ad, ad_util, batching, core, parallel
-
-AxisName = Hashable
-
+from replicax._typing import Array, ArrayLike, Atom, Aval, Axes, AxisName, PyTreeDef
 
 # ---------------------------------------------------------------------------------------------------------------
 # Maps inside maps
@@ -34,13 +31,13 @@ AxisName = Hashable
 
 def nested_map(
     jaxpr: Jaxpr,
-    args: Sequence[Any],
+    args: Sequence[ArrayLike],
     *,
     name: AxisName,
     size: int,
-    in_axes: Sequence[int | None],
-    out_axes: Sequence[int | None],
-) -> list[Any]:
+    in_axes: Axes,
+    out_axes: Axes,
+) -> list[Array]:
     """Records a map over a named axis, inside a replica of another, as one equation.
 
     JAX's transformations of it are recorded likewise, so that what the outer map is lowered from still tells which
@@ -92,43 +89,34 @@ def nesting(jaxpr: Jaxpr) -> list[list[tuple[AxisName, int]]]:
 
 
 def _nested_map_type(
-    *avals: Any, jaxpr: Jaxpr, name: AxisName, size: int, in_axes: Any, out_axes: Any
-) -> tuple[list[Any], Any]:
+    *avals: Aval, jaxpr: Jaxpr, name: AxisName, size: int, in_axes: Axes, out_axes: Axes
+) -> tuple[list[Aval], set[object]]:
     del avals, in_axes
     outs = [_with_axis(var.aval, axis, size) for var, axis in zip(body(jaxpr).outvars, out_axes, strict=True)]
     return outs, core.filter_named_axis_effects(body(jaxpr).effects, {name})
 
 
-def _with_axis(aval: Any, axis: int | None, size: int) -> Any:
+def _with_axis(aval: Aval, axis: int | None, size: int) -> Aval:
     shape = aval.shape if axis is None else (*aval.shape[:axis], size, *aval.shape[axis:])
     return core.ShapedArray(shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def _nested_map_jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], *, jaxpr: Jaxpr, name: AxisName, size: int, **axes: Any
-) -> tuple[list[Any], list[Any]]:
+    primals: Sequence[Array],
+    tangents: Sequence[Array | ad_util.Zero],
+    *,
+    jaxpr: Jaxpr,
+    name: AxisName,
+    size: int,
+    **axes: Axes,
+) -> tuple[list[Array], list[Array | ad_util.Zero]]:
     """Two maps: one of the results and of what their derivative needs, and a linear one of the tangents.
 
     What the derivative needs of the arguments as they are is taken from them, and not given back by each replica.
     """
     in_axes, out_axes = axes["in_axes"], axes["out_axes"]
     moving = [i for i, t in enumerate(tangents) if type(t) is not ad_util.Zero]
-    pushforward: list[Any] = []
-
-    def primal(*args: Any) -> list[Any]:
-        def of_moving(*some: Any) -> list[Any]:
-            every = list(args)
-            for i, x in zip(moving, some, strict=True):
-                every[i] = x
-            return run(jaxpr, every)
-
-        outs, linear = jax.linearize(of_moving, *(args[i] for i in moving))
-        residuals, treedef = jax.tree.flatten(linear)
-        pushforward.append(treedef)
-        return [*outs, *residuals]
-
-    avals = [var.aval for var in body(jaxpr).invars]
-    fwd, consts = trace_flat(primal, avals, {name: size})
+    fwd, consts, pushforward = _linearized(jaxpr, moving, {name: size})
     args, arg_axes = [*consts, *primals], (*[None] * len(consts), *in_axes)
     found = _Residuals(fwd, args, arg_axes, len(out_axes))
     results = nested_map(
@@ -137,13 +125,13 @@ def _nested_map_jvp(
     outs, residuals = results[: len(out_axes)], found.values(results[len(out_axes) :])
     varies = [k for k, x in enumerate(outs) if _tangent_type(x).dtype != jax.dtypes.float0]
 
-    def tangent(*args: Any) -> list[Any]:
-        linear = jax.tree.unflatten(pushforward[0], args[: len(residuals)])
+    def tangent(*args: Array) -> list[Array]:
+        linear = jax.tree.unflatten(pushforward, args[: len(residuals)])
         out_dots = linear(*args[len(residuals) :])
         return [out_dots[k] for k in varies]
 
     residual_avals = [var.aval for var in body(fwd).outvars[len(out_axes) :]]
-    tangent_avals = [avals[i].to_tangent_aval() for i in moving]
+    tangent_avals = [body(jaxpr).invars[i].aval.to_tangent_aval() for i in moving]
     lin, consts = trace_flat(tangent, [*residual_avals, *tangent_avals], {name: size})
     out_dots = nested_map(
         lin,
@@ -157,7 +145,38 @@ def _nested_map_jvp(
     return outs, [dots[k] if k in dots else ad_util.Zero(_tangent_type(x)) for k, x in enumerate(outs)]
 
 
-def _tangent_type(x: Any) -> Any:
+def _linearized(
+    jaxpr: Jaxpr, moving: Sequence[int], sizes: Mapping[AxisName, int]
+) -> tuple[Jaxpr, list[Array], PyTreeDef]:
+    """A program that gives, after its results, what their derivative by some of the arguments needs.
+
+    Args:
+        jaxpr: The program.
+        moving: The positions of those arguments.
+        sizes: The mapped axis that it may communicate over.
+
+    Returns:
+        The program, its constants, and how what the derivative needs nests, as a function of tangents.
+    """
+    pushforward: list[PyTreeDef] = []
+
+    def primal(*args: Array) -> list[Array]:
+        def of_moving(*some: Array) -> list[Array]:
+            every = list(args)
+            for i, x in zip(moving, some, strict=True):
+                every[i] = x
+            return run(jaxpr, every)
+
+        outs, linear = jax.linearize(of_moving, *(args[i] for i in moving))
+        residuals, treedef = jax.tree.flatten(linear)
+        pushforward.append(treedef)
+        return [*outs, *residuals]
+
+    fwd, consts = trace_flat(primal, [var.aval for var in body(jaxpr).invars], sizes)
+    return fwd, consts, pushforward[0]
+
+
+def _tangent_type(x: Array) -> Aval:
     return core.typeof(x).to_tangent_aval()
 
 
@@ -170,7 +189,7 @@ class _Residuals:
         axes: The mapped axes of all residuals.
     """
 
-    def __init__(self, jaxpr: Jaxpr, args: Sequence[Any], arg_axes: Sequence[int | None], outs: int) -> None:
+    def __init__(self, jaxpr: Jaxpr, args: Sequence[Array], arg_axes: Axes, outs: int) -> None:
         known = {var: k for k, var in enumerate(body(jaxpr).invars)}
         residuals = body(jaxpr).outvars[outs:]
         self._from = [None if is_literal(var) else known.get(var) for var in residuals]
@@ -180,15 +199,20 @@ class _Residuals:
         self.out_axes = [0] * len(own)
         self.jaxpr = with_results(jaxpr, [*body(jaxpr).outvars[:outs], *own])
 
-    def values(self, results: Sequence[Any]) -> list[Any]:
+    def values(self, results: Sequence[Array]) -> list[Array]:
         """The residuals, given the further results of the first map."""
         further = iter(results)
         return [next(further) if k is None else self._args[k] for k in self._from]
 
 
 def _nested_map_transposed(
-    cts: Sequence[Any], *args: Any, jaxpr: Jaxpr, name: AxisName, size: int, **axes: Any
-) -> list[Any]:
+    cts: Sequence[Array | ad_util.Zero],
+    *args: Array | ad.UndefinedPrimal,
+    jaxpr: Jaxpr,
+    name: AxisName,
+    size: int,
+    **axes: Axes,
+) -> list[Array | None]:
     """A map of the cotangents; that of an argument which every replica has got whole is the sum over them."""
     in_axes, out_axes = axes["in_axes"], axes["out_axes"]
     linear = [i for i, x in enumerate(args) if ad.is_undefined_primal(x)]
@@ -197,21 +221,20 @@ def _nested_map_transposed(
     avals = [var.aval for var in body(jaxpr).invars]
     out_avals = [var.aval for var in body(jaxpr).outvars]
 
-    def transposed(*args: Any) -> list[Any]:
+    def transposed(*args: Array) -> list[Array]:
         values, cts = args[: len(known)], dict(zip(given, args[len(known) :], strict=True))
 
-        def of_linear(*some: Any) -> list[Any]:
+        def of_linear(*some: Array) -> list[Array]:
             every = dict(zip(known, values, strict=True)) | dict(zip(linear, some, strict=True))
             return [run(jaxpr, [every[i] for i in range(len(every))])[k] for k in given]
 
-        shares = [cts[k] / size if out_axes[k] is None else cts[k] for k in given]
-        shares = [as_type(x.astype(out_avals[k].dtype), out_avals[k]) for x, k in zip(shares, given, strict=True)]
+        shares = [_share(cts[k], out_axes[k], size, out_avals[k]) for k in given]
         types = [jax.ShapeDtypeStruct(avals[i].shape, avals[i].dtype) for i in linear]
         pulled = jax.linear_transpose(of_linear, *types)(shares)
         return [parallel.psum(x, name) if in_axes[i] is None else x for i, x in zip(linear, pulled, strict=True)]
 
-    ct_avals = [out_avals[k] for k in given]
-    back, consts = trace_flat(transposed, [*(avals[i] for i in known), *ct_avals], {name: size})
+    types = [*(avals[i] for i in known), *(out_avals[k] for k in given)]
+    back, consts = trace_flat(transposed, types, {name: size})
     pulled = nested_map(
         back,
         [*consts, *(args[i] for i in known), *(cts[k] for k in given)],
@@ -220,20 +243,24 @@ def _nested_map_transposed(
         in_axes=(*[None] * len(consts), *(in_axes[i] for i in known), *(out_axes[k] for k in given)),
         out_axes=[in_axes[i] for i in linear],
     )
-    of = dict(zip(linear, pulled, strict=True))
-    return [of.get(i) for i in range(len(args))]
+    return list(map(dict(zip(linear, pulled, strict=True)).get, range(len(args))))
+
+
+def _share(ct: Array, axis: int | None, size: int, aval: Aval) -> Array:
+    """A replica's cotangent of a result; of one that is equal in all replicas it is an equal part."""
+    return as_type((ct / size if axis is None else ct).astype(aval.dtype), aval)
 
 
 def _nested_map_batched(
-    axis_data: Any,
-    args: Sequence[Any],
+    axis_data: batching.AxisData,
+    args: Sequence[Array],
     dims: Sequence[int | None],
     *,
     jaxpr: Jaxpr,
     name: AxisName,
     size: int,
-    **axes: Any,
-) -> tuple[list[Any], list[int | None]]:
+    **axes: Axes,
+) -> tuple[list[Array], list[int | None]]:
     """A map of the batched program; a name that the map hides is not the ``vmap``'s inside it."""
     args = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
     in_axes = [a if d is None or a is None else a + 1 for a, d in zip(axes["in_axes"], dims, strict=True)]
@@ -254,13 +281,17 @@ def _nested_map_batched(
     return outs, [d if d is None or a is None else d + (a < d) for a, d in zip(out_axes, out_dims, strict=True)]
 
 
-def _nested_map_run(*args: Any, jaxpr: Jaxpr, name: AxisName, size: int, in_axes: Any, out_axes: Any) -> list[Any]:
+def _nested_map_run(
+    *args: Array, jaxpr: Jaxpr, name: AxisName, size: int, in_axes: Axes, out_axes: Axes
+) -> list[Array]:
     """What is known while the outer map is traced."""
     run_all = jax.vmap(lambda *own: run(jaxpr, own), in_axes, list(out_axes), axis_size=size, axis_name=name)
     return list(run_all(*args))
 
 
-def _nested_map_checked(_: Any, *atoms: Any, jaxpr: Jaxpr, name: AxisName, size: int, **axes: Any) -> Any:
+def _nested_map_checked(
+    _: object, *atoms: Atom, jaxpr: Jaxpr, name: AxisName, size: int, **axes: Axes
+) -> tuple[list[Aval], set[object]]:
     """For ``jax_enable_checks``, which checks every jaxpr that is made."""
     with axis_env({name: size}):
         core.check_jaxpr(body(jaxpr))

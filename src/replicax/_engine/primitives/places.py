@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 
@@ -11,15 +11,18 @@ from replicax._jax import (
     NO_MESH,
 )
 from replicax._jax.interpreters import ad, batching, core, mlir
+from replicax._typing import Array, Aval
 
-AxisName = Hashable
+#: Where an array lies; None for wherever that is.
+Where: TypeAlias = jax.sharding.Sharding | None
+W = TypeVar("W", bound=Where)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Moving between devices
 
 
-def move(x: Any, here: jax.sharding.Sharding | None, there: jax.sharding.Sharding | None) -> Any:
+def move(x: Array, here: Where, there: Where) -> Array:
     """``jax.device_put`` to a sharding, which under a ``vmap`` splits the dimensions that it is about.
 
     The cotangent goes back to ``here``. None stays where it is.
@@ -31,17 +34,17 @@ _move_p = core.Primitive("move")
 
 
 def _move_batched(
-    args: Sequence[Any],
+    args: Sequence[Array],
     dims: Sequence[int],
     *,
-    here: jax.sharding.Sharding | None,
-    there: jax.sharding.Sharding | None,
-) -> tuple[Any, int]:
+    here: Where,
+    there: Where,
+) -> tuple[Array, int]:
     (x,), (dim,) = args, dims
     return move(x, _with_dimension(here, dim), _with_dimension(there, dim)), dim
 
 
-def _with_dimension(where: Any, dim: int) -> Any:
+def _with_dimension(where: W, dim: int) -> W:
     """The sharding of an array with one dimension more, which is not split."""
     if not isinstance(where, jax.sharding.NamedSharding):
         return where
@@ -49,17 +52,17 @@ def _with_dimension(where: Any, dim: int) -> Any:
     return jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec(*spec[:dim], None, *spec[dim:]))
 
 
-def _move_now(x: Any, *, here: Any, there: jax.sharding.Sharding | None) -> Any:
+def _move_now(x: Array, *, here: Where, there: Where) -> Array:
     del here
     return x if there is None else jax.device_put(x, there)
 
 
-def _move_back(ct: Any, x: Any, *, here: Any, there: Any) -> list[Any]:
+def _move_back(ct: Array, x: ad.UndefinedPrimal, *, here: Where, there: Where) -> list[Array]:
     del x
     return [move(ct, there, here)]
 
 
-def _not_moved(ctx: Any, x: Any, **_: Any) -> list[Any]:
+def _not_moved(ctx: mlir.LoweringRuleContext, x: mlir.ir.Value, **_: object) -> list[mlir.ir.Value]:
     """What is compiled has one set of devices."""
     del ctx
     return [x]
@@ -72,7 +75,7 @@ batching.primitive_batchers[_move_p] = _move_batched
 mlir.register_lowering(_move_p, _not_moved)
 
 
-def pin(x: Any, where: jax.sharding.NamedSharding) -> Any:
+def pin(x: Array, where: jax.sharding.NamedSharding) -> Array:
     """``lax.with_sharding_constraint`` that holds under a ``vmap``, too, where JAX leaves the new dimension to XLA."""
     return _pin_p.bind(x, where=where)
 
@@ -80,17 +83,17 @@ def pin(x: Any, where: jax.sharding.NamedSharding) -> Any:
 _pin_p = core.Primitive("pin")
 
 
-def _pin_back(ct: Any, x: Any, *, where: jax.sharding.NamedSharding) -> list[Any]:
+def _pin_back(ct: Array, x: ad.UndefinedPrimal, *, where: jax.sharding.NamedSharding) -> list[Array]:
     del x
     return [pin(ct, where)]
 
 
-def _pin_batched(args: Sequence[Any], dims: Sequence[int], *, where: jax.sharding.NamedSharding) -> tuple[Any, int]:
+def _pin_batched(args: Sequence[Array], dims: Sequence[int], *, where: jax.sharding.NamedSharding) -> tuple[Array, int]:
     (x,), (dim,) = args, dims
     return pin(x, _with_dimension(where, dim)), dim
 
 
-def _pinned(x: Any, *, where: jax.sharding.NamedSharding) -> Any:
+def _pinned(x: Array, *, where: jax.sharding.NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(x, where)
 
 
@@ -105,7 +108,7 @@ mlir.register_lowering(_pin_p, mlir.lower_fun(_pinned, multiple_results=False))
 # Arrays whose types say how they are split
 
 
-def split_over(x: Any) -> jax.sharding.NamedSharding | None:
+def split_over(x: Array) -> jax.sharding.NamedSharding | None:
     """How the type of ``x`` says that it is split, where its mesh has ``Explicit`` axes."""
     where = getattr(core.typeof(x), "sharding", None)
     explicit = where is not None and jax.sharding.AxisType.Explicit in where.mesh.axis_types
@@ -127,7 +130,7 @@ def refuse_split_batches() -> None:
         trace = getattr(trace, "parent_trace", None)
 
 
-def retype(x: Any, where: jax.sharding.NamedSharding | None) -> Any:
+def retype(x: Array, where: jax.sharding.NamedSharding | None) -> Array:
     """``x`` with a type that says it is split like that; with None, one that says nothing.
 
     The types of a mesh of the user's and those of a map's own do not go together.
@@ -141,24 +144,28 @@ def retype(x: Any, where: jax.sharding.NamedSharding | None) -> Any:
 _retype_p = core.Primitive("retype")
 
 
-def _retype_type(x: Any, *, where: jax.sharding.NamedSharding) -> Any:
+def _retype_type(x: Aval, *, where: jax.sharding.NamedSharding) -> Aval:
     spec = jax.sharding.PartitionSpec(*where.spec, *[None] * (x.ndim - len(where.spec)))
     return x.update(sharding=jax.sharding.NamedSharding(where.mesh, spec))
 
 
-def _retype_now(x: Any, *, where: jax.sharding.NamedSharding) -> Any:
+def _retype_now(x: Array, *, where: jax.sharding.NamedSharding) -> Array:
     del where
     return x
 
 
-def _retype_back(ct: Any, x: Any, *, where: Any) -> list[Any]:
+def _retype_back(ct: Array, x: ad.UndefinedPrimal, *, where: jax.sharding.NamedSharding) -> list[Array]:
     del where
     return [_retype_p.bind(ct, where=x.aval.sharding)]
 
 
 def _retype_batched(
-    axis_data: Any, args: Sequence[Any], dims: Sequence[int | None], *, where: jax.sharding.NamedSharding
-) -> tuple[Any, int | None]:
+    axis_data: batching.AxisData,
+    args: Sequence[Array],
+    dims: Sequence[int | None],
+    *,
+    where: jax.sharding.NamedSharding,
+) -> tuple[Array, int | None]:
     (x,), (dim,) = args, dims
     if dim is not None and axis_data.explicit_mesh_axis:
         raise SplitBatchError(axis_data.explicit_mesh_axis)
@@ -167,7 +174,9 @@ def _retype_batched(
     return _retype_p.bind(x, where=where), dim
 
 
-def _retype_lowered(ctx: Any, x: Any, *, where: Any) -> list[Any]:
+def _retype_lowered(
+    ctx: mlir.LoweringRuleContext, x: mlir.ir.Value, *, where: jax.sharding.NamedSharding
+) -> list[mlir.ir.Value]:
     del where
     return [mlir.lower_with_sharding_in_types(ctx, x, ctx.avals_out[0])]
 
