@@ -1,5 +1,7 @@
 """The only door to what is not public in JAX, and the only place that asks for its version."""
 
+from replicax._jax.aliases import Equation as Equation
+from replicax._jax.aliases import Jaxpr as Jaxpr
 from replicax._jax.backends import devices as devices
 from replicax._jax.backends import devices_are_known as devices_are_known
 from replicax._jax.backends import local_devices as local_devices
@@ -13,17 +15,13 @@ from replicax._jax.errors import raised as raised
 from replicax._jax.errors import unbound_axis_name as unbound_axis_name
 from replicax._jax.jaxprs import bears_no_constants as bears_no_constants
 from replicax._jax.jaxprs import bind as bind
-from replicax._jax.jaxprs import body as body
-from replicax._jax.jaxprs import constants as constants
 from replicax._jax.jaxprs import equation_name as equation_name
 from replicax._jax.jaxprs import equations as equations
 from replicax._jax.jaxprs import in_shard_map as in_shard_map
 from replicax._jax.jaxprs import inline as inline
-from replicax._jax.jaxprs import is_jaxpr as is_jaxpr
 from replicax._jax.jaxprs import is_literal as is_literal
 from replicax._jax.jaxprs import literal as literal
 from replicax._jax.jaxprs import loop_carry as loop_carry
-from replicax._jax.jaxprs import loop_counts as loop_counts
 from replicax._jax.jaxprs import named_axes as named_axes
 from replicax._jax.jaxprs import open_constants as open_constants
 from replicax._jax.jaxprs import primitives as primitives
@@ -78,9 +76,12 @@ from replicax._jax.types import type_key as type_key
 from replicax._jax.types import typeof as typeof
 from replicax._jax.types import without_axis as without_axis
 from replicax._jax.versions import FEW_CPU_THREADS_HANG as FEW_CPU_THREADS_HANG
+from replicax._jax.versions import TAKEN_ARRAYS_CRASH as TAKEN_ARRAYS_CRASH
 from replicax._jax.versions import VERSION as VERSION
-from replicax._jax.versions import Equation as Equation
-from replicax._jax.versions import Jaxpr as Jaxpr
+from replicax._jax.versions import body as body
+from replicax._jax.versions import constants as constants
+from replicax._jax.versions import is_jaxpr as is_jaxpr
+from replicax._jax.versions import loop_counts as loop_counts
 from replicax._jax.vmappables import is_map_spec as is_map_spec
 from replicax._jax.vmappables import is_vmappable as is_vmappable
 from replicax._jax.vmappables import passed_on as passed_on

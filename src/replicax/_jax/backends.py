@@ -11,6 +11,8 @@ from typing import Any
 
 from jax._src import xla_bridge
 
+from replicax._jax.aliases import Client
+
 #: JAX's own, whatever stands in their places in ``jax``.
 devices, local_devices = xla_bridge.devices, xla_bridge.local_devices
 
@@ -18,7 +20,7 @@ devices, local_devices = xla_bridge.devices, xla_bridge.local_devices
 devices_are_known = xla_bridge.backends_are_initialized
 
 
-def make_cpu_client_by(around: Callable[[Callable[[], Any]], Any]) -> None:
+def make_cpu_client_by(around: Callable[[Callable[[], Client]], Client]) -> None:
     """Has JAX make its client of CPU devices by ``around`` from now on, which is given what makes it.
 
     Where JAX keeps that elsewhere, nothing happens.

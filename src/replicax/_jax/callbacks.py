@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax._src import dispatch
 
-from replicax._jax.versions import Equation
+from replicax._jax.aliases import Array, ArrayLike, Equation, PyTree
 
 
 def needs_one_mesh(primitives: set[str]) -> bool:
@@ -22,7 +21,7 @@ def has_side_effect(eqn: Equation) -> bool:
     return eqn.primitive.name in ("debug_callback", "debug_print", "io_callback")
 
 
-def bind_callback_where(eqn: Equation, args: Sequence[Any], runs: Any) -> list[Any]:
+def bind_callback_where(eqn: Equation, args: Sequence[ArrayLike], runs: Array) -> list[Array]:
     """Binds a :func:`has_side_effect` equation so that Python is called only where ``runs`` is true.
 
     Elsewhere the results of an ``io_callback`` are zeros.
@@ -30,7 +29,7 @@ def bind_callback_where(eqn: Equation, args: Sequence[Any], runs: Any) -> list[A
     if eqn.primitive.name == "io_callback":
         results = eqn.params["result_avals"]
 
-        def call(run: Any, *args: Any) -> Any:
+        def call(run: Array, *args: Array) -> PyTree:
             if run:
                 return eqn.params["callback"](*args)
             return tuple(np.zeros(aval.shape, aval.dtype) for aval in results)
@@ -38,7 +37,7 @@ def bind_callback_where(eqn: Equation, args: Sequence[Any], runs: Any) -> list[A
         with eqn.ctx.manager:
             return list(eqn.primitive.bind(runs, *args, **{**eqn.params, "callback": call}))
 
-    def show(run: Any, *args: Any) -> None:
+    def show(run: Array, *args: Array) -> None:
         if run:
             eqn.primitive.impl(*args, **eqn.params)
 

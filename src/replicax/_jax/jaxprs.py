@@ -20,28 +20,15 @@ from jax._src.ad_checkpoint import remat_p
 from jax._src.interpreters import partial_eval as pe
 from jax._src.sharding_impls import UNSPECIFIED
 from jax.extend import core as extend_core
+from jax.extend.core import DebugInfo
 
+from replicax._jax.aliases import Array, ArrayLike, ArrayType, Atom, Equation, Jaxpr, Literal, PyTree
 from replicax._jax.tracing import NO_MESH, AxisName, axis_env
-from replicax._jax.types import _without_sharding, as_type
-from replicax._jax.versions import Equation, Jaxpr, _Closed, _Open
+from replicax._jax.types import as_type, without_sharding
+from replicax._jax.versions import Closed, body, close, constants, is_jaxpr, loop_counts, wrapped_primitive
 
 
-def is_jaxpr(x: object) -> bool:
-    """Whether ``x`` is a jaxpr of either class."""
-    return isinstance(x, _Closed | _Open)
-
-
-def body(jaxpr: Jaxpr) -> Any:
-    """The open jaxpr: its ``eqns``, ``invars``, ``constvars`` and ``outvars``."""
-    return jaxpr.jaxpr if isinstance(jaxpr, _Closed) else jaxpr
-
-
-def constants(jaxpr: Jaxpr) -> Sequence[Any]:
-    """The values of the jaxpr's ``constvars`` (none for an open jaxpr of JAX 0.10)."""
-    return getattr(jaxpr, "consts", ())
-
-
-def is_literal(atom: Any) -> bool:
+def is_literal(atom: Atom) -> bool:
     """Whether an equation's operand is a constant written into the equation."""
     return isinstance(atom, extend_core.Literal)
 
@@ -105,14 +92,6 @@ def _axis_parameters(eqn: Equation) -> list[AxisName]:
     return names
 
 
-def loop_counts(eqn: Equation) -> tuple[int, int]:
-    """How many constants and how many carried values a ``scan`` has."""
-    if "num_carry" in eqn.params:  # JAX 0.10
-        return eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, carry, _ = eqn.params["ft_in"].unpack()
-    return len(consts), len(carry)
-
-
 def loop_carry(eqn: Equation) -> slice:
     """Which operands of a ``scan`` are carried."""
     consts, carries = loop_counts(eqn)
@@ -121,11 +100,11 @@ def loop_carry(eqn: Equation) -> slice:
 
 def trace(
     fun: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    args: Sequence[PyTree],
+    kwargs: Mapping[str, PyTree],
     static: Sequence[int],
     sizes: Mapping[AxisName, int],
-) -> tuple[Jaxpr, list[Any], Any]:
+) -> tuple[Jaxpr, list[Array], PyTree]:
     """Traces the user's ``fun`` with mapped axes in scope.
 
     Returns:
@@ -135,7 +114,7 @@ def trace(
     fixed = {i: args[i] for i in static}
 
     @functools.wraps(fun, updated=())  # an attribute of the user's, such as "trace", would hide jit's
-    def bound(*args: Any, **kwargs: Any) -> Any:
+    def bound(*args: PyTree, **kwargs: PyTree) -> PyTree:
         # JAX compares static arguments with those of other functions, which may be of a kind that has no comparison.
         return fun(*(fixed.get(i, x) for i, x in enumerate(args)), **kwargs)
 
@@ -144,26 +123,24 @@ def trace(
     return jaxpr, list(constants(jaxpr)), out
 
 
-def _trace_flat(fun: Callable[..., Sequence[Any]], avals: Sequence[Any], debug_info: Any) -> tuple[Jaxpr, list[Any]]:
+def trace_to_jaxpr(
+    fun: Callable[..., Sequence[ArrayLike]], avals: Sequence[ArrayType], debug_info: DebugInfo
+) -> tuple[Jaxpr, list[Array]]:
     """Traces a function of flat arguments; the jaxpr, and the constants that it has to be closed over."""
     jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(lu.wrap_init(fun, debug_info=debug_info), list(avals))
     return jaxpr, list(consts)
 
 
 def trace_flat(
-    fun: Callable[..., Sequence[Any]], avals: Sequence[Any], sizes: Mapping[AxisName, int]
-) -> tuple[Jaxpr, list[Any]]:
+    fun: Callable[..., Sequence[ArrayLike]], avals: Sequence[ArrayType], sizes: Mapping[AxisName, int]
+) -> tuple[Jaxpr, list[Array]]:
     """A jaxpr of a function of flat arguments that closes over nothing, and the arrays that it takes before them."""
     with axis_env(sizes):
-        jaxpr, consts = _trace_flat(fun, avals, lu.DebugInfo("nested map", "one replica", None, None))
-        return _close(pe.convert_constvars_jaxpr(jaxpr), ()), consts
+        jaxpr, consts = trace_to_jaxpr(fun, avals, lu.DebugInfo("nested map", "one replica", None, None))
+        return close(pe.convert_constvars_jaxpr(jaxpr), ()), consts
 
 
-def _close(jaxpr: Jaxpr, consts: Sequence[Any]) -> Jaxpr:
-    return _Closed(jaxpr, consts) if _Closed is not _Open else jaxpr.with_consts(consts)
-
-
-def retrace(fun: Callable[..., Sequence[Any]], like: Jaxpr, *, hoist: bool) -> tuple[Jaxpr, list[Any]]:
+def retrace(fun: Callable[..., Sequence[ArrayLike]], like: Jaxpr, *, hoist: bool) -> tuple[Jaxpr, list[Array]]:
     """A jaxpr of ``fun`` with the argument and result types, and the class, of ``like``.
 
     ``fun`` takes what ``like`` takes and returns what it returns, to within weak types, which are put back: loops
@@ -178,15 +155,15 @@ def retrace(fun: Callable[..., Sequence[Any]], like: Jaxpr, *, hoist: bool) -> t
         The jaxpr, and the arrays that it takes before its arguments.
     """
 
-    def same_types(*args: Any) -> list[Any]:
+    def same_types(*args: Array) -> list[Array]:
         return [as_type(x, var.aval) for x, var in zip(fun(*args), body(like).outvars, strict=True)]
 
-    in_avals = [_without_sharding(var.aval) for var in body(like).invars]
-    jaxpr, consts = _trace_flat(same_types, in_avals, body(like).debug_info)
+    in_avals = [without_sharding(var.aval) for var in body(like).invars]
+    jaxpr, consts = trace_to_jaxpr(same_types, in_avals, body(like).debug_info)
     hoisted = consts if hoist else []
     if hoist:
         jaxpr, consts = pe.convert_constvars_jaxpr(jaxpr), []
-    return _close(jaxpr, consts) if isinstance(like, _Closed) else jaxpr, hoisted
+    return close(jaxpr, consts) if isinstance(like, Closed) else jaxpr, hoisted
 
 
 def in_shard_map(eqn: Equation) -> bool:
@@ -195,7 +172,7 @@ def in_shard_map(eqn: Equation) -> bool:
     return any(x is not None and jax.sharding.AxisType.Manual in x.mesh.axis_types for x in types)
 
 
-def literal(atom: Any) -> Any:
+def literal(atom: Literal) -> ArrayLike:
     """The value of a literal, without that it was written down inside a ``shard_map``."""
     if atom.aval.sharding.mesh.empty:
         return atom.val
@@ -224,13 +201,13 @@ def without_constants(jaxpr: Jaxpr) -> Jaxpr:
     """The jaxpr with its constants as arguments, before the others."""
     if not body(jaxpr).constvars:
         return jaxpr
-    return _close(pe.convert_constvars_jaxpr(body(jaxpr)), ())
+    return close(pe.convert_constvars_jaxpr(body(jaxpr)), ())
 
 
-def with_results(jaxpr: Jaxpr, outvars: Sequence[Any]) -> Jaxpr:
+def with_results(jaxpr: Jaxpr, outvars: Sequence[Atom]) -> Jaxpr:
     """The jaxpr with other results, of those that it computes anyway; it closes over nothing."""
     debug_info = body(jaxpr).debug_info._replace(arg_names=None, result_paths=None)
-    return _close(body(jaxpr).replace(outvars=list(outvars), debug_info=debug_info), ())
+    return close(body(jaxpr).replace(outvars=list(outvars), debug_info=debug_info), ())
 
 
 def open_constants(jaxpr: Jaxpr, count: int) -> Jaxpr:
@@ -242,10 +219,10 @@ def open_constants(jaxpr: Jaxpr, count: int) -> Jaxpr:
 
 def inline(jaxpr: Jaxpr, wanted: Callable[[Equation], bool]) -> Jaxpr:
     """The open jaxpr with the equations of the ``jit`` that are ``wanted`` in their places, to any depth."""
-    values: dict[Any, Any] = {}
+    values: dict[Atom, Atom] = {}
     eqns: list[Equation] = []
 
-    def read(atom: Any) -> Any:
+    def read(atom: Atom) -> Atom:
         return atom if is_literal(atom) else values.get(atom, atom)
 
     for eqn in body(jaxpr).eqns:
@@ -277,7 +254,7 @@ def _leaves_places_to_xla(eqn: Equation) -> bool:
     return all(x is UNSPECIFIED for x in said) and not any(map(any, options))
 
 
-def run(jaxpr: Jaxpr, args: Sequence[Any], consts: Sequence[Any] | None = None) -> list[Any]:
+def run(jaxpr: Jaxpr, args: Sequence[ArrayLike], consts: Sequence[ArrayLike] | None = None) -> list[Array]:
     """The results of a jaxpr, bound equation by equation as they are, with other values of its constants if given."""
     return list(core.eval_jaxpr(body(jaxpr), constants(jaxpr) if consts is None else consts, *args))
 
@@ -289,15 +266,17 @@ def bears_no_constants(eqn: Equation) -> bool:
 
 def equation_name(eqn: Equation) -> str:
     """What the equation is called: by its primitive, or by what JAX 0.12 wraps in its one general primitive."""
-    return type(eqn.params["_prim"]).__name__ if "_prim" in eqn.params else str(eqn.primitive.name)
+    prim = wrapped_primitive(eqn)
+    return str(eqn.primitive.name) if prim is None else type(prim).__name__
 
 
-def bind(eqn: Equation, args: Sequence[Any]) -> list[Any]:
+def bind(eqn: Equation, args: Sequence[ArrayLike]) -> list[Array]:
     """Binds an equation as it is."""
-    return _bind(eqn, args, eqn.primitive.get_bind_params(eqn.params))
+    return bind_with(eqn, args, eqn.primitive.get_bind_params(eqn.params))
 
 
-def _bind(eqn: Equation, args: Sequence[Any], params: Mapping[str, Any]) -> list[Any]:
+def bind_with(eqn: Equation, args: Sequence[ArrayLike], params: Mapping[str, object]) -> list[Array]:
+    """Binds an equation with other parameters."""
     with eqn.ctx.manager:
         out = eqn.primitive.bind(*args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]

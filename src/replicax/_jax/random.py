@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from replicax._jax.aliases import Array, Equation
 from replicax._jax.jaxprs import primitives
-from replicax._jax.versions import Equation
 
 
 def draws_batches(eqn: Equation) -> bool:
@@ -35,8 +36,18 @@ _DRAWS = {
 }
 
 
+class Implementation(Protocol):
+    """What :func:`draws_batches` asks of an implementation of keys; JAX's own class has moved between its modules."""
+
+    key_shape: tuple[int, ...]
+    seed: Callable[[Array], Array]
+    split: Callable[[Array, tuple[int, ...]], Array]
+    random_bits: Callable[[Array, int, tuple[int, ...]], Array]
+    fold_in: Callable[[Array, Array], Array]
+
+
 @functools.cache
-def _batches(impl: Any, step: str) -> bool:
+def _batches(impl: Implementation, step: str) -> bool:
     key, number = jax.ShapeDtypeStruct(impl.key_shape, np.uint32), jax.ShapeDtypeStruct((), np.uint32)
     steps = {
         "random_bits": lambda: jax.make_jaxpr(lambda key: impl.random_bits(key, 32, (1,)))(key),

@@ -9,27 +9,28 @@ import jax
 from jax._src import ad_util, core
 from jax._src import linear_util as lu
 
-from replicax._jax.jaxprs import _bind, _close, _trace_flat, body, is_jaxpr
+from replicax._jax.aliases import Array, ArrayLike, ArrayType, Equation, Jaxpr, PyTree
+from replicax._jax.jaxprs import bind_with, trace_to_jaxpr
 from replicax._jax.tracing import NO_MESH, replica_traced
-from replicax._jax.types import _plain_type, is_array_type
-from replicax._jax.versions import Equation, Jaxpr
+from replicax._jax.types import is_array_type, plain_type
+from replicax._jax.versions import body, close, is_jaxpr, wrapped_primitive
 
 
 def bind_again(
     eqn: Equation,
-    args: Sequence[Any],
-    rewrite_jaxpr: Callable[[Jaxpr], tuple[Jaxpr, list[Any]]],
+    args: Sequence[ArrayLike],
+    rewrite_jaxpr: Callable[[Jaxpr], tuple[Jaxpr, list[Array]]],
     rewrite_rule: Callable[[Callable[..., Any], str], Callable[..., Any]],
-) -> list[Any]:
+) -> list[Array]:
     """Binds a higher-order equation with every jaxpr in it rewritten, as :func:`retrace` returns it.
 
     The derivative rules of ``custom_jvp`` and ``custom_vjp`` are not jaxprs but functions that JAX calls when, and
     if, it differentiates: ``rewrite_rule`` wraps each of them, and is told whether it is ``"jvp"``, ``"fwd"`` or
     ``"bwd"``.
     """
-    hoisted: list[Any] = []
+    hoisted: list[Array] = []
 
-    def rewritten(value: Any) -> Any:
+    def rewritten(value: object) -> Any:
         if is_jaxpr(value):
             jaxpr, consts = rewrite_jaxpr(value)
             hoisted.extend(consts)
@@ -49,7 +50,7 @@ def bind_again(
         params = {**params, "subfuns": (primal, *wrapped)}
     if hoisted and isinstance(params.get("prevent_cse"), tuple):
         params = {**params, "prevent_cse": (*[False] * len(hoisted), *params["prevent_cse"])}
-    return _bind(eqn, [*hoisted, *args], params)
+    return bind_with(eqn, [*hoisted, *args], params)
 
 
 _RULES: dict[str, tuple[str, ...]] = {"custom_jvp_call": ("jvp",), "custom_vjp_call": ("fwd", "bwd")}
@@ -87,14 +88,14 @@ def expansion(eqn: Equation) -> tuple[Callable[..., Any], Callable[..., Any]] | 
 
     Both are functions of flat arguments; the second takes the primals, then their tangents.
     """
-    prim = eqn.params.get("_prim")
+    prim = wrapped_primitive(eqn)
     if prim is None:
         return None
 
-    def primal(*flat: Any) -> list[Any]:
+    def primal(*flat: Array) -> list[Array]:
         return jax.tree.leaves(prim.expand(*prim.in_tree.unflatten(flat)))
 
-    def jvp(*flat: Any) -> tuple[list[Any], list[Any]]:
+    def jvp(*flat: Array) -> tuple[list[Array], list[Array]]:
         primals, tangents = flat[: len(flat) // 2], flat[len(flat) // 2 :]
         tangents = tuple(
             ad_util.p2tz(p) if t.dtype == jax.dtypes.float0 else t for p, t in zip(primals, tangents, strict=True)
@@ -105,7 +106,9 @@ def expansion(eqn: Equation) -> tuple[Callable[..., Any], Callable[..., Any]] | 
     return primal, jvp
 
 
-def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, list[Any], Callable[..., Any]]:
+def trace_rule(
+    rule: Callable[..., Any], args: Sequence[ArrayLike | ArrayType]
+) -> tuple[Jaxpr, list[Array], Callable[..., Any]]:
     """Traces a derivative rule, whose arguments and results mix arrays with JAX's symbolic zeros and flags.
 
     Types may stand for the arrays.
@@ -118,13 +121,13 @@ def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, li
     arrays = [x for x, dynamic in zip(args, is_array, strict=True) if dynamic]
     restore: list[Callable[..., Any]] = []
 
-    def flat(*tracers: Any) -> list[Any]:
+    def flat(*tracers: Array) -> list[Array]:
         it = iter(tracers)
         out = rule(*(next(it) if dynamic else x for x, dynamic in zip(args, is_array, strict=True)))
         leaves, treedef = jax.tree.flatten(out)
         dynamic_out = [is_array_type(x) for x in leaves]
 
-        def unflatten(results: Sequence[Any]) -> Any:
+        def unflatten(results: Sequence[Array]) -> PyTree:
             it = iter(results)
             return treedef.unflatten(next(it) if dyn else x for x, dyn in zip(leaves_kept, dynamic_out, strict=True))
 
@@ -135,5 +138,5 @@ def trace_rule(rule: Callable[..., Any], args: Sequence[Any]) -> tuple[Jaxpr, li
     dbg = lu.DebugInfo("replicax derivative rule", "derivative rule", None, None)
     # As in the trace of the replica, no type says on which mesh its value is: equinox compares the two.
     with replica_traced(), jax.sharding.use_abstract_mesh(NO_MESH):
-        jaxpr = _close(*_trace_flat(flat, list(map(_plain_type, arrays)), dbg))
+        jaxpr = close(*trace_to_jaxpr(flat, list(map(plain_type, arrays)), dbg))
     return jaxpr, arrays, restore[0]

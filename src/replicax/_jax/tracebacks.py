@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from jax._src import source_info_util, traceback_util
 from jax._src.lib import _jax as jaxlib
 
-from replicax._jax.jaxprs import body
-from replicax._jax.versions import Equation, Jaxpr
+from replicax._jax.aliases import Equation, Jaxpr, Traceback
+from replicax._jax.versions import body
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,7 +38,7 @@ def equation_context(eqn: Equation) -> Iterator[None]:
         yield
 
 
-def described_source(jaxpr: Jaxpr, description: str) -> Any:
+def described_source(jaxpr: Jaxpr, description: str) -> Traceback:
     """A traceback that JAX's errors quote as ``file:line (description)``, with where the jaxpr's function begins.
 
     JAX checks devices before it runs anything of ours, and says of an equation no more than where it comes from.
@@ -52,7 +52,7 @@ def described_source(jaxpr: Jaxpr, description: str) -> Any:
 
 
 @contextlib.contextmanager
-def source(traceback: Any) -> Iterator[None]:
+def source(traceback: Traceback | None) -> Iterator[None]:
     """What is bound inside comes from there; with None, from where it is bound."""
     state = source_info_util._source_info_context
     before = state.context

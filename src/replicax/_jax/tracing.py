@@ -13,6 +13,8 @@ from jax._src import config, core
 from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 
+from replicax._jax.aliases import ArrayLike, PyTree
+
 AxisName = Hashable
 
 
@@ -30,7 +32,7 @@ def staging() -> bool:
 
 
 @contextlib.contextmanager
-def _at_once(known: Any) -> Iterator[None]:
+def _at_once(known: PyTree) -> Iterator[None]:
     """Under ``jax.ensure_compile_time_eval`` runs what is ``known``, and records the rest as if it were not.
 
     Under it JAX looks for the index of a mapped axis at once, while a map is traced and there is none.
@@ -42,7 +44,7 @@ def _at_once(known: Any) -> Iterator[None]:
         yield
 
 
-def own_mesh(known: Any = None) -> contextlib.AbstractContextManager[Any]:
+def own_mesh(known: PyTree = None) -> contextlib.AbstractContextManager[Any]:
     """Puts aside a mesh that the user has set for all of JAX, since a map brings its own."""
     if config.eager_constant_folding.value:
         return _at_once(known)
@@ -92,7 +94,7 @@ def axes_in_scope() -> tuple[AxisName, ...]:
     return tuple(core.get_axis_env().axis_sizes)
 
 
-def outermost_value(x: Any) -> tuple[Any, bool]:
+def outermost_value(x: ArrayLike) -> tuple[ArrayLike, bool]:
     """The primal value under any number of ``grad``, ``jvp`` and ``vmap`` tracers, and whether it is a ``vmap``'s."""
     batched = False
     while isinstance(x, ad.JVPTracer | ad.LinearizeTracer | batching.BatchTracer):
@@ -106,7 +108,7 @@ def looks_for_nans() -> bool:
     return bool(config.debug_nans.value or config.debug_infs.value)
 
 
-def refuse_leaked_tracers(values: Sequence[Any]) -> None:
+def refuse_leaked_tracers(values: Sequence[object]) -> None:
     """Raises JAX's error about a tracer that has outlived its trace, where there is one and nothing is traced."""
     if any(issubclass(kind, core.Tracer) for kind in set(map(type, values))):
         core.check_eval_args(values)

@@ -7,15 +7,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from jax._src import tree_util
+from jax.tree_util import PyTreeDef
+
+from replicax._jax.aliases import PyTree
 
 
-def one_level(tree: Any) -> tuple[list[Any], Any] | None:
+def one_level(tree: PyTree) -> tuple[list[PyTree], Any] | None:
     """The children of a tree's root, and what else it is made of (the keys of a dict); None for a leaf."""
     found = tree_util.default_registry.flatten_one_level(tree)
     return found and (list(found[0]), found[1])
 
 
-def structure_faults(one: Any, other: Any) -> Iterator[tuple[tuple[Any, ...], str, str]]:
+def structure_faults(one: PyTreeDef, other: PyTreeDef) -> Iterator[tuple[tuple[Any, ...], str, str]]:
     """Where two tree structures differ: the path, and what each has there, in words."""
     for path, ours, theirs, why in tree_util.equality_errors_pytreedef(one, other):
         keys = re.search(r"key sets: \{(.*)\}", why)

@@ -13,10 +13,10 @@ from jax._src.lax import lax as lax_internal
 from jax._src.lib import _jax as jaxlib
 from jax._src.state.types import AbstractRef
 
-from replicax._jax.versions import Equation
+from replicax._jax.aliases import Array, ArrayLike, ArrayType, Equation
 
 
-def typeof(x: Any) -> Any:
+def typeof(x: object) -> ArrayType:
     """The type of an array or a scalar, as JAX would take it now; TypeError or ValueError for anything else."""
     is_type = isinstance(x, jax.ShapeDtypeStruct | core.AbstractValue)
     aval = core.shaped_abstractify(x) if is_type else core.typeof(x)  # the first takes whatever has a dtype
@@ -38,12 +38,12 @@ _WIDE = {
 }
 
 
-def array_type(shape: tuple[int, ...], dtype: np.dtype[Any], x64: bool) -> Any:
+def array_type(shape: tuple[int, ...], dtype: np.dtype[np.generic], x64: bool) -> ArrayType:
     """The type that JAX gives an array made of a NumPy array, with and without 64-bit types."""
     return core.ShapedArray(shape, dtype if x64 else _WIDE.get(dtype.name, dtype))
 
 
-def type_key(leaves: Sequence[Any]) -> Hashable:
+def type_key(leaves: Sequence[ArrayLike]) -> Hashable:
     """Shapes, dtypes, and which are weak, of :func:`typeof` for each, without looking at the usual arrays one by one.
 
     Raises:
@@ -76,7 +76,7 @@ _PLAIN = {
 }
 
 
-def _without_sharding(aval: Any) -> Any:
+def without_sharding(aval: ArrayType) -> ArrayType:
     """The type as it is where no mesh is in scope."""
     where = getattr(aval, "sharding", None)
     if where is None or where.mesh.empty:
@@ -84,32 +84,33 @@ def _without_sharding(aval: Any) -> Any:
     return core.ShapedArray(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
-def without_axis(x: Any, axis: int | None) -> Any:
+def without_axis(x: Array, axis: int | None) -> ArrayType:
     """The type of one part of ``x`` along the axis."""
     shape = x.shape if axis is None else (*x.shape[:axis], *x.shape[axis + 1 :])
     return core.ShapedArray(shape, x.dtype, weak_type=core.typeof(x).weak_type)
 
 
-def operands(eqn: Equation, args: Sequence[Any]) -> list[Any]:
+def operands(eqn: Equation, args: Sequence[ArrayLike]) -> list[Array | np.ndarray[Any, Any]]:
     """The operands of an equation as arrays: a jaxpr may hand one over as a scalar of Python's."""
     return [as_array(x, atom.aval) for x, atom in zip(args, eqn.invars, strict=True)]
 
 
-def as_array(x: Any, aval: Any) -> Any:
+def as_array(x: ArrayLike, aval: ArrayType) -> Array | np.ndarray[Any, Any]:
     """An operand of an equation as an array: a jaxpr may hand one over as a scalar of Python's."""
     if isinstance(x, jax.Array | np.ndarray):
         return x
     return lax_internal._convert_element_type(x, aval.dtype, weak_type=aval.weak_type)
 
 
-def as_type(x: Any, aval: Any) -> Any:
+def as_type(x: ArrayLike, aval: ArrayType) -> Array:
     """``x``, as weakly typed as ``aval``."""
     if getattr(core.typeof(x), "weak_type", False) == getattr(aval, "weak_type", False):
         return x
     return lax_internal._convert_element_type(x, aval.dtype, weak_type=aval.weak_type)
 
 
-def _plain_type(x: Any) -> Any:
+def plain_type(x: ArrayLike | ArrayType) -> ArrayType:
+    """The type of an array, or that type itself, without where it lies."""
     aval = x if isinstance(x, core.ShapedArray) else core.typeof(x)
     return aval.update(sharding=None) if isinstance(aval, core.ShapedArray) else aval
 
@@ -143,9 +144,9 @@ def is_masked(x: object) -> bool:
 class Masked:
     """A masked array as something that C++ takes for no array: of an array it would use what is behind the mask."""
 
-    array: Any
+    array: np.ma.MaskedArray[Any, Any]
 
-    def __jax_array__(self) -> Any:
+    def __jax_array__(self) -> Array:
         raise TypeError("a masked array")
 
 

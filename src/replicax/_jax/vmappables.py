@@ -8,7 +8,9 @@ from typing import Any
 import jax
 from jax._src.interpreters import batching
 
-from replicax._jax.jaxprs import body, is_literal
+from replicax._jax.aliases import Array, ArrayType
+from replicax._jax.jaxprs import is_literal
+from replicax._jax.versions import body
 
 
 def is_vmappable(x: object) -> bool:
@@ -26,7 +28,7 @@ def vmap_rules(kind: type) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return batching.to_elt_handlers[kind], batching.from_elt_handlers[kind]
 
 
-def passed_on(fun: Callable[..., Sequence[Any]], types: Sequence[Any]) -> list[int | None]:
+def passed_on(fun: Callable[..., Sequence[Array]], types: Sequence[ArrayType]) -> list[int | None]:
     """Which argument each result of ``fun`` is; None for one that it computes."""
     jaxpr = body(jax.make_jaxpr(fun)(*types))
     position = {var: k for k, var in enumerate(jaxpr.invars)}
