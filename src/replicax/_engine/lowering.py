@@ -218,7 +218,7 @@ def _has_to_be_passed(const: Any) -> bool:
 
 
 def _refuse_two_bits(dtypes: Sequence[Any], layout: Layout) -> None:
-    """XLA overruns its buffers where it concatenates or cuts split arrays of two bits (``jit`` alone shows it)."""
+    """XLA overruns its buffers where it concatenates or cuts split arrays of two bits. Workaround: two_bits_padded."""
     found = sorted({dtype.name for dtype in dtypes if dtype.name in ("int2", "uint2")})
     if found and layout.axis.padding:
         raise UnsupportedDtypeError(

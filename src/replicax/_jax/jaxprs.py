@@ -116,6 +116,7 @@ def trace(
     @functools.wraps(fun, updated=())  # an attribute of the user's, such as "trace", would hide jit's
     def bound(*args: PyTree, **kwargs: PyTree) -> PyTree:
         # JAX compares static arguments with those of other functions, which may be of a kind that has no comparison.
+        # Workaround: static_arguments_compared.
         return fun(*(fixed.get(i, x) for i, x in enumerate(args)), **kwargs)
 
     traced = jax.make_jaxpr(bound, axis_env=list(sizes.items()), return_shape=True)

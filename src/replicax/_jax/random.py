@@ -17,7 +17,8 @@ def draws_batches(eqn: Equation) -> bool:
     """Whether ``vmap`` makes one draw of the equation, with the first key, where each key of the batch has its own.
 
     It does so of ``lax.rng_bit_generator``, which keys with the implementations ``rbg`` and ``unsafe_rbg`` draw with,
-    the latter also when they are split or folded: see ``jax._src.lax.control_flow.loops``.
+    the latter also when they are split or folded: https://github.com/jax-ml/jax/issues/19085.
+    Workaround: draws_of_one_key.
     """
     name = eqn.primitive.name
     if name not in _DRAWS:

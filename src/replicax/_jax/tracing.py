@@ -36,6 +36,7 @@ def _at_once(known: PyTree) -> Iterator[None]:
     """Under ``jax.ensure_compile_time_eval`` runs what is ``known``, and records the rest as if it were not.
 
     Under it JAX looks for the index of a mapped axis at once, while a map is traced and there is none.
+    Workaround: index_at_once.
     """
     eager_if_known: Any = _NOTHING
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(known)):

@@ -14,10 +14,11 @@ from replicax._jax.aliases import Array, Equation, Jaxpr
 VERSION: str = jax.__version__
 
 #: Before jaxlib 0.12 XLA hangs where its pool has few threads for its CPU devices: see ``_runtime.cpu_threads``. This
-#: goes by jaxlib, which may be older than JAX.
+#: goes by jaxlib, which may be older than JAX. Workaround: few_cpu_threads.
 FEW_CPU_THREADS_HANG = tuple(map(int, jaxlib_version.__version__.split(".")[:2])) < (0, 12)
 
 #: Before JAX 0.11.2 XLA ends the process where a program gets an array that was donated: see ``_runtime.taken``.
+#: Workaround: taken_arrays.
 TAKEN_ARRAYS_CRASH = jax.__version_info__ < (0, 11, 2)
 
 #: JAX 0.10 has one class for jaxprs with constants and one for those without; 0.12 has one class for both.

@@ -273,7 +273,7 @@ def _explaining(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Cal
 def _donating(entry: Callable[..., Any], in_python: Callable[..., Any]) -> Callable[..., Any]:
     """Runs calls that donate, but those with an array twice: XLA ends the process, or prints all that it knows of it.
 
-    For arrays that were taken see :class:`replicax._runtime.taken.TakenArrays`.
+    For arrays that were taken see :class:`replicax._runtime.taken.TakenArrays`. Workaround: donated_twice.
     """
 
     def donating(*args: Any, **kwargs: Any) -> Any:

@@ -89,7 +89,9 @@ class Executable:
             if self._has_run:
                 return compiled(*leaves)
             results, self.known = _cpp.first_run(compiled, leaves)
-        except ValueError:  # an argument has another layout in memory; of four bits JAX 0.10 only thinks so
+        except ValueError:
+            # An argument has another layout in memory; of four bits JAX 0.10 only thinks so.
+            # Workaround: layouts_of_four_bits.
             results = self._jitted(*leaves)
         self._has_run = True
         return results
@@ -127,7 +129,7 @@ class Executable:
         return jax.jit(_padding_by_itself(self.spec))
 
 
-#: The dtypes that XLA can cut and join anywhere.
+#: The dtypes that XLA can cut and join anywhere. Workaround: two_bits_concatenated.
 _WHOLE_BYTES = frozenset(
     map(np.dtype, ("bool", *np.typecodes["AllInteger"], "float16", "float32", "float64", "F", "D"))
 )
@@ -139,7 +141,7 @@ def _padding_by_itself(spec: ProgramSpec) -> Callable[..., tuple[Any, ...]]:
     def placed(x: Any, axis: int | None) -> Any:
         if axis is None or not placement.padding:
             return x
-        # XLA may choose a sharding of N rows that JAX cannot express, and JAX then refuses the array.
+        # Whole on each device, since XLA splits N rows unevenly, and sends more. Workaround: rows_split_unevenly.
         return _primitives.pin(x, where.sharding(None))
 
     def padded_first(*args: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""A workaround for JAX before 0.11.2, to be deleted with the support of these versions."""
+"""A workaround for JAX before 0.11.2, to be deleted with the support of these versions. Workaround: taken_arrays."""
 
 from __future__ import annotations
 
