@@ -82,6 +82,7 @@ def unfolded(x: Array) -> Array:
     """``x``, and its cotangent, kept from XLA's folding of constants if it is complex.
 
     Where XLA folds a sum of complex constants between devices (on CPUs, in JAX 0.10 and 0.12), it ends the process.
+    Workaround: complex_constants.
     """
     return lax.optimization_barrier(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
 
@@ -189,7 +190,7 @@ def real_rows(x: Array, dim: int, placement: Placement) -> Array:
 
 
 def _gather(x: Array, name: Hashable) -> Array:
-    """``lax.all_gather``, in the form whose transpose JAX has a right rule for under ``vmap``."""
+    """``lax.all_gather``, in the form whose transpose JAX can ``vmap``. Workaround: untiled_collectives."""
     return lax.all_gather(x[None], name, tiled=True)
 
 
@@ -206,6 +207,7 @@ def wide(x: Array, bits: int = 2) -> Array:
     XLA's CPU backend overruns its buffers where it gathers, concatenates or exchanges arrays of two bits
     (``jax.jit(lambda x: jnp.concatenate([x, x]))`` alone shows it), has no sums of them between devices, and leaves
     sums of four bits between devices with more bits than that (JAX 0.10 and 0.12; ``jax.pmap`` of ``psum`` shows it).
+    Workarounds: two_bits_concatenated, two_bits_gathered, two_bits_summed, four_bits_summed.
     """
     return x.astype("int8" if x.dtype.name.startswith("i") else "uint8") if is_narrow(x.dtype, bits) else x
 

@@ -111,6 +111,7 @@ class Communication:
         """The mapped axes whose replicas have to take part in a collective.
 
         Where maps are nested, a permutation along one axis of the mesh is one of all devices to XLA.
+        Workaround: permutations_of_a_part.
         """
         axes = {self.scope[name] for name in _jax.named_axes(eqn) if name in self.scope}
         entry = REGISTRY.get(eqn.primitive.name)

@@ -3,6 +3,7 @@
 A callback that raises in one replica while the others wait for it in a collective would leave them waiting: XLA ends
 the process after a minute. So a :class:`Guarded` callback raises nothing. It returns zeros and the number of its
 failure, which the program carries along as data, and raises on every device after its last collective.
+Workaround: failing_callbacks.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def _has_to_be_passed(const: ArrayLike) -> bool:
 
 
 def _refuse_two_bits(dtypes: Sequence[DType], layout: Layout) -> None:
-    """XLA overruns its buffers where it concatenates or cuts split arrays of two bits (``jit`` alone shows it)."""
+    """XLA overruns its buffers where it concatenates or cuts split arrays of two bits. Workaround: two_bits_padded."""
     found = sorted({dtype.name for dtype in dtypes if dtype.name in ("int2", "uint2")})
     if found and layout.axis.padding:
         raise UnsupportedDtypeError(

@@ -36,7 +36,7 @@ def _by_rank(
 ) -> Array:
     """A maximum or minimum between devices, of integers that stand in the order of the numbers, a NaN before all.
 
-    XLA's own loses a NaN, on CPUs in JAX 0.10 to 0.12.
+    XLA's own loses a NaN, on CPUs in JAX 0.10 to 0.12. Workaround: lost_nans.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return reduce(x, names, axis_index_groups=axis_index_groups)

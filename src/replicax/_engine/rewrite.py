@@ -107,7 +107,7 @@ class Rewriter:
     ) -> list[ArrayLike | Part]:
         """As :meth:`run`; but an argument, or a result, of a map inside may be a device's :class:`Part` of it."""
         if not any(self.communication.changes(jaxpr)):
-            return _jax.run(_jax.body(jaxpr), list(map(whole, args)), consts)
+            return [*_jax.run(_jax.body(jaxpr), list(map(whole, args)), consts)]
         inside = self._in_sight(jaxpr)
         changes = self.communication.changes(inside)
         sums = find_sums(inside, self.scope, lambda: self.analysis.values(inside, varying))

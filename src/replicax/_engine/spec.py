@@ -75,6 +75,7 @@ class ProgramSpec:
         own = jax.tree.leaves(self.replica.out)
         each = zip(own, self.out_axes, self.out_splits, strict=True)
         # XLA gives each device all of an array without elements, and JAX 0.10 would not know.
+        # Workaround: arrays_without_elements.
         return tuple(
             self.layout.sharding(None)
             if 0 in aval.shape

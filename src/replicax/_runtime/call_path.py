@@ -27,6 +27,7 @@ from numpy import ndarray
 
 from replicax import _jax
 from replicax._jax import cpp
+from replicax._jax.aliases import Known
 from replicax._runtime import cpu_threads
 from replicax._runtime.arguments import function_name
 from replicax._runtime.options import Options
@@ -56,7 +57,7 @@ class Outcome(NamedTuple):
     """
 
     result: PyTree
-    known: object = None
+    known: Known | None = None
     start: Path | None = None
 
 
@@ -64,7 +65,7 @@ class Outcome(NamedTuple):
 SlowPath: TypeAlias = Callable[[Args, Kwargs, bool], Outcome]
 
 #: ``slow(args, kwargs)``: the result of a call, and what C++ has to know to run such a call.
-Slow: TypeAlias = Callable[[Args, Kwargs], tuple[PyTree, object]]
+Slow: TypeAlias = Callable[[Args, Kwargs], tuple[PyTree, Known | None]]
 
 #: After so many calls in a row that need nothing from Python, calls start in C++ again.
 IN_A_ROW = 3
@@ -154,7 +155,7 @@ class PathTaker(Generic[R]):
 
 def _run_and_learn(
     taker: weakref.ref[PathTaker[R]], slow_path: SlowPath, copied: bool, args: Args, kwargs: Kwargs
-) -> tuple[R, object]:
+) -> tuple[R, Known | None]:
     """Takes the slow path; the result, and what C++ has to know."""
     outcome = slow_path(args, kwargs, copied)
     if outcome.start is not None and (found := taker()) is not None:
@@ -177,7 +178,7 @@ def _missed(
     copied: Function,
     args: Args,
     kwargs: Kwargs,
-) -> tuple[R, object]:
+) -> tuple[R, Known | None]:
     """A call that the table of calls in place does not have."""
     if (found := taker()) is not None and found._copies and has_host_leaves(args, kwargs):
         if starts_with_host_leaf(args, kwargs):
@@ -275,7 +276,7 @@ def _explaining(entry: Function, in_python: Function) -> Function:
 def _donating(entry: Function, in_python: Function) -> Function:
     """Runs calls that donate, but those with an array twice: XLA ends the process, or prints all that it knows of it.
 
-    For arrays that were taken see :class:`replicax._runtime.taken.TakenArrays`.
+    For arrays that were taken see :class:`replicax._runtime.taken.TakenArrays`. Workaround: donated_twice.
     """
 
     def donating(*args: PyTree, **kwargs: PyTree) -> PyTree:

@@ -16,6 +16,8 @@ It hangs in two ways, under ``jax.pmap`` and ``jax.jit`` as well, and XLA aborts
    a device's 32 places before an earlier one that has to run first. Threads in the pool are no help: the loop above in
    four threads, with NPROC=256, hangs in about one run of twenty, and in one of ten on jaxlib 0.12.
 
+Workaround: few_cpu_threads; the second is too rare to be shown in a test.
+
 So before jaxlib 0.12 JAX makes its client with more threads, if this module is imported first; and where it was too
 late for that, or where several threads call maps, each call waits for an earlier one, so that few are in flight.
 """

@@ -15,6 +15,7 @@ from replicax import _jax
 from replicax._engine import primitives
 from replicax._engine.nested import Recorded
 from replicax._jax import cpp
+from replicax._jax.aliases import Known
 from replicax._runtime import cpu_threads
 from replicax._runtime.arguments import Call, check_types, refuse_static, split
 from replicax._runtime.build import build, shape_of, signature_of
@@ -169,7 +170,7 @@ class Dispatcher:
 
 def _run(
     program: Executable, leaves: Sequence[ArrayLike], names: Callable[[], Sequence[str]], copied: bool
-) -> tuple[Sequence[ArrayLike], object, Path | None]:
+) -> tuple[Sequence[ArrayLike], Known | None, Path | None]:
     """Runs an eager call; the results, what C++ has to know to run it, and where such calls should start."""
     if pack := packed(program, leaves):
         return run(pack.executable, pack.leaves(leaves), pack.names(names))[0], None, Path.PACKED

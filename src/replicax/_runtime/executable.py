@@ -17,6 +17,7 @@ from replicax._engine import primitives
 from replicax._engine.levels import own_rows, pad_rows
 from replicax._engine.spec import ProgramSpec
 from replicax._jax import cpp
+from replicax._jax.aliases import Known
 from replicax._typing import Array, Axes, Function, PyTreeDef
 
 
@@ -34,7 +35,7 @@ class Executable:
 
     def __init__(self, spec: ProgramSpec) -> None:
         self.spec = spec
-        self.known: object = None
+        self.known: Known | None = None
         self.packings: dict[Hashable, Any] = {}
         self._has_run = False
         self._turn = threading.RLock()
@@ -90,7 +91,9 @@ class Executable:
             if self._has_run:
                 return compiled(*leaves)
             results, self.known = cpp.first_run(compiled, leaves)
-        except ValueError:  # an argument has another layout in memory; of four bits JAX 0.10 only thinks so
+        except ValueError:
+            # An argument has another layout in memory; of four bits JAX 0.10 only thinks so.
+            # Workaround: layouts_of_four_bits.
             results = self._jitted(*leaves)
         self._has_run = True
         return results
@@ -112,7 +115,7 @@ class Executable:
         return jax.jit(_padding_by_itself(self.spec))
 
 
-#: The dtypes that XLA can cut and join anywhere.
+#: The dtypes that XLA can cut and join anywhere. Workaround: two_bits_concatenated.
 _WHOLE_BYTES = frozenset(
     map(np.dtype, ("bool", *np.typecodes["AllInteger"], "float16", "float32", "float64", "F", "D"))
 )
@@ -142,7 +145,7 @@ def _padding_by_itself(spec: ProgramSpec) -> Callable[..., tuple[Array, ...]]:
     def placed(x: Array, axis: int | None) -> Array:
         if axis is None or not placement.padding:
             return x
-        # XLA may choose a sharding of N rows that JAX cannot express, and JAX then refuses the array.
+        # Whole on each device, since XLA splits N rows unevenly, and sends more. Workaround: rows_split_unevenly.
         return primitives.pin(x, where.sharding(None))
 
     def padded_first(*args: Array) -> tuple[Array, ...]:

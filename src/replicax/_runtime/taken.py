@@ -1,13 +1,12 @@
-"""A workaround for JAX before 0.11.2, to be deleted with the support of these versions."""
+"""A workaround for JAX before 0.11.2, to be deleted with the support of these versions. Workaround: taken_arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import jax
-
+from replicax import _jax
 from replicax._jax import cpp
-from replicax._typing import ArrayLike
 
 
 class TakenArrays:
@@ -21,12 +20,10 @@ class TakenArrays:
         f(x), f(x)
     """
 
-    CRASH = jax.__version_info__ < (0, 11, 2)
-
-    @classmethod
-    def delete(cls, leaves: Sequence[ArrayLike]) -> None:
+    @staticmethod
+    def delete(leaves: Sequence[Any]) -> None:
         """Deletes those among the arguments of a call, so that the next call to get them can say so."""
-        if cls.CRASH:
+        if _jax.TAKEN_ARRAYS_CRASH:
             for x in leaves:
                 if type(x) is cpp.ArrayImpl and x.is_deleted():
                     x.delete()

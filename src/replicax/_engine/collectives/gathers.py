@@ -84,7 +84,8 @@ def all_gather(
     axis = only_axis(logical, names)
     if (name := direct(axis)) is not None:
         together = split and split.groups
-        x = x if tiled else lax.expand_dims(x, [all_gather_dimension])  # the transpose of an untiled one fails in vmap
+        # The transpose of an untiled one fails under vmap. Workaround: untiled_collectives.
+        x = x if tiled else lax.expand_dims(x, [all_gather_dimension])
         return lax.all_gather(x, name, axis=all_gather_dimension, tiled=True, axis_index_groups=together)
     if split is None:
         gathered = gather(logical, names, x)
@@ -173,7 +174,8 @@ def psum_scatter(
     if (name := direct(axis)) is not None:
         together = split and split.groups
         part = lax.psum_scatter(x, name, scatter_dimension=scatter_dimension, tiled=True, axis_index_groups=together)
-        return part if tiled else lax.squeeze(part, [scatter_dimension])  # untiled, JAX has no right rule for vmap
+        # Untiled, JAX has no right rule for vmap. Workaround: untiled_collectives.
+        return part if tiled else lax.squeeze(part, [scatter_dimension])
     x = chunks(x, scatter_dimension, axis_size) if tiled else jnp.moveaxis(x, scatter_dimension, 0)
     if axis is not None:
         whole = device_groups(axis, split) if split else None

@@ -100,7 +100,8 @@ def extremum(logical: LogicalAxes, x: Array, axes: Names, axis_index_groups: Ind
     between = tuple(name for name in names if name not in lanes)
     if lanes:
         x = which.named(x, lanes)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):  # which XLA's CPU backend reduces between devices by sums alone
+    # XLA's CPU backend reduces complex numbers between devices by sums alone. Workaround: complex_extremes.
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
         for name in between:
             x = which.local(lax.all_gather(x, name), axis=0)
         return x
@@ -110,7 +111,10 @@ def extremum(logical: LogicalAxes, x: Array, axes: Names, axis_index_groups: Ind
 def reduce_groups(
     logical: LogicalAxes, x: Array, names: Names, axis_index_groups: IndexGroups, which: Reduction
 ) -> Array:
-    """A reduction over groups; hidden from XLA, which folds that of a constant as if all groups were the first."""
+    """A reduction over groups; hidden from XLA, which folds that of a constant as if all groups were the first.
+
+    Workaround: constants_over_groups.
+    """
     hidden = lax.optimization_barrier
     x = x if which is SUM else without_derivative(which.name, x)
     return hidden(_reduce_groups(logical, hidden(x), names, axis_index_groups, which))

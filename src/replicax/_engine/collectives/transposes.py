@@ -73,7 +73,8 @@ def all_to_all(
     JAX's primitive is always tiled; where the user's call is not, JAX adds and removes the dimensions around it.
 
     Raises:
-        CollectiveArgumentError: an axis counts from the end, and JAX 0.10 has added dimensions in the wrong place.
+        CollectiveArgumentError: an axis counts from the end, and JAX 0.10 has added dimensions in the wrong place:
+            https://github.com/jax-ml/jax/pull/38998. Workaround: axes_from_the_end.
     """
     if not tiled and min(split_axis, concat_axis) < 0:
         raise CollectiveArgumentError(

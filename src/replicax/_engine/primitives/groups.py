@@ -14,7 +14,10 @@ from replicax._typing import Array, AxisName
 def grouped_all_to_all(
     x: Array, axis: AxisName, split_axis: int, concat_axis: int, device_groups: tuple[tuple[int, ...], ...]
 ) -> Array:
-    """``lax.all_to_all`` (tiled) over groups of a mesh axis, which JAX's own refuses under any ``vmap``."""
+    """``lax.all_to_all`` (tiled) over groups of a mesh axis, which JAX's own refuses under any ``vmap``.
+
+    Workaround: all_to_all_over_groups.
+    """
     return _grouped_all_to_all_p.bind(
         x,
         axis_name=(axis,),

@@ -1,0 +1,59 @@
+"""Random numbers under ``vmap``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from replicax._jax.aliases import Array, Equation
+from replicax._jax.jaxprs import primitives
+
+
+def draws_batches(eqn: Equation) -> bool:
+    """Whether ``vmap`` makes one draw of the equation, with the first key, where each key of the batch has its own.
+
+    It does so of ``lax.rng_bit_generator``, which keys with the implementations ``rbg`` and ``unsafe_rbg`` draw with,
+    the latter also when they are split or folded: https://github.com/jax-ml/jax/issues/19085.
+    Workaround: draws_of_one_key.
+    """
+    name = eqn.primitive.name
+    if name not in _DRAWS:
+        return name == "rng_bit_generator"
+    dtypes: list[Any] = [atom.aval.dtype for atom in (*eqn.invars, *eqn.outvars)]
+    return any(_batches(dtype._impl, _DRAWS[name]) for dtype in dtypes if hasattr(dtype, "_impl"))
+
+
+#: What each primitive on typed keys does with a key.
+_DRAWS = {
+    "random_bits": "random_bits",
+    "random_split": "split",
+    "random_fold_in": "fold_in",
+    "random_seed": "seed",
+    "random_gamma": "split",
+}
+
+
+class Implementation(Protocol):
+    """What :func:`draws_batches` asks of an implementation of keys; JAX's own class has moved between its modules."""
+
+    key_shape: tuple[int, ...]
+    seed: Callable[[Array], Array]
+    split: Callable[[Array, tuple[int, ...]], Array]
+    random_bits: Callable[[Array, int, tuple[int, ...]], Array]
+    fold_in: Callable[[Array, Array], Array]
+
+
+@functools.cache
+def _batches(impl: Implementation, step: str) -> bool:
+    key, number = jax.ShapeDtypeStruct(impl.key_shape, np.uint32), jax.ShapeDtypeStruct((), np.uint32)
+    steps = {
+        "random_bits": lambda: jax.make_jaxpr(lambda key: impl.random_bits(key, 32, (1,)))(key),
+        "split": lambda: jax.make_jaxpr(lambda key: impl.split(key, (1,)))(key),
+        "fold_in": lambda: jax.make_jaxpr(impl.fold_in)(key, number),
+        "seed": lambda: jax.make_jaxpr(impl.seed)(number),
+    }
+    return "rng_bit_generator" in primitives(steps[step]())

@@ -1,0 +1,142 @@
+"""Derivative rules of the user's, and equations with jaxprs or rules in them, bound again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax._src import ad_util, core
+from jax._src import linear_util as lu
+
+from replicax._jax.aliases import Array, ArrayLike, ArrayType, Equation, Jaxpr, PyTree
+from replicax._jax.jaxprs import bind_with, trace_to_jaxpr
+from replicax._jax.tracing import NO_MESH, replica_traced
+from replicax._jax.types import is_array_type, plain_type
+from replicax._jax.versions import body, close, is_jaxpr, wrapped_primitive
+
+
+def bind_again(
+    eqn: Equation,
+    args: Sequence[ArrayLike],
+    rewrite_jaxpr: Callable[[Jaxpr], tuple[Jaxpr, list[Array]]],
+    rewrite_rule: Callable[[Callable[..., Any], str], Callable[..., Any]],
+) -> list[Array]:
+    """Binds a higher-order equation with every jaxpr in it rewritten, as :func:`retrace` returns it.
+
+    The derivative rules of ``custom_jvp`` and ``custom_vjp`` are not jaxprs but functions that JAX calls when, and
+    if, it differentiates: ``rewrite_rule`` wraps each of them, and is told whether it is ``"jvp"``, ``"fwd"`` or
+    ``"bwd"``.
+    """
+    hoisted: list[Array] = []
+
+    def rewritten(value: object) -> Any:
+        if is_jaxpr(value):
+            jaxpr, consts = rewrite_jaxpr(value)
+            hoisted.extend(consts)
+            return jaxpr
+        if isinstance(value, tuple | list) and any(is_jaxpr(item) for item in value):
+            items = [rewritten(item) for item in value]
+            return value._make(items) if hasattr(value, "_make") else type(value)(items)
+        return value
+
+    params = eqn.primitive.get_bind_params({key: rewritten(value) for key, value in eqn.params.items()})
+    if "subfuns" in params:
+        primal, *rules = params["subfuns"]
+        wrapped = (
+            lu.wrap_init(rewrite_rule(rule.call_wrapped, role), debug_info=rule.debug_info)
+            for rule, role in zip(rules, derivative_rules(eqn), strict=True)
+        )
+        params = {**params, "subfuns": (primal, *wrapped)}
+    if hoisted and isinstance(params.get("prevent_cse"), tuple):
+        params = {**params, "prevent_cse": (*[False] * len(hoisted), *params["prevent_cse"])}
+    return bind_with(eqn, [*hoisted, *args], params)
+
+
+_RULES: dict[str, tuple[str, ...]] = {"custom_jvp_call": ("jvp",), "custom_vjp_call": ("fwd", "bwd")}
+
+
+def derivative_rules(eqn: Equation) -> tuple[str, ...]:
+    """The derivative rules of the user's that the equation carries, which may communicate when they are called."""
+    return _RULES.get(eqn.primitive.name, ())
+
+
+def rule_jaxprs(eqn: Equation) -> Iterator[Jaxpr]:
+    """The derivative rules of the user's that the equation carries, traced as JAX would call them."""
+    if not derivative_rules(eqn):
+        return
+    params = eqn.primitive.get_bind_params(eqn.params)
+    _, *rules = params["subfuns"]
+    primals = [atom.aval for atom in eqn.invars]
+    if len(rules) == 1:
+        jaxpr, *_ = trace_rule(rules[0].call_wrapped, [*primals, *(aval.to_tangent_aval() for aval in primals)])
+        yield jaxpr
+        return
+    fwd, bwd = rules
+    jaxpr, *_ = trace_rule(fwd.call_wrapped, [x for aval in primals for x in (aval, True)])
+    yield jaxpr
+    # As in JAX's own JVPTrace.process_custom_vjp_call: a residual that is an argument is not given back.
+    _, _, forwarded = params["out_trees"]()
+    own = iter(var.aval for var in body(jaxpr).outvars)
+    residuals = [next(own) if k is None else primals[k] for k in forwarded]
+    jaxpr, *_ = trace_rule(bwd.call_wrapped, [*residuals, *(var.aval.to_cotangent_aval() for var in eqn.outvars)])
+    yield jaxpr
+
+
+def expansion(eqn: Equation) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """What an equation of JAX 0.12's one general primitive stands for: itself in terms of others, and its ``jvp``.
+
+    Both are functions of flat arguments; the second takes the primals, then their tangents.
+    """
+    prim = wrapped_primitive(eqn)
+    if prim is None:
+        return None
+
+    def primal(*flat: Array) -> list[Array]:
+        return jax.tree.leaves(prim.expand(*prim.in_tree.unflatten(flat)))
+
+    def jvp(*flat: Array) -> tuple[list[Array], list[Array]]:
+        primals, tangents = flat[: len(flat) // 2], flat[len(flat) // 2 :]
+        tangents = tuple(
+            ad_util.p2tz(p) if t.dtype == jax.dtypes.float0 else t for p, t in zip(primals, tangents, strict=True)
+        )
+        out, out_dot = prim.jvp(prim.in_tree.unflatten(primals), prim.in_tree.unflatten(tangents))
+        return jax.tree.leaves(out), [ad_util.instantiate(t) for t in prim.out_tree.flatten_up_to(out_dot)]
+
+    return primal, jvp
+
+
+def trace_rule(
+    rule: Callable[..., Any], args: Sequence[ArrayLike | ArrayType]
+) -> tuple[Jaxpr, list[Array], Callable[..., Any]]:
+    """Traces a derivative rule, whose arguments and results mix arrays with JAX's symbolic zeros and flags.
+
+    Types may stand for the arrays.
+
+    Returns:
+        The jaxpr, its (array) arguments, and the function that puts the rule's own result together again from the
+        jaxpr's results.
+    """
+    is_array = [isinstance(x, core.ShapedArray) or is_array_type(x) for x in args]
+    arrays = [x for x, dynamic in zip(args, is_array, strict=True) if dynamic]
+    restore: list[Callable[..., Any]] = []
+
+    def flat(*tracers: Array) -> list[Array]:
+        it = iter(tracers)
+        out = rule(*(next(it) if dynamic else x for x, dynamic in zip(args, is_array, strict=True)))
+        leaves, treedef = jax.tree.flatten(out)
+        dynamic_out = [is_array_type(x) for x in leaves]
+
+        def unflatten(results: Sequence[Array]) -> PyTree:
+            it = iter(results)
+            return treedef.unflatten(next(it) if dyn else x for x, dyn in zip(leaves_kept, dynamic_out, strict=True))
+
+        leaves_kept = [None if dyn else x for x, dyn in zip(leaves, dynamic_out, strict=True)]
+        restore.append(unflatten)
+        return [x for x, dyn in zip(leaves, dynamic_out, strict=True) if dyn]
+
+    dbg = lu.DebugInfo("replicax derivative rule", "derivative rule", None, None)
+    # As in the trace of the replica, no type says on which mesh its value is: equinox compares the two.
+    with replica_traced(), jax.sharding.use_abstract_mesh(NO_MESH):
+        jaxpr = close(*trace_to_jaxpr(flat, list(map(plain_type, arrays)), dbg))
+    return jaxpr, arrays, restore[0]

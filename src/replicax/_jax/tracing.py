@@ -1,0 +1,121 @@
+"""The state of tracing: what is being traced, axes and meshes in scope, settings."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import config, core
+from jax._src.interpreters import ad, batching
+from jax._src.interpreters import partial_eval as pe
+
+from replicax._jax.aliases import ArrayLike, PyTree
+
+AxisName = Hashable
+
+
+def eager() -> bool:
+    """Whether no JAX transformation is being traced around this call."""
+    return bool(core.trace_state_clean())
+
+
+def staging() -> bool:
+    """Whether an enclosing ``jit``, ``scan`` or the like records what is called."""
+    trace: Any = core.trace_ctx.trace
+    while (parent := getattr(trace, "parent_trace", None)) is not None and not isinstance(trace, pe.DynamicJaxprTrace):
+        trace = parent
+    return isinstance(trace, pe.DynamicJaxprTrace)
+
+
+@contextlib.contextmanager
+def _at_once(known: PyTree) -> Iterator[None]:
+    """Under ``jax.ensure_compile_time_eval`` runs what is ``known``, and records the rest as if it were not.
+
+    Under it JAX looks for the index of a mapped axis at once, while a map is traced and there is none.
+    Workaround: index_at_once.
+    """
+    eager_if_known: Any = _NOTHING
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(known)):
+        eager_if_known = core.eval_context()
+    with eager_if_known, config.eager_constant_folding(False), own_mesh(known):
+        yield
+
+
+def own_mesh(known: PyTree = None) -> contextlib.AbstractContextManager[Any]:
+    """Puts aside a mesh that the user has set for all of JAX, since a map brings its own."""
+    if config.eager_constant_folding.value:
+        return _at_once(known)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or jax.sharding.AxisType.Manual in mesh.axis_types:
+        return _NOTHING
+    if not eager():
+        return jax.sharding.use_abstract_mesh(NO_MESH)
+    return jax.set_mesh(jax.sharding.Mesh(np.empty((), dtype=object), ()))
+
+
+_NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+NO_MESH = jax.sharding.AbstractMesh((), ())
+
+
+def trace_context() -> Hashable:
+    """What JAX's own compilation caches depend on besides the arguments (x64 mode, precision, axes in scope, …)."""
+    return config.trace_context()
+
+
+def axis_env(sizes: Mapping[AxisName, int]) -> contextlib.AbstractContextManager[None]:
+    """Brings mapped axes of the given sizes into scope while a function is traced."""
+    return core.extend_axis_env_nd(list(sizes.items()))
+
+
+def tracing_replica() -> bool:
+    """Whether a replica of an enclosing map of ours is being traced."""
+    return _tracing.get() and not eager()
+
+
+@contextlib.contextmanager
+def replica_traced() -> Iterator[None]:
+    """What is traced inside is a replica's: maps in it are recorded, to be lowered with it."""
+    before = _tracing.set(True)
+    try:
+        yield
+    finally:
+        _tracing.reset(before)
+
+
+_tracing: ContextVar[bool] = ContextVar("_tracing", default=False)
+
+
+def axes_in_scope() -> tuple[AxisName, ...]:
+    """The names of the mapped axes that enclosing transformations have bound."""
+    return tuple(core.get_axis_env().axis_sizes)
+
+
+def outermost_value(x: ArrayLike) -> tuple[ArrayLike, bool]:
+    """The primal value under any number of ``grad``, ``jvp`` and ``vmap`` tracers, and whether it is a ``vmap``'s."""
+    batched = False
+    while isinstance(x, ad.JVPTracer | ad.LinearizeTracer | batching.BatchTracer):
+        batched |= isinstance(x, batching.BatchTracer)
+        x = x.val if isinstance(x, batching.BatchTracer) else x.primal
+    return x, batched
+
+
+def looks_for_nans() -> bool:
+    """Whether JAX is told to look for NaNs or infinities in what programs return."""
+    return bool(config.debug_nans.value or config.debug_infs.value)
+
+
+def refuse_leaked_tracers(values: Sequence[object]) -> None:
+    """Raises JAX's error about a tracer that has outlived its trace, where there is one and nothing is traced."""
+    if any(issubclass(kind, core.Tracer) for kind in set(map(type, values))):
+        core.check_eval_args(values)
+
+
+def settings() -> dict[str, Any]:
+    """The settings of JAX's that programs depend on, by name."""
+    names = (name for name in config.trace_context_names() if name != "axis_env_state")
+    return {name: value for name, value in zip(names, config.trace_context(), strict=False) if name.startswith("jax_")}

@@ -1,0 +1,392 @@
+"""Each workaround for a fault of JAX or XLA, with the fault in plain JAX: when a test here fails, delete a workaround.
+
+Code that works around a fault says ``workaround: name``, with the name of a function here. The function shows the fault
+without replicax: it returns whether the fault is there, or its process ends. It runs in a process of its own, as
+``python test_workarounds.py name``, so that JAX is as it comes; those that are safe share one.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxlib import version as jaxlib
+
+SOURCE = pathlib.Path(__file__).parent.parent / "src" / "replicax"
+
+#: A collective or a call that waits for ever ends the process after some seconds, and not after 40.
+SOON = "--xla_cpu_collective_call_warn_stuck_timeout_seconds=2 --xla_cpu_collective_call_terminate_timeout_seconds=4"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A fault of JAX's or XLA's.
+
+    Attributes:
+        shows: Whether it is there, in a process with eight CPU devices.
+        alone: Whether it may end its process.
+        mended: The version of JAX in which it is mended; None if it is in all that are supported.
+        version: That of jaxlib, where it counts in the place of JAX's.
+    """
+
+    shows: Callable[[], bool]
+    alone: bool
+    mended: tuple[int, ...] | None
+    version: tuple[int, ...]
+
+    @property
+    def expected(self):
+        return self.mended is None or self.version < self.mended
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(*, alone=False, mended=None, version=jax.__version_info__):
+    def register(shows):
+        FAULTS[shows.__name__] = Fault(shows, alone, mended, version)
+        return shows
+
+    return register
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Donation
+
+
+@fault(alone=True, mended=(0, 11, 2))
+def taken_arrays():
+    """A program on several devices is given an array that was donated: XLA ends the process."""
+    f = jax.jit(lambda x: 2 * x, donate_argnums=0)
+    x = placed(np.ones(8))
+    f(x)
+    with pytest.raises(RuntimeError, match="deleted"):
+        f(x)
+    return False
+
+
+@fault(alone=True, mended=(0, 12))  # on one device, and before: https://github.com/jax-ml/jax/issues/9635
+def donated_twice():
+    """An array is donated twice to a program on several devices: XLA ends the process."""
+    x = placed(np.ones(8))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="donate the same buffer twice"):
+        jax.jit(lambda x, y: (x + 1, y + 2), donate_argnums=(0, 1))(x, x)
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Threads
+
+
+@fault(alone=True, mended=(0, 12), version=tuple(map(int, jaxlib.__version__.split(".")[:2])))
+def few_cpu_threads():
+    """Calls that nobody waits for take all threads of XLA's pool, here eight, and its collectives wait for ever."""
+    f = on_devices(lambda x: lax.psum(x, "i"))
+    x = y = f(placed(np.ones(8)))
+    for _ in range(2000):
+        y = f(x)
+    return float(y[0]) != 64
+
+
+@fault(alone=True)
+def failing_callbacks():
+    """A callback raises on one device, and the others wait for it in a collective: XLA ends the process."""
+
+    def fails(k):
+        if k == 3:
+            raise ValueError("three")
+        return k
+
+    def fun(x):
+        return lax.psum(jax.pure_callback(fails, x, x), "i")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="three"):
+        jax.block_until_ready(on_devices(fun)(placed(np.arange(8.0, dtype=np.float32))))
+    return False
+
+
+@fault(alone=True)
+def permutations_of_a_part():
+    """Devices that exchange along one axis of a mesh wait for those that have no part in it."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def fun(x):
+        shift = lambda x: lax.ppermute(x, "b", [(k, (k + 1) % 4) for k in range(4)])
+        return lax.cond(lax.axis_index("a") == 0, shift, lambda x: x, x)
+
+    spec = PartitionSpec(("a", "b"))
+    y = jax.jit(jax.shard_map(fun, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(np.arange(8.0))
+    return y.tolist() != [3, 0, 1, 2, 4, 5, 6, 7]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reductions between devices
+
+
+@fault(alone=True)
+def complex_constants():
+    """XLA folds a sum of complex constants between devices: it ends the process."""
+    y = on_devices(lambda x: x + lax.psum(jnp.full((1,), 1 + 2j), "i"))(np.zeros(8, np.complex64))
+    y = on_devices(lambda x: lax.psum(jnp.full((3,), 1 + 2j), "i")[None])(np.zeros(8))
+    return y.tolist() != [[8 + 16j] * 3] * 8
+
+
+@fault()
+def constants_over_groups():
+    """XLA folds a sum of constants over groups of devices as if all groups were as large as the first."""
+    groups = [[0, 1], [2, 3, 4, 5, 6, 7]]
+    y = on_devices(lambda x: 0 * x + lax.psum(np.ones(3), "i", axis_index_groups=groups))(np.ones((8, 3)))
+    return y[:, 0].tolist() != [2, 2, *[6] * 6]
+
+
+@fault()
+def lost_nans():
+    """A maximum or minimum between CPU devices loses a NaN."""
+    x = np.where(np.arange(8) == 3, np.nan, np.arange(8))
+    return not all(jnp.isnan(on_devices(lambda x: f(x, "i"))(x)).all() for f in (lax.pmax, lax.pmin))  # noqa: B023
+
+
+@fault()
+def complex_extremes():
+    """XLA has no maximum of complex numbers between CPU devices."""
+    return raises(lambda: on_devices(lambda x: lax.pmax(x, "i"))(np.arange(8).astype(np.complex64)), "UNIMPLEMENTED")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Numbers of two and four bits
+
+
+@fault(alone=True)
+def two_bits_concatenated():
+    """XLA overruns its buffers where it concatenates."""
+    x = (jnp.arange(64) % 4 - 2).astype("int2")
+    y = jax.jit(lambda x: jnp.concatenate([x, x]))(x)
+    return y.astype("int8").tolist() != 2 * x.astype("int8").tolist()
+
+
+@fault(alone=True)
+def two_bits_gathered():
+    """XLA overruns its buffers where devices gather."""
+    x = (jnp.arange(64) % 4 - 2).astype("int2")
+    y = on_devices(lambda x: lax.all_gather(x, "i", tiled=True))(x)
+    return y.astype("int8").tolist() != 8 * x.astype("int8").tolist()
+
+
+@fault(alone=True)
+def two_bits_padded():
+    """XLA pads a split array wrongly."""
+    x = (jnp.arange(80) % 4 - 2).astype("int2")
+    y = jax.jit(lambda x: jnp.pad(x, 3))(placed(x))
+    return y.astype("int8").tolist() != jnp.pad(x.astype("int8"), 3).tolist()
+
+
+@fault()
+def two_bits_summed():
+    """XLA has no sum between CPU devices."""
+    x = jnp.ones(8).astype("int2")
+    return raises(lambda: on_devices(lambda x: lax.psum(x, "i"))(x), "UNIMPLEMENTED")
+
+
+@fault()
+def four_bits_summed():
+    """A sum between CPU devices has more bits than its type: 24, where int4 wraps it to -8."""
+    y = on_devices(lambda x: lax.psum(x, "i").astype("int8"))(jnp.full(8, 3).astype("int4"))
+    return y.tolist() != [-8] * 8
+
+
+@fault(mended=(0, 12))
+def layouts_of_four_bits():
+    """A compiled program refuses an array of four bits for its layout, which is as it has to be."""
+    where = NamedSharding(mesh_of_all(), PartitionSpec("i"))
+    program = jax.jit(lambda x: x + x, in_shardings=where)
+    program = program.lower(jax.ShapeDtypeStruct((8,), "int4")).compile()
+    return raises(lambda: program(jax.device_put(jnp.ones(8).astype("int4"), where)), "input layouts that disagree")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where arrays lie
+
+
+@fault(mended=(0, 12))
+def arrays_without_elements():
+    """Each device gets all of a result without elements, and JAX takes it for a part."""
+    where = NamedSharding(mesh_of_all(), PartitionSpec("i"))
+    y = jax.jit(lambda x: x[:, :0], out_shardings=where)(placed(np.ones((8, 3))))
+    return raises(lambda: np.asarray(y), "could not broadcast")
+
+
+@fault()
+def rows_split_unevenly():
+    """XLA sends more where rows are padded for devices, unless it is told to have the rows whole on each."""
+    mesh = jax.make_mesh((4,), ("i",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
+    whole, rows = NamedSharding(mesh, PartitionSpec()), PartitionSpec("i")
+    fun = jax.shard_map(lambda x: 2 * x + lax.psum(x, "i"), mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+
+    def sent(pin):
+        def program(x):
+            x = pin(x)
+            return pin(pin(fun(pin(jnp.concatenate([x, x[-1:], x[-1:]]))))[:6])
+
+        text = jax.jit(program).lower(np.ones((6, 3))).compile().as_text()
+        return len(re.findall(r" (?:all-reduce|all-gather|collective-permute|all-to-all)\(", text))
+
+    return sent(lambda x: x) > sent(lambda x: lax.with_sharding_constraint(x, whole))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rules under vmap
+
+
+@fault()
+def untiled_collectives():
+    """``psum_scatter``, the transpose of ``all_gather``, fails under ``vmap`` of another than the first dimension."""
+    scatter = lambda tiled: jax.vmap(lambda x: lax.psum_scatter(x, "i", tiled=tiled), in_axes=1)
+    assert on_devices(scatter(True))(np.ones((64, 2))).shape == (16, 1)
+    return raises(lambda: on_devices(scatter(False))(np.ones((64, 2))), "tuple index out of range")
+
+
+@fault()
+def all_to_all_over_groups():
+    """``all_to_all`` with groups has no rule for any ``vmap``."""
+    pairs = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    swap = jax.vmap(lambda x: lax.all_to_all(x, "i", 0, 0, axis_index_groups=pairs, tiled=True), in_axes=1)
+    return raises(lambda: on_devices(swap)(np.ones((16, 3))), "open a feature request")
+
+
+@fault(mended=(0, 12))  # https://github.com/jax-ml/jax/pull/38998
+def axes_from_the_end():
+    """``all_to_all`` adds dimensions in the wrong place where axes count from the end."""
+    swap = jax.vmap(lambda x: lax.all_to_all(x, "i", -1, 0), axis_name="i")
+    return raises(lambda: swap(np.ones((2, 3, 2))), "cannot reshape")
+
+
+@fault()  # on purpose: https://github.com/jax-ml/jax/issues/19085
+def draws_of_one_key():
+    """``vmap`` draws for all keys of an ``rbg`` batch with the first."""
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)
+    return not jnp.array_equal(jax.vmap(jax.random.bits)(keys), jnp.stack([jax.random.bits(key) for key in keys]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tracing
+
+
+@fault()
+def index_at_once():
+    """Under ``ensure_compile_time_eval`` JAX looks for the index of a mapped axis while a function is traced."""
+    with jax.ensure_compile_time_eval():
+        return raises(lambda: jax.make_jaxpr(lambda: lax.axis_index("i"), axis_env=[("i", 4)])(), "unbound axis name")
+
+
+@fault()
+def static_arguments_compared():
+    """JAX compares static arguments that cannot be compared, where they have one hash."""
+
+    class Incomparable:
+        def __hash__(self):
+            return 0
+
+        def __eq__(self, other):
+            raise TypeError("cannot be compared")
+
+    trace = jax.make_jaxpr(lambda a, x: x, static_argnums=0)
+    trace(Incomparable(), 1.0)
+    return raises(lambda: trace(Incomparable(), 1.0), "cannot be compared|checking equality")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What faults are shown with
+
+
+def mesh_of_all():
+    return jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def placed(x):
+    return jax.device_put(x, NamedSharding(mesh_of_all(), PartitionSpec("i")))
+
+
+def on_devices(fun):
+    rows = PartitionSpec("i")
+    return jax.jit(jax.shard_map(fun, mesh=mesh_of_all(), in_specs=rows, out_specs=rows, check_vma=False))
+
+
+def raises(call, match):
+    try:
+        jax.block_until_ready(call())
+    except Exception as error:
+        if re.search(match, str(error)):
+            return True
+        raise
+    return False
+
+
+def show(names):
+    """Prints, for each name, whether its fault is there, or how the function itself fails."""
+    warnings.simplefilter("ignore")
+    jax.config.update("jax_num_cpu_devices", 8)
+    for name in names:
+        try:
+            found = bool(FAULTS[name].shows())
+        except BaseException as error:
+            found = f"{type(error).__name__}: {error}"
+        print(json.dumps([name, found]), flush=True)
+
+
+@functools.cache
+def shown(*names):
+    """What a process with these faults prints, by name; True for the one that ends it, or never does."""
+    env = {**os.environ, "XLA_FLAGS": SOON, "NPROC": "8"}
+    command = [sys.executable, __file__, *names]
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=50, check=False)
+    except subprocess.TimeoutExpired:
+        assert len(names) == 1
+        return {names[0]: True}
+    found = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    if done.returncode:
+        assert done.returncode < 0, done.stderr
+        found[names[len(found)]] = True
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_fault_is_still_there(name):
+    known = FAULTS[name]
+    safe = [other for other, each in FAULTS.items() if not each.alone]
+    found = shown(name)[name] if known.alone else shown(*safe)[name]
+    assert isinstance(found, bool), found
+    if known.expected:
+        places = ", ".join(path for path, named in references() if name in named)
+        assert found, f"JAX {jax.__version__} no longer needs this workaround: delete it in {places}"
+    else:
+        assert not found, f"JAX {jax.__version__} has this fault again: change the version here and in versions.py"
+
+
+def references():
+    for path in sorted(SOURCE.rglob("*.py")):
+        named = re.findall(r"[Ww]orkarounds?: ((?:\w+, )*\w+)", path.read_text())
+        yield str(path.relative_to(SOURCE)), {name for some in named for name in some.split(", ")}
+
+
+def test_code_refers_to_each_fault_by_name():
+    assert set().union(*(named for _, named in references())) == set(FAULTS)
+
+
+if __name__ == "__main__":
+    show(sys.argv[1:])
