@@ -174,10 +174,10 @@ def test_a_jax_that_makes_its_client_elsewhere_is_left_alone(monkeypatch):
 def test_calls_on_one_device_go_straight_to_cpp():
     mapped = replicax.pmap(lambda x: x + 1, devices=jax.devices()[:1])
     mapped(jax.numpy.ones(3))
-    assert mapped.__call__ is mapped._entry
+    assert mapped.__call__ is mapped._paths[mapped._start]
     spread = replicax.pmap(lambda x: lax.psum(x, "i"), "i")
     spread(np.ones(8))
-    assert spread.__call__ is not spread._entry
+    assert spread.__call__ is not spread._paths[spread._start]
 
 
 def test_one_call_waits_while_another_runs_once_several_threads_call(monkeypatch):

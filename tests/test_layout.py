@@ -14,7 +14,7 @@ from replicax._layout.layout import layout
 
 @given(st.integers(1, 10_000), st.integers(1, 8), st.booleans())
 def test_every_replica_has_a_lane_and_no_device_idles_without_need(n, d, spread):
-    where = layout("i", n, jax.devices()[:d], spread=spread)
+    where = layout("i", n, jax.devices()[:d], use_all_devices=spread)
     axis = where.axis
     assert axis.lanes == math.ceil(n / d)
     assert axis.devices == (d if spread else math.ceil(n / axis.lanes))

@@ -13,7 +13,7 @@ from replicax import _jax
 from replicax._engine.blocks import real_rows, unfolded
 from replicax._engine.callbacks import guard, raise_after, refuse_ordered
 from replicax._engine.levels import OneReplica, equal_on, over_lanes, own_on
-from replicax._engine.nested import Part, Split, as_part, parts_made, parts_taken
+from replicax._engine.nested import DeviceShard, Split, as_shard, splits_made, splits_taken
 from replicax._engine.outputs import OutputPolicy, Outputs, check_outputs
 from replicax._engine.replica import Replica
 from replicax._engine.rewrite import Rewriter, one_value
@@ -107,9 +107,11 @@ class _Body:
             for k, value in zip(self.passed, args[len(self.varying) :], strict=True):
                 consts[k] = value
             own = [x if where else unfolded(x) for x, where in zip(args, self.varying, strict=False)]
-            parts = list(map(as_part, own, self.in_places))
-            results = rewriter.run_in_parts(self.replica.jaxpr, consts, parts, self.varying)
-            kept = [y.only(s) if isinstance(y, Part) else y for y, s in zip(results, self.out_places, strict=True)]
+            parts = list(map(as_shard, own, self.in_places))
+            results = rewriter.run_on_shards(self.replica.jaxpr, consts, parts, self.varying)
+            kept = [
+                y.only(s) if isinstance(y, DeviceShard) else y for y, s in zip(results, self.out_places, strict=True)
+            ]
             return tuple(
                 one_value(axis, y, by_replica=self.by_replica) if a is None else y
                 for y, a in zip(kept, self.out_axes, strict=True)
@@ -136,8 +138,8 @@ def _body(
         running = dataclasses.replace(replica, jaxpr=guarded.jaxpr, consts=guarded.consts)
     every = [*out_axes, *[None] * (guarded is not None)]
     splits = not layout.axis.padding
-    in_places = parts_taken(running.jaxpr, layout.scope) if splits else [()] * len(varying)
-    out_places = parts_made(running.jaxpr, layout.scope) if splits else [()] * len(every)
+    in_places = splits_taken(running.jaxpr, layout.scope) if splits else [()] * len(varying)
+    out_places = splits_made(running.jaxpr, layout.scope) if splits else [()] * len(every)
     out_places = [place if a is not None else () for place, a in zip(out_places, every, strict=True)]
     return _Body(
         replica=running,

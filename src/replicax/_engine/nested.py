@@ -2,8 +2,8 @@
 
 Out here, in the program of an outer replica, all devices of an inner map run alike, and have the same arrays. Inside,
 each has its own lanes. So an argument of an inner map is cut (:func:`enter`), and a result stays cut (:func:`leave`) as
-long as it goes from one inner map to the next, or out of the program: a :class:`Part` is joined where anything else
-wants it. Splits of maps at any depth go through the levels between.
+long as it goes from one inner map to the next, or out of the program: a :class:`DeviceShard` is joined where anything
+else wants it. Splits of maps at any depth go through the levels between.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Part:
+class DeviceShard:
     """A device's part of an array.
 
     Attributes:
@@ -72,12 +72,12 @@ class Part:
     value: Array
     splits: tuple[Split, ...]
 
-    def join(self, *splits: Split) -> Part:
+    def join(self, *splits: Split) -> DeviceShard:
         """The array without these splits, equal on all devices along their mesh axes."""
         value = self.value
         for split in splits:
             value = on_data(functools.partial(_joined_along, split), value)
-        return Part(value, tuple(split for split in self.splits if split not in splits))
+        return DeviceShard(value, tuple(split for split in self.splits if split not in splits))
 
     def only(self, kept: Sequence[Split]) -> Array:
         """The array with no other splits than these."""
@@ -89,21 +89,21 @@ def _joined_along(split: Split, x: jax.Array) -> jax.Array:
     return real_rows(rows, split.dim, split.axis.placement)
 
 
-def whole(x: ArrayLike | Part) -> ArrayLike:
+def collect_result(x: ArrayLike | DeviceShard) -> ArrayLike:
     """The array, if ``x`` is a part of one."""
-    return x.only(()) if isinstance(x, Part) else x
+    return x.only(()) if isinstance(x, DeviceShard) else x
 
 
-def as_part(x: Array, splits: tuple[Split, ...]) -> Array | Part:
+def as_shard(x: Array, splits: tuple[Split, ...]) -> Array | DeviceShard:
     """``x`` as a part of an array, if it is split."""
-    return Part(x, splits) if splits else x
+    return DeviceShard(x, splits) if splits else x
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Into an inner map, and out of it
 
 
-def enter(axis: LogicalAxis, x: Array | Part, dim: int | None) -> tuple[Array, tuple[Split, ...]]:
+def enter(axis: LogicalAxis, x: Array | DeviceShard, dim: int | None) -> tuple[Array, tuple[Split, ...]]:
     """This device's lanes of an argument, and along what else each replica's array is split.
 
     Args:
@@ -111,7 +111,7 @@ def enter(axis: LogicalAxis, x: Array | Part, dim: int | None) -> tuple[Array, t
         x: The argument, or a part of it.
         dim: Along which dimension it is mapped; None where every replica gets it whole.
     """
-    part = x if isinstance(x, Part) else Part(x, ())
+    part = x if isinstance(x, DeviceShard) else DeviceShard(x, ())
     own = None if dim is None else Split(dim, axis)
     found = next((split for split in part.splits if own is not None and split.has_rows_of(own)), None)
     if found is None:
@@ -130,7 +130,7 @@ def _own_block(axis: LogicalAxis, x: Array, dim: int | None) -> Array:
     return on_data(lambda x: primitives.own_part(x, axis.device_axis, dim), pad_rows(x, dim, axis.placement))
 
 
-def leave(axis: LogicalAxis, y: Array, dim: int | None, splits: Iterable[Split]) -> Array | Part:
+def leave(axis: LogicalAxis, y: Array, dim: int | None, splits: Iterable[Split]) -> Array | DeviceShard:
     """The result of an inner map, out here.
 
     Args:
@@ -142,16 +142,16 @@ def leave(axis: LogicalAxis, y: Array, dim: int | None, splits: Iterable[Split])
     if dim is None:
         return y if axis.device_axis is None else on_data(lambda y: primitives.equal_parts(y, axis.device_axis), y)
     own = () if axis.device_axis is None else (Split(dim, axis),)
-    return as_part(y, (*(split.outside(dim) for split in splits), *own))
+    return as_shard(y, (*(split.outside(dim) for split in splits), *own))
 
 
 def run_inside(
     axis: LogicalAxis,
-    one_replica: Callable[[Sequence[Array | Part]], Sequence[Array | Part]],
-    args: Sequence[Array | Part],
+    one_replica: Callable[[Sequence[Array | DeviceShard]], Sequence[Array | DeviceShard]],
+    args: Sequence[Array | DeviceShard],
     in_axes: Axes,
     out_axes: Axes,
-) -> list[Array | Part]:
+) -> list[Array | DeviceShard]:
     """Runs an inner map.
 
     Args:
@@ -165,9 +165,9 @@ def run_inside(
     made: list[tuple[Split, ...]] = []
 
     def one_lane(*own: Array) -> tuple[Array, ...]:
-        results = one_replica([as_part(x, splits) for x, (_, splits) in zip(own, entered, strict=True)])
-        made[:] = [y.splits if isinstance(y, Part) else () for y in results]
-        return tuple(y.value if isinstance(y, Part) else y for y in results)
+        results = one_replica([as_shard(x, splits) for x, (_, splits) in zip(own, entered, strict=True)])
+        made[:] = [y.splits if isinstance(y, DeviceShard) else () for y in results]
+        return tuple(y.value if isinstance(y, DeviceShard) else y for y in results)
 
     lanes: OneReplica = over_lanes(one_lane, axis, in_axes, out_axes)
     results = lanes(*(value for value, _ in entered))
@@ -178,7 +178,7 @@ def run_inside(
 # What crosses the border of a program in parts: even splits alone, as JAX's shardings are
 
 
-def parts_taken(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
+def splits_taken(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
     """Along what each argument of a program may be split: as all of its uses want it, which are inner maps."""
     opened = in_sight(jaxpr, scope)
     wanted: dict[Atom, list[frozenset[Split]]] = {var: [] for var in opened.invars}
@@ -197,18 +197,18 @@ def _wants(eqn: Equation, scope: Scope) -> list[frozenset[Split]]:
     inside, (jaxpr,) = scope.enter(eqn.params["name"], eqn.params["size"]), _jax.sub_jaxprs(eqn)
     return [
         frozenset(_across(inside.axes[-1], dim, splits))
-        for dim, splits in zip(eqn.params["in_axes"], parts_taken(jaxpr, inside), strict=True)
+        for dim, splits in zip(eqn.params["in_axes"], splits_taken(jaxpr, inside), strict=True)
     ]
 
 
-def parts_made(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
+def splits_made(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
     """Along what each result of a program is split, if it comes from an inner map."""
     opened = in_sight(jaxpr, scope)
     made: dict[Atom, tuple[Split, ...]] = {}
     for eqn in opened.eqns:
         if primitives.is_nested_map(eqn):
             inside, (inner,) = scope.enter(eqn.params["name"], eqn.params["size"]), _jax.sub_jaxprs(eqn)
-            each = zip(eqn.params["out_axes"], parts_made(inner, inside), strict=True)
+            each = zip(eqn.params["out_axes"], splits_made(inner, inside), strict=True)
             splits = [tuple(_across(inside.axes[-1], dim, s)) if dim is not None else () for dim, s in each]
             made.update(zip(eqn.outvars, splits, strict=True))
     return [() if _jax.is_literal(atom) else made.get(atom, ()) for atom in opened.outvars]

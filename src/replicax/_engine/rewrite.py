@@ -17,7 +17,7 @@ from replicax._engine.blocks import any_lane, lane_by_lane, one_by_one
 from replicax._engine.callbacks import call_guarded, called_once
 from replicax._engine.collectives import AWAITING, REGISTRY, equal_value, unsupported
 from replicax._engine.communication import Communication
-from replicax._engine.nested import Part, whole
+from replicax._engine.nested import DeviceShard, collect_result
 from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._engine.rules import expanded, rewritten_rule
 from replicax._engine.sums import find_sums, in_sight
@@ -37,7 +37,7 @@ class _Values:
         kept: Variables that are used by other equations than they are operands of.
     """
 
-    def __init__(self, jaxpr: Jaxpr, values: Sequence[ArrayLike | Part], kept: Sequence[Atom]) -> None:
+    def __init__(self, jaxpr: Jaxpr, values: Sequence[ArrayLike | DeviceShard], kept: Sequence[Atom]) -> None:
         self._values = dict(zip([*jaxpr.constvars, *jaxpr.invars], values, strict=True))
         self._last = {atom: eqn for eqn in jaxpr.eqns for atom in eqn.invars if not _jax.is_literal(atom)}
         self._kept = {atom for atom in jaxpr.outvars if not _jax.is_literal(atom)}.union(kept)
@@ -45,18 +45,18 @@ class _Values:
 
     def read(self, atom: Atom) -> ArrayLike:
         """The value of a variable or literal."""
-        value = self.read_part(atom)
-        if not isinstance(value, Part):
+        value = self.read_shard(atom)
+        if not isinstance(value, DeviceShard):
             return value
         if atom not in self._whole:
-            self._whole[atom] = whole(value)
+            self._whole[atom] = collect_result(value)
         return self._whole[atom]
 
-    def read_part(self, atom: Atom) -> ArrayLike | Part:
+    def read_shard(self, atom: Atom) -> ArrayLike | DeviceShard:
         """The same, or a part of it, if this device has no more."""
         return atom.val if _jax.is_literal(atom) else self._values[atom]
 
-    def write(self, eqn: Equation, results: Sequence[ArrayLike | Part]) -> None:
+    def write(self, eqn: Equation, results: Sequence[ArrayLike | DeviceShard]) -> None:
         """Takes the results of an equation."""
         self._values.update(zip(eqn.outvars, results, strict=True))
 
@@ -100,14 +100,18 @@ class Rewriter:
         Returns:
             The values of its results.
         """
-        return list(map(whole, self.run_in_parts(jaxpr, consts, args, varying)))
+        return list(map(collect_result, self.run_on_shards(jaxpr, consts, args, varying)))
 
-    def run_in_parts(
-        self, jaxpr: Jaxpr, consts: Sequence[ArrayLike], args: Sequence[ArrayLike | Part], varying: Sequence[Varying]
-    ) -> list[ArrayLike | Part]:
-        """As :meth:`run`; but an argument, or a result, of a map inside may be a device's :class:`Part` of it."""
+    def run_on_shards(
+        self,
+        jaxpr: Jaxpr,
+        consts: Sequence[ArrayLike],
+        args: Sequence[ArrayLike | DeviceShard],
+        varying: Sequence[Varying],
+    ) -> list[ArrayLike | DeviceShard]:
+        """As :meth:`run`; but an argument, or a result, of an inner map may be a :class:`DeviceShard`."""
         if not any(self.communication.changes(jaxpr)):
-            return [*_jax.run(_jax.body(jaxpr), list(map(whole, args)), consts)]
+            return [*_jax.run(_jax.body(jaxpr), list(map(collect_result, args)), consts)]
         inside = self._in_sight(jaxpr)
         changes = self.communication.changes(inside)
         sums = find_sums(inside, self.scope, lambda: self.analysis.values(inside, varying))
@@ -119,13 +123,13 @@ class Rewriter:
             if id(eqn) in sums:
                 values.write(eqn, [sums[id(eqn)].run(self.scope, values.read)])
                 continue
-            read = values.read_part if primitives.is_nested_map(eqn) else values.read
+            read = values.read_shard if primitives.is_nested_map(eqn) else values.read
             with _jax.equation_context(eqn):
                 operands = list(map(read, eqn.invars))
                 where = partial(self._where, inside, varying, eqn)
                 values.write(eqn, self._equation(eqn, operands, where) if change else _jax.bind(eqn, operands))
             values.drop_after(eqn)
-        return list(map(values.read_part, inside.outvars))
+        return list(map(values.read_shard, inside.outvars))
 
     def _where(self, jaxpr: Jaxpr, varying: Sequence[Varying], eqn: Equation) -> list[Varying]:
         """Where the operands of an equation vary."""
@@ -133,8 +137,8 @@ class Rewriter:
         return [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in eqn.invars]
 
     def _equation(
-        self, eqn: Equation, args: list[ArrayLike | Part], where: Callable[[], list[Varying]]
-    ) -> Sequence[ArrayLike | Part]:
+        self, eqn: Equation, args: list[ArrayLike | DeviceShard], where: Callable[[], list[Varying]]
+    ) -> Sequence[ArrayLike | DeviceShard]:
         """An equation that has to change; ``where`` finds out where its operands vary."""
         if callback_primitives.is_guarded(eqn):
             return call_guarded(self.scope, eqn, args, union(where()[1:]))
@@ -147,13 +151,13 @@ class Rewriter:
             return self._nested(eqn, args, varying)
         if control_flow.runs_apart(self, eqn, varying):
             return control_flow.together(self, eqn, args, varying)
-        apart = bool(_jax.derivative_rules(eqn)) and (any(varying) or bool(self.communication.axes_inside(eqn)))
+        per_lane = bool(_jax.derivative_rules(eqn)) and (any(varying) or bool(self.communication.axes_inside(eqn)))
         inside = zip(_jax.sub_jaxprs(eqn), self.analysis.operands(eqn, varying), strict=True)
         hoist = _jax.bears_no_constants(eqn)
-        new = {id(sub): self._sub_jaxpr(sub, operands, apart=apart, hoist=hoist) for sub, operands in inside}
+        new = {id(sub): self._sub_jaxpr(sub, operands, per_lane=per_lane, hoist=hoist) for sub, operands in inside}
 
         def rewrite_rule(rule: Function, role: str) -> Function:
-            return rewritten_rule(self, rule, role, apart=len(eqn.outvars) if apart else 0)
+            return rewritten_rule(self, rule, role, per_lane=len(eqn.outvars) if per_lane else 0)
 
         return _jax.bind_again(eqn, args, lambda sub: new[id(sub)], rewrite_rule)
 
@@ -162,7 +166,7 @@ class Rewriter:
         if names:
             known = REGISTRY.get(eqn.primitive.name)
             if known is None and (expansion := _jax.expansion(eqn)) is not None:
-                return expanded(self, expansion, args, apart=len(eqn.outvars))
+                return expanded(self, expansion, args, per_lane=len(eqn.outvars))
             if known is None:
                 raise unsupported(_jax.equation_name(eqn), names)
             return [known.on_lanes(self.scope, _jax.operands(eqn, args), eqn.params)]
@@ -175,21 +179,25 @@ class Rewriter:
             f"it as it is. Call it outside the mapped function."
         )
 
-    def _nested(self, eqn: Equation, args: list[ArrayLike | Part], varying: list[Varying]) -> list[Array | Part]:
+    def _nested(
+        self, eqn: Equation, args: list[ArrayLike | DeviceShard], varying: list[Varying]
+    ) -> list[Array | DeviceShard]:
         """A map inside: its replicas are lanes too, on the devices that this level has left to the next."""
         inside, (jaxpr,) = self._rewriter_inside(eqn), _jax.sub_jaxprs(eqn)
         axis, in_axes, out_axes = inside.scope.axes[-1], eqn.params["in_axes"], eqn.params["out_axes"]
         operands = mapped(eqn, varying, frozenset({axis}))
         by_replica = "custom_vjp_call" in _jax.primitives(jaxpr)
 
-        def one_replica(own: Sequence[Array | Part]) -> list[Array | Part]:
-            results = inside.run_in_parts(jaxpr, _jax.constants(jaxpr), own, operands)
+        def one_replica(own: Sequence[Array | DeviceShard]) -> list[Array | DeviceShard]:
+            results = inside.run_on_shards(jaxpr, _jax.constants(jaxpr), own, operands)
             return [
-                one_value(axis, whole(y), by_replica=by_replica) if a is None else y
+                one_value(axis, collect_result(y), by_replica=by_replica) if a is None else y
                 for y, a in zip(results, out_axes, strict=True)
             ]
 
-        arrays = [x if isinstance(x, Part) else _jax.as_array(x, v.aval) for x, v in zip(args, eqn.invars, strict=True)]
+        arrays = [
+            x if isinstance(x, DeviceShard) else _jax.as_array(x, v.aval) for x, v in zip(args, eqn.invars, strict=True)
+        ]
         return nested.run_inside(axis, one_replica, arrays, in_axes, out_axes)
 
     def _rewriter_inside(self, eqn: Equation) -> Rewriter:
@@ -205,14 +213,14 @@ class Rewriter:
         return self._seen[id(jaxpr)][1]
 
     def _sub_jaxpr(
-        self, jaxpr: Jaxpr, varying: Sequence[Varying], *, apart: bool, hoist: bool
+        self, jaxpr: Jaxpr, varying: Sequence[Varying], *, per_lane: bool, hoist: bool
     ) -> tuple[Jaxpr, list[Array]]:
-        key = (id(jaxpr), tuple(varying), apart, hoist)
+        key = (id(jaxpr), tuple(varying), per_lane, hoist)
         if key not in self._rewritten:
 
             def run(*args: Array) -> list[ArrayLike]:
                 results = self.run(jaxpr, _jax.constants(jaxpr), args, varying)
-                return [lane_by_lane(self.scope.axes, x) for x in results] if apart else results
+                return [lane_by_lane(self.scope.axes, x) for x in results] if per_lane else results
 
             self._rewritten[key] = (jaxpr, _jax.retrace(run, jaxpr, hoist=hoist))
         return self._rewritten[key][1]

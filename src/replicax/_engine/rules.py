@@ -11,18 +11,18 @@ from replicax._engine.runner import Runner
 from replicax._typing import Array, ArrayLike, Function, PyTree
 
 
-def rewritten_rule(runner: Runner, rule: Function, role: str, *, apart: int) -> Function:
+def rewritten_rule(runner: Runner, rule: Function, role: str, *, per_lane: int) -> Function:
     """A derivative rule of the user's, rewritten when JAX calls it.
 
     The rules are one replica's, and so is what they take and give. But JAX hands a reverse rule the sum over
     lanes for a result that it knows to be equal in all of them, and cannot match such a result with a tangent
-    that differs. So with ``apart`` each lane gets results of its own, and padding has no part in cotangents.
+    that differs. So with ``per_lane`` each lane gets results of its own, and padding has no part in cotangents.
 
     Args:
         runner: What rewrites the program that has the rule.
         rule: The rule.
         role: ``"jvp"``, ``"fwd"`` or ``"bwd"``.
-        apart: How many results the function has that are to be each lane's own. With 0 nothing varies, but the
+        per_lane: How many results the function has that are to be each lane's own. With 0 nothing varies, but the
             cotangents of a function that is called alike everywhere.
     """
     axes = runner.scope.axes
@@ -33,21 +33,23 @@ def rewritten_rule(runner: Runner, rule: Function, role: str, *, apart: int) -> 
             jaxpr, arrays, restore = _jax.trace_rule(rule, args)
         # JAX calls a rule when vmap and shard_map have long returned, and taken their axes along.
         with _jax.axis_env(runner.scope.physical):
-            varies = apart or (role == "bwd" and runner.communication.axes_of(jaxpr))
+            varies = per_lane or (role == "bwd" and runner.communication.axes_of(jaxpr))
             varying = [everywhere if varies else frozenset()] * len(arrays)
             results = runner.run(jaxpr, _jax.constants(jaxpr), arrays, varying)
-            if apart and role == "bwd":
+            if per_lane and role == "bwd":
                 results = [where_replica(axes, x) for x in results]
-            first = len(results) - apart if role == "fwd" else 0  # residuals come first
-            own = [lane_by_lane(axes, x) for x in results[first:]] if apart else results[first:]
+            first = len(results) - per_lane if role == "fwd" else 0  # residuals come first
+            own = [lane_by_lane(axes, x) for x in results[first:]] if per_lane else results[first:]
             return restore([*results[:first], *own])
 
     return rewritten
 
 
-def expanded(runner: Runner, expansion: tuple[Function, Function], args: list[ArrayLike], *, apart: int) -> list[Array]:
+def expanded(
+    runner: Runner, expansion: tuple[Function, Function], args: list[ArrayLike], *, per_lane: int
+) -> list[Array]:
     """An operation that JAX keeps whole until it is compiled, and that communicates: what it stands for."""
-    primal, jvp = (rewritten_rule(runner, rule, "jvp", apart=apart) for rule in expansion)
+    primal, jvp = (rewritten_rule(runner, rule, "jvp", per_lane=per_lane) for rule in expansion)
     call = jax.custom_jvp(primal)
     call.defjvp(lambda primals, tangents: jvp(*primals, *tangents))
     return list(call(*args))

@@ -199,8 +199,8 @@ def layout(
     size: int,
     devices: Sequence[jax.Device],
     *,
-    spread: bool = False,
-    aside: bool = False,
+    use_all_devices: bool = False,
+    avoid_user_names: bool = False,
     nesting: Nesting = (),
 ) -> Layout:
     """The layout of ``size`` replicas on ``devices``.
@@ -208,23 +208,23 @@ def layout(
     Each device runs L = ceil(N / D) lanes, on the smallest number of devices, D' = ceil(N / L), that this takes.
     What is left of the devices goes to the maps inside: floor(D / D') for each replica's first level, and so on.
 
-    With ``spread`` all D devices take part, however many of them only pad: what an outer ``jit`` records has one set
-    of devices, and there maps of different sizes have to meet.
+    With ``use_all_devices`` all D devices take part, however many of them only pad: what an outer ``jit`` records has
+    one set of devices, and there maps of different sizes have to meet.
 
     Args:
         name: The user's name of the mapped axis.
         size: The number of replicas, N.
         devices: The devices that may be used.
-        spread: Whether all have to be.
-        aside: Whether the mesh axes leave the user's names alone, which an enclosing ``vmap`` may have as well, and
-            would take for its own.
+        use_all_devices: Whether all have to be.
+        avoid_user_names: Whether the mesh axes leave the user's names alone, which an enclosing ``vmap`` may have as
+            well, and would take for its own.
         nesting: The maps inside.
     """
     levels = [[(name, size)], *nesting]
-    counts = (_factored if spread else _filled)([[n for _, n in level] for level in levels], len(devices))
+    counts = (_factored if use_all_devices else _filled)([[n for _, n in level] for level in levels], len(devices))
     names: list[str] = []
     for (first, _), *_ in levels:
-        plain = f"{mesh_axis_name(first)}_devices" if aside else mesh_axis_name(first)
+        plain = f"{mesh_axis_name(first)}_devices" if avoid_user_names else mesh_axis_name(first)
         names.append(plain if plain not in names else f"{plain}_{len(names) + 1}")
     used = np.asarray(devices[: math.prod(counts)], dtype=object)
     inner = tuple(DeviceAxis(n if d > 1 else None, d) for n, d in zip(names[1:], counts[1:], strict=True))

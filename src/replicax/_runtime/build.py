@@ -55,8 +55,8 @@ def shape_of(x: ArrayLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
 
 
-def build(options: Options, call: Call, signature: Signature, *, spread: bool) -> Executable | Recorded:
-    """Traces and lowers the function for one signature; with ``spread`` onto all devices.
+def build(options: Options, call: Call, signature: Signature, *, use_all_devices: bool) -> Executable | Recorded:
+    """Traces and lowers the function for one signature; with ``use_all_devices`` onto all devices.
 
     Inside a replica of another map it is recorded, to be lowered with it.
     """
@@ -68,8 +68,15 @@ def build(options: Options, call: Call, signature: Signature, *, spread: bool) -
     if inside:
         axis = replicas_of(options.axis_name, signature.size)
         return record(replica, axis, signature.in_axes, options.outputs, call.name)
-    nesting, aside = primitives.nesting(replica.jaxpr), not _jax.eager()
-    where = layout(options.axis_name, signature.size, devices, spread=spread, aside=aside, nesting=nesting)
+    nesting, under_trace = primitives.nesting(replica.jaxpr), not _jax.eager()
+    where = layout(
+        options.axis_name,
+        signature.size,
+        devices,
+        use_all_devices=use_all_devices,
+        avoid_user_names=under_trace,
+        nesting=nesting,
+    )
     inputs = Inputs(tuple(leaf.aval for leaf in signature.leaves), signature.in_axes, call.donated(options.donated))
     executable = Executable(lower(replica, where, inputs, options.outputs, call.name))
     if _jax.eager():  # All that is traced is traced now, in this thread's turn and before an argument is moved.

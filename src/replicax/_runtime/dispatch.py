@@ -115,7 +115,7 @@ class Dispatcher:
             if program is None:
                 signature = signature_of(self.options, call, leaves)
                 earlier = list(self._signatures.values())
-                program = build(self.options, call, signature, spread=_has_to_spread(leaves))
+                program = build(self.options, call, signature, use_all_devices=_needs_all_devices(leaves))
                 if jax.config.jax_explain_cache_misses:
                     logger.warning(signature.explain(call.name, earlier))
                 if isinstance(program, Executable) and cpu_threads.may_hang(program.spec.layout.mesh):
@@ -196,11 +196,11 @@ def _key(call: Call, *, abstract: bool) -> tuple[list[ArrayLike], Hashable]:
     except (OverflowError, TypeError, ValueError):
         leaves = list(map(native, leaves))
         types = check_types(call, leaves, abstract=abstract)
-    surroundings = _jax.eager(), _has_to_spread(leaves), _jax.tracing_replica()
+    surroundings = _jax.eager(), _needs_all_devices(leaves), _jax.tracing_replica()
     return leaves, (tree, types, call.static, _jax.trace_context(), surroundings)
 
 
-def _has_to_spread(leaves: Sequence[ArrayLike]) -> bool:
+def _needs_all_devices(leaves: Sequence[ArrayLike]) -> bool:
     """Whether a program has to take all devices: it is recorded with others, or its arguments' types name a mesh."""
     return not _jax.eager() and (_jax.staging() or any(primitives.split_over(x) is not None for x in leaves))
 

@@ -14,7 +14,7 @@ from replicax._engine.blocks import block, exchanged, fetch, gather, only_axis, 
 from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
 from replicax._engine.collectives.definitions import in_each_group
 from replicax._engine.collectives.reductions import over_segments
-from replicax._engine.collectives.registry import collective, equal, keeps_constants, moves_data, own
+from replicax._engine.collectives.registry import collective, equal, keeps_constants, moves_data, per_replica
 from replicax._engine.collectives.replicas import where_replica
 from replicax._engine.collectives.wire import fetched, gathered, sent, size_in_bytes
 from replicax._engine.reductions import SUM
@@ -145,7 +145,7 @@ def _wire_of_scatter(
     "reduce_scatter_start",
     names=("psum_scatter",),
     awaited_by=("reduce_scatter_done",),
-    result=own,
+    result=per_replica,
     definition=_scattered_rows,
     wire=_wire_of_scatter,
     sums=True,

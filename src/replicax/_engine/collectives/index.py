@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from replicax._engine.blocks import replica_index
 from replicax._engine.collectives.arguments import Names, as_names
-from replicax._engine.collectives.registry import collective, own
+from replicax._engine.collectives.registry import collective, per_replica
 from replicax._engine.collectives.wire import nothing
 from replicax._layout.layout import LogicalAxes
 
@@ -21,7 +21,7 @@ def _every_index(size: int, **_: object) -> jax.Array:
 @collective(
     "axis_index",
     names=("axis_index", "axis_size"),
-    result=own,
+    result=per_replica,
     definition=_every_index,
     wire=nothing,
     by_groups=True,

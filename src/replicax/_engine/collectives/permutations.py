@@ -24,7 +24,7 @@ from replicax.errors import CollectiveArgumentError
 def result_of_permutation(params: Params, logical: LogicalAxes) -> Result:
     """Replicas that receive nothing get zeros; where all receive, they have the same if they had the same."""
     axis = only_axis(logical, as_names(params["axis_name"]))
-    return Result.AS_GIVEN if axis is not None and len(params["perm"]) == axis.size else Result.OWN
+    return Result.AS_GIVEN if axis is not None and len(params["perm"]) == axis.size else Result.PER_REPLICA
 
 
 def _permuted_rows(size: int, x: jax.Array, *, perm: Sequence[tuple[int, int]], **_: object) -> jax.Array:

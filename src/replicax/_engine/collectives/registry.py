@@ -30,7 +30,7 @@ class Result(Enum):
     """What a collective's result is to the replicas along its axis."""
 
     EQUAL = auto()  #: the same for all
-    OWN = auto()  #: each replica's own
+    PER_REPLICA = auto()  #: each replica has its own
     AS_GIVEN = auto()  #: the same for all if the operand is
 
 
@@ -138,7 +138,7 @@ def collective(
 
     Args:
         primitives: The names of JAX's primitives.
-        result: What the result is to the replicas: :func:`equal`, :func:`own`, or a function of your own.
+        result: What the result is to the replicas: :func:`equal`, :func:`per_replica`, or a function of your own.
         definition: What all replicas together compute.
         wire: The bytes that devices send each other.
         names: What users call it; by default, as the first primitive.
@@ -187,13 +187,13 @@ def unsupported(primitive: str, axes: Sequence[Hashable]) -> UnsupportedCollecti
 def equal(params: Params, logical: LogicalAxes) -> Result:
     """All replicas have the same result, and with groups each group its own."""
     del logical
-    return Result.EQUAL if params.get("axis_index_groups") is None else Result.OWN
+    return Result.EQUAL if params.get("axis_index_groups") is None else Result.PER_REPLICA
 
 
-def own(params: Params, logical: LogicalAxes) -> Result:
+def per_replica(params: Params, logical: LogicalAxes) -> Result:
     """Every replica has a result of its own."""
     del params, logical
-    return Result.OWN
+    return Result.PER_REPLICA
 
 
 def _in_bytes(rule: Function, bits: int) -> Function:

@@ -14,7 +14,7 @@ from replicax._engine.blocks import block, fetch, only_axis, own_lane, real_rows
 from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
 from replicax._engine.collectives.definitions import groups_in, in_each_group
 from replicax._engine.collectives.gathers import all_gather, chunks, joined, wire_of_gather
-from replicax._engine.collectives.registry import collective, moves_data, own
+from replicax._engine.collectives.registry import collective, moves_data, per_replica
 from replicax._engine.collectives.wire import fetched, gathered, size_in_bytes
 from replicax._layout.exchange import DeviceGroups, Groups, device_groups, groups
 from replicax._layout.layout import LogicalAxes, LogicalAxis
@@ -53,7 +53,7 @@ def _wire_of_pieces(axis: LogicalAxis, x: ShapeAndDtype, *, axis_index_groups: I
     "all_to_all_start",
     names=("all_to_all", "pswapaxes"),
     awaited_by=("all_to_all_done",),
-    result=own,
+    result=per_replica,
     definition=_transposed_rows,
     wire=_wire_of_pieces,
 )
@@ -173,7 +173,7 @@ def _wire_of_ragged(
     return sum(wire_of_gather(axis, x, **params) for x in (operand, input_offsets, send_sizes, output_offsets))
 
 
-@collective("ragged_all_to_all", result=own, definition=_ragged_rows, wire=_wire_of_ragged)
+@collective("ragged_all_to_all", result=per_replica, definition=_ragged_rows, wire=_wire_of_ragged)
 def ragged_all_to_all(
     logical: LogicalAxes,
     operand: Array,
