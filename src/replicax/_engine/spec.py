@@ -26,7 +26,7 @@ class Inputs:
         donated: The positions of those whose buffers the program may reuse.
     """
 
-    types: tuple[jax.ShapeDtypeStruct, ...]
+    types: tuple[jax.ShapeDtypeStruct | Array, ...]
     axes: tuple[int | None, ...]
     donated: tuple[int, ...] = ()
 

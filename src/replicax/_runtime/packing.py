@@ -77,7 +77,7 @@ class Run:
     def _turned(self) -> list[tuple[int, int]]:
         return [(k, axis) for k, axis in enumerate(self.axes) if axis]
 
-    def pack_into(self, packed: HostArray, leaves: Sequence[HostArray]) -> None:
+    def pack_into(self, packed: HostArray, leaves: Sequence[ArrayLike]) -> None:
         """Writes the arrays into their place."""
         chosen = [leaves[i] for i in self.leaves]
         for k, axis in self._turned:
@@ -128,7 +128,7 @@ class Group(NamedTuple):
         """That of what :meth:`pack` returns."""
         return *self.runs[0].rows, self.runs[-1].words.stop
 
-    def pack(self, leaves: Sequence[HostArray]) -> HostArray:
+    def pack(self, leaves: Sequence[ArrayLike]) -> HostArray:
         """The arrays side by side: (replicas, words of one), or (words,) of those that go whole."""
         packed = np.empty(self.shape, self.dtype)
         for run in self.runs:

@@ -10,7 +10,7 @@ from jax.tree_util import keystr
 
 from replicax import _jax
 from replicax._layout.axes import Leaf, one_replica_type
-from replicax._typing import Aval, KeyPath, PyTreeDef
+from replicax._typing import KeyPath, PyTreeDef, ShapeAndDtype
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Signature:
         )
 
 
-def type_name(aval: Aval) -> str:
+def type_name(aval: ShapeAndDtype) -> str:
     """A type as JAX writes it, and whether it is that of a scalar of Python's, which adapts to what it meets."""
     shape = ",".join(map(str, aval.shape))
     return f"{aval.dtype}[{shape}]" + (" (weakly typed)" if getattr(aval, "weak_type", False) else "")

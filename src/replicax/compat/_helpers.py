@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from replicax._arrays import unreplicate
 from replicax._pmap import MappedFunction
-from replicax._typing import ArrayLike, AxisName, Function, PyTree
+from replicax._typing import Array, AxisName, Function, HostArray, PyTree
 from replicax.compat._bootstrap import AfterImport
 from replicax.compat._functions import device_put_replicated, pmap, put_rows
 from replicax.compat._virtual import distinct, padded, program_devices
@@ -29,7 +29,7 @@ from replicax.compat._virtual import distinct, padded, program_devices
 Replace = Callable[[ModuleType, Function], Function]
 
 
-def first_replica(x: ArrayLike) -> ArrayLike:
+def first_replica(x: Array | HostArray) -> Array | HostArray:
     """Replica 0's row of an array; the whole of one that has no mapped axis, and lies on all devices."""
     if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or isinstance(x.sharding, SingleDeviceSharding):
         return x[0]

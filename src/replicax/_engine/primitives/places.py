@@ -11,7 +11,7 @@ from replicax._jax import (
     NO_MESH,
 )
 from replicax._jax.interpreters import ad, batching, core, mlir
-from replicax._typing import Array, Aval
+from replicax._typing import Array, ArrayLike, Aval
 
 #: Where an array lies; None for wherever that is.
 Where: TypeAlias = jax.sharding.Sharding | None
@@ -108,7 +108,7 @@ mlir.register_lowering(_pin_p, mlir.lower_fun(_pinned, multiple_results=False))
 # Arrays whose types say how they are split
 
 
-def split_over(x: Array) -> jax.sharding.NamedSharding | None:
+def split_over(x: ArrayLike) -> jax.sharding.NamedSharding | None:
     """How the type of ``x`` says that it is split, where its mesh has ``Explicit`` axes."""
     where = getattr(core.typeof(x), "sharding", None)
     explicit = where is not None and jax.sharding.AxisType.Explicit in where.mesh.axis_types
