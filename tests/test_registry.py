@@ -17,7 +17,7 @@ from replicax._engine.collectives import AWAITING, REGISTRY, reductions, unsuppo
 from replicax._engine.collectives.registry import REFUSED
 from replicax._engine.rewrite import Rewriter
 from replicax._engine.sums import Sum
-from replicax._layout.layout import layout as _layout
+from replicax._layout.layout import layout
 from replicax.testing import check, lockstep
 from test_wire import crossing
 
@@ -78,7 +78,7 @@ def test_a_toy_collective_over_the_axes_of_two_maps(d):
 def test_a_toy_collective_sends_what_its_entry_says(pair):
     n, d = pair
     text = pmap(pmedian, **on(d)).lower(rows(n)).compile().as_text()
-    axis = _layout.layout(AXIS, n, jax.devices()[:d]).axis
+    axis = layout(AXIS, n, jax.devices()[:d]).axis
     sent = REGISTRY["pmedian"].bytes_sent(axis, [jax.ShapeDtypeStruct((3,), np.float32)], {"axis_name": AXIS})
     assert sum(crossing(text, d).values()) == sent
 
@@ -112,7 +112,7 @@ def test_a_sum_of_products_refuses_it_too():
 def test_no_operation_passes_through_by_mistake():
     eqn = jax.make_jaxpr(jnp.sin)(1.0).eqns[0]
     with pytest.raises(UnsupportedCollectiveError, match="sin: replicax has no rule for this operation"):
-        Rewriter(_layout.layout(AXIS, 4, jax.devices()).scope)._leaf(eqn, [1.0])
+        Rewriter(layout(AXIS, 4, jax.devices()).scope)._leaf(eqn, [1.0])
 
 
 def test_the_message_about_an_unknown_collective_lists_those_in_the_registry():
