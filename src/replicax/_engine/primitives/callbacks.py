@@ -13,7 +13,17 @@ from jax._src import ad_util, callback, core, debugging
 from jax._src import linear_util as lu
 from jax._src.interpreters import ad, batching, mlir
 
-from replicax._jax import Equation, Jaxpr, axis_env, constants, derivative_rules, rule_jaxprs, sub_jaxprs, trace_rule
+from replicax._jax import (
+    Equation,
+    Jaxpr,
+    add_cotangent,
+    axis_env,
+    constants,
+    derivative_rules,
+    rule_jaxprs,
+    sub_jaxprs,
+    trace_rule,
+)
 
 #: Runs a jaxpr on constants, arguments and the number of an earlier failure; the results, and the number after it.
 Run = Callable[[Jaxpr, Sequence[Any], Sequence[Any], Any], tuple[list[Any], Any]]
@@ -186,10 +196,7 @@ def bind_custom(eqn: Equation, args: Sequence[Any], failed: Any, run: Run) -> tu
         return [*results, number]
 
     def new_bwd(*flat: Any) -> Any:
-        out = rules[1].call_wrapped(*flat[:-1])
-        if isinstance(out, tuple):  # from JAX 0.12 on, with what the rule logs
-            return [*out[0], ad_util.p2tz(failed)], *out[1:]
-        return [*out, ad_util.p2tz(failed)]
+        return add_cotangent(rules[1].call_wrapped(*flat[:-1]), ad_util.p2tz(failed))
 
     new = {"jvp": new_jvp, "fwd": new_fwd, "bwd": new_bwd}
     wrapped = [
