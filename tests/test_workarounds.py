@@ -217,6 +217,17 @@ def layouts_of_four_bits():
 # Where arrays lie
 
 
+@fault()  # https://github.com/jax-ml/jax/issues/37830
+def shared_memory():
+    """JAX reads a NumPy array in its owner's memory, where that begins at a multiple of 64, long after the call."""
+    memory = np.zeros(2**20 + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    x = memory[start : start + 2**20]
+    y = jax.device_put(x)
+    x[0] = 1
+    return int(y[0]) == 1
+
+
 @fault(mended=(0, 11, 2))
 def arrays_without_elements():
     """Each device gets all of a result without elements, and JAX takes it for a part."""
