@@ -123,6 +123,12 @@ def test_one_door_to_jax_from_within():
             assert not private or room(name) in DOORS, f"{name} imports {private}"
 
 
+def test_one_file_asks_for_the_version_of_jax():
+    for name, tree in modules():
+        asked = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert name == "_jax.versions" or not asked & {"__version__", "__version_info__"}, name
+
+
 def test_the_reference_matches_axes_by_itself():
     tree = dict(modules())["testing._lockstep"]
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

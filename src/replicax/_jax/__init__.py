@@ -78,6 +78,7 @@ from replicax._jax.types import without_axis as without_axis
 from replicax._jax.versions import FEW_CPU_THREADS_HANG as FEW_CPU_THREADS_HANG
 from replicax._jax.versions import TAKEN_ARRAYS_CRASH as TAKEN_ARRAYS_CRASH
 from replicax._jax.versions import VERSION as VERSION
+from replicax._jax.versions import add_cotangent as add_cotangent
 from replicax._jax.versions import body as body
 from replicax._jax.versions import constants as constants
 from replicax._jax.versions import is_jaxpr as is_jaxpr

@@ -1,7 +1,7 @@
 """Jaxprs: what is in them, and how they are traced, changed and bound.
 
 Everything here works on jaxprs generically: the parameters of a primitive differ between JAX versions (0.10 wraps
-a jaxpr with constants in ``ClosedJaxpr``, 0.12 has one class), so an equation is never rebuilt from parameters
+a jaxpr with constants in ``ClosedJaxpr``, 0.11 has one class), so an equation is never rebuilt from parameters
 known by name, except for the three control-flow primitives whose carries :func:`loop_counts` has to tell apart.
 """
 

@@ -9,7 +9,7 @@ import jax
 from jax.extend import core as extend_core
 from jaxlib import version as jaxlib_version
 
-from replicax._jax.aliases import Array, Equation, Jaxpr
+from replicax._jax.aliases import Array, Equation, Jaxpr, PyTree
 
 VERSION: str = jax.__version__
 
@@ -21,8 +21,8 @@ FEW_CPU_THREADS_HANG = tuple(map(int, jaxlib_version.__version__.split(".")[:2])
 #: Workaround: taken_arrays.
 TAKEN_ARRAYS_CRASH = jax.__version_info__ < (0, 11, 2)
 
-#: JAX 0.10 has one class for jaxprs with constants and one for those without; 0.12 has one class for both.
-Closed: Any = vars(extend_core)["ClosedJaxpr"]  # in 0.12 another name of the one class, not typed as exported
+#: JAX 0.10 has one class for jaxprs with constants and one for those without; from 0.11 on one class is for both.
+Closed: Any = vars(extend_core)["ClosedJaxpr"]  # from 0.11 on not typed as exported
 Open: Any = extend_core.Jaxpr
 
 
@@ -55,5 +55,12 @@ def loop_counts(eqn: Equation) -> tuple[int, int]:
 
 
 def wrapped_primitive(eqn: Equation) -> Any:
-    """What JAX 0.12 wraps in its one general primitive; None for an equation of another, and before."""
+    """What an equation wraps in JAX's one general primitive, as 0.12 has some functions of its own; None for others."""
     return eqn.params.get("_prim")
+
+
+def add_cotangent(returned: PyTree, cotangent: object) -> PyTree:
+    """What a reverse rule of a ``custom_vjp`` function returns to JAX, with one cotangent more."""
+    if isinstance(returned, tuple):  # from JAX 0.12 on, with what the rule logs
+        return [*returned[0], cotangent], *returned[1:]
+    return [*returned, cotangent]

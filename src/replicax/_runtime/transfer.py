@@ -34,7 +34,8 @@ def put(
     """An array or a scalar on its devices, as it is now: its owner may change it as soon as this returns.
 
     JAX reads a NumPy array in its owner's memory where it can, on CPUs, and does so while a program runs. Here every
-    byte is copied once, also where several devices are one CPU and get the same.
+    byte is copied once, also where several devices are one CPU and get the same:
+    https://github.com/jax-ml/jax/issues/37830. Workaround: shared_memory.
 
     Args:
         x: The array.

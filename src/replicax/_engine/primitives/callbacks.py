@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from replicax._jax import Equation, Jaxpr, axis_env, constants, derivative_rules, rule_jaxprs, sub_jaxprs, trace_rule
+from replicax._jax import (
+    Equation,
+    Jaxpr,
+    add_cotangent,
+    axis_env,
+    constants,
+    derivative_rules,
+    rule_jaxprs,
+    sub_jaxprs,
+    trace_rule,
+)
 from replicax._jax.interpreters import ad, ad_util, batching, callback, core, debugging, mlir
 from replicax._jax.interpreters import linear_util as lu
 from replicax._typing import Array, ArrayLike, Aval, Function, PyTree
@@ -216,10 +226,7 @@ def _with_number(role: str, rule: lu.WrappedFun, failed: Array, run: Run) -> Fun
         return [*results, number]
 
     def bwd(*flat: Array) -> Sequence[PyTree]:
-        out = rule.call_wrapped(*flat[:-1])
-        if isinstance(out, tuple):  # from JAX 0.12 on, with what the rule logs
-            return [*out[0], ad_util.p2tz(failed)], *out[1:]
-        return [*out, ad_util.p2tz(failed)]
+        return add_cotangent(rule.call_wrapped(*flat[:-1]), ad_util.p2tz(failed))
 
     return {"jvp": jvp, "fwd": fwd, "bwd": bwd}[role]
 
