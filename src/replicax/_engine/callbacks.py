@@ -359,7 +359,10 @@ def call_guarded(scope: Scope, eqn: Equation, args: Sequence[ArrayLike], varying
 
 
 def runs_here(scope: Scope) -> list[Array]:
-    """Returns a bool scalar: whether this lane on this device runs its replica's side effects. Empty if all lanes do."""
+    """Returns a list with one bool scalar: whether this lane on this device runs the side effects of its replica.
+
+    The list is empty if every lane on every device does.
+    """
     conditions = [is_replica(axis) for axis in scope.axes if axis.padding]
     conditions += [lax.axis_index(name) == 0 for name in scope.copies]
     for condition in conditions[1:]:

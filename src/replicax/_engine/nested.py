@@ -175,7 +175,7 @@ def run_inside(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Arguments and results of a program that stay split. JAX's shardings are even, so a map with padding does not split.
+# Arguments and results of a program that stay split: never over a padded axis, because JAX's shardings are even
 
 
 def splits_taken(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:

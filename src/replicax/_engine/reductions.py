@@ -54,9 +54,9 @@ def _by_rank(
 
 
 def _rank(x: Array, ranks: DType) -> Array:
-    """Maps the bits of floats to integers of the same order, and back.
+    """Maps the bits of floats to integers of the same order, and back: the function is its own inverse.
 
-    If the sign bit is set, flips all other bits. The function is its own inverse.
+    If the sign bit is set, it flips all other bits.
     """
     bits = lax.bitcast_convert_type(x, ranks)
     return bits ^ (lax.shift_right_arithmetic(bits, ranks.type(8 * ranks.itemsize - 1)) & np.iinfo(ranks).max)
@@ -64,7 +64,7 @@ def _rank(x: Array, ranks: DType) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def without_derivative(name: str, x: Array) -> Array:
-    """Returns ``x``, and raises if differentiated. JAX has no derivative of this reduction, so replicax has none either."""
+    """Returns ``x``, and raises if differentiated, because JAX has no derivative of this reduction."""
     del name
     return x
 

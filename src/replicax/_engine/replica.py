@@ -110,7 +110,10 @@ def trace_replica(
 
 
 def _in_our_words(error: Exception, name: Hashable) -> ReplicaxError | None:
-    """Returns the error to raise instead of JAX's error, or None if JAX's error is clear (a note may be added to it)."""
+    """Returns the error to raise instead of JAX's error, or None if JAX's error is clear.
+
+    May add a note to JAX's error.
+    """
     if isinstance(error, NameError):
         # A nested map raises an UnboundAxisError itself.
         unbound = None if isinstance(error, UnboundAxisError) else _jax.unbound_axis_name(error)
