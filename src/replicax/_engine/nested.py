@@ -179,7 +179,7 @@ def run_inside(
 
 
 def splits_taken(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
-    """Returns the splits of each argument of a program: the splits that all its uses, in nested maps, have in common."""
+    """Returns the splits of each argument of a program: those that all its uses, in nested maps, have in common."""
     opened = in_sight(jaxpr, scope)
     wanted: dict[Atom, list[frozenset[Split]]] = {var: [] for var in opened.invars}
     for eqn in opened.eqns:

@@ -93,7 +93,7 @@ class Analysis:
         return [union([*args, *map(union, outs)])] * len(eqn.outvars)
 
     def operands(self, eqn: Equation, args: Sequence[Varying]) -> list[list[Varying]]:
-        """Returns the axes over which the arguments of each sub-jaxpr of an equation vary, in any iteration of a loop."""
+        """Returns the axes over which the arguments of each sub-jaxpr vary, in any iteration of a loop."""
         subs = list(_jax.sub_jaxprs(eqn))
         match eqn.primitive.name:
             case "cond":

@@ -110,7 +110,13 @@ def _wire_of_broadcast(axis: LogicalAxis, x: ShapeAndDtype, **_: object) -> int:
 @collective("pbroadcast", result=equal, definition=_row_of_source, wire=_wire_of_broadcast)
 @moves_data
 def pbroadcast(logical: LogicalAxes, x: Array, *, axis_name: Names | Hashable, source: int) -> Array:
-    """Returns the operand of replica ``source`` in all replicas. As JAX defines it, a sum in which all others are zero."""
+    """Returns the operand of replica ``source`` in all replicas.
+
+    As JAX defines it, this is a sum in which all other replicas contribute zero.
+
+    Raises:
+        CollectiveArgumentError: ``source`` is not the index of a replica.
+    """
     names = as_names(axis_name)
     size = size_of(logical, names)
     if not 0 <= source < size:

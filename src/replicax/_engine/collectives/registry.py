@@ -42,8 +42,8 @@ ResultOf = Callable[[Params, LogicalAxes], Result]
 class Collective:
     """One collective: all information that the engine, the reference and the messages need.
 
-    ``rule``, ``definition`` and ``wire`` take the parameters of the primitive by keyword. Parameters that the rule does not
-    name are checked: see :meth:`known`.
+    ``rule``, ``definition`` and ``wire`` take the parameters of the primitive by keyword. Parameters that the rule does
+    not name are checked: see :meth:`known`.
 
     Attributes:
         primitives: JAX's primitives for it, including those that only start it.
@@ -167,7 +167,7 @@ def collective(
 
 
 def refuse(*primitives: str, because: str) -> None:
-    """Registers primitives that JAX does not support in a mapped function, with text that says what to write instead."""
+    """Registers primitives that JAX does not support in a mapped function, with a remedy for the error message."""
     REFUSED.update(dict.fromkeys(primitives, because))
 
 

@@ -194,8 +194,8 @@ def ragged_all_to_all(
 ) -> Array:
     """Returns ``output``, overwritten with the rows that the group sends to this replica.
 
-    The number of rows for each replica is known only at run time. So each device of a group receives the full operand of
-    every member, and each replica selects its rows. A later slice overwrites an earlier one, as in JAX's definition.
+    The number of rows for each replica is known only at run time. So each device of a group receives the full operand
+    of every member, and each replica selects its rows. A later slice overwrites an earlier one, as in JAX's definition.
 
     Raises:
         CollectiveArgumentError: The number of slices is not a multiple of the size of the group.

@@ -14,7 +14,7 @@ from replicax._typing import ShapeAndDtype
 
 
 def size_in_bytes(x: ShapeAndDtype, without: Sequence[int] = ()) -> int:
-    """Returns the bytes of one replica's operand, without the dimensions in ``without``. Each number has at least one byte."""
+    """Returns the bytes of one replica's operand, without the dimensions in ``without``. A number has at least one byte."""
     rest = [length for dim, length in enumerate(x.shape) if dim not in without]
     return math.prod(rest) * int(x.dtype.itemsize)
 
@@ -48,5 +48,5 @@ def sent(plan: Exchange) -> int:
 
 
 def fetched(axis: LogicalAxis, wants: Table, items: int = 1) -> int:
-    """Returns the number of items that devices send each other so that each replica has what it needs: see ``fetch``."""
+    """Returns the number of items that devices send each other so that each replica has its items: see ``fetch``."""
     return sent(exchange(wants_of(axis, wants, items), axis.lanes * items))
