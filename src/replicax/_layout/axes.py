@@ -18,7 +18,7 @@ from replicax._messages import MOST, as_int, report
 from replicax._typing import Axes, Function, KeyPath, PyTree, PyTreeDef
 from replicax.errors import ArgumentNameError, AxisSpecError, AxisSpecTypeError, MappedSizeError, OptionTypeError
 
-#: From a value of a vmappable type and its entry: the mapped axis of each array in the value, and the value after mapping.
+#: From a value of a vmappable type and its entry: the mapped axis of each array in it, and the value after mapping.
 OfOne: TypeAlias = Callable[[PyTree, PyTree], tuple[list[int | None], PyTree]]
 
 
@@ -154,7 +154,7 @@ def choose(which: str, fun: Function, argnums: int | Iterable[int], argnames: st
     """Checks ``<which>_argnums`` and ``<which>_argnames``, and completes each of them from the other.
 
     Args:
-        which: ``static`` or ``donate``.
+        which: ``static_broadcasted`` or ``donate``.
         fun: The user's function.
         argnums: The positions.
         argnames: The names.
@@ -250,8 +250,8 @@ def match_in_axes(
 ) -> tuple[list[int | None], PyTreeDef]:
     """Returns the mapped axis of each argument leaf, non-negative, and the tree structure of one replica's arguments.
 
-    As in ``jax.pmap``, ``in_axes`` has an unused entry for each static argument. If the function has static arguments, it
-    may have more entries than arguments.
+    As in ``jax.pmap``, ``in_axes`` has an unused entry for each static argument. If the function has static arguments,
+    ``in_axes`` may have more entries than the call has arguments.
 
     Args:
         spec: ``in_axes``: one axis for all positional arguments, or a tuple with one entry for each.

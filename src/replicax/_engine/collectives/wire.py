@@ -14,7 +14,10 @@ from replicax._typing import ShapeAndDtype
 
 
 def size_in_bytes(x: ShapeAndDtype, without: Sequence[int] = ()) -> int:
-    """Returns the bytes of one replica's operand, without the dimensions in ``without``. A number has at least one byte."""
+    """Returns the bytes of one replica's operand, without the dimensions in ``without``.
+
+    Each number counts as at least one byte.
+    """
     rest = [length for dim, length in enumerate(x.shape) if dim not in without]
     return math.prod(rest) * int(x.dtype.itemsize)
 

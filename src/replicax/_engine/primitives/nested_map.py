@@ -40,8 +40,8 @@ def nested_map(
 ) -> list[Array]:
     """Records a map over a named axis, inside a replica of another map, as one equation.
 
-    JAX's transformations of the equation record a ``nested_map`` too, so the rewriter still sees which part of the program
-    is mapped. Only the rewriter can run it under a trace.
+    JAX's transformations of the equation record a ``nested_map`` too, so the rewriter still sees which part of the
+    program is mapped. Only the rewriter can run it under a trace.
 
     Args:
         jaxpr: The program of one replica, without closed-over arrays.
