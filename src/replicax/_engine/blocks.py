@@ -32,19 +32,21 @@ def own_lane(axis: LogicalAxis, x: Array) -> Array:
     return x[0] if axis.lane_axis is None else primitives.own_lane(x, axis.lane_axis)
 
 
-def any_lane(axis: LogicalAxis, x: Array) -> Array:
+def as_unbatched(axis: LogicalAxis, x: Array) -> Array:
     """Returns ``x`` as an unbatched value. ``x`` is equal in all lanes, but ``vmap`` may track it as batched."""
     return block(axis, x)[0] if axis.lane_axis is not None and isinstance(x, jax.core.Tracer) else x
 
 
-def lane_by_lane(axes: Iterable[LogicalAxis], x: Array) -> Array:
+def as_batched(axes: Iterable[LogicalAxis], x: Array) -> Array:
     """Returns ``x`` as a value that ``vmap`` tracks as batched, even if it is equal in all lanes."""
     for axis in axes:
         x = x if axis.lane_axis is None else primitives.each_lane(x, axis.lane_axis)
     return x
 
 
-def one_by_one(axes: Sequence[LogicalAxis], function: Callable[..., Sequence[Array]], *args: Array) -> list[Array]:
+def one_lane_at_a_time(
+    axes: Sequence[LogicalAxis], function: Callable[..., Sequence[Array]], *args: Array
+) -> list[Array]:
     """Runs ``function`` on one lane at a time, because its batching rule gives a different result.
 
     Args:
@@ -56,7 +58,7 @@ def one_by_one(axes: Sequence[LogicalAxis], function: Callable[..., Sequence[Arr
         return list(function(*args))
     axis, *rest = axes
     blocks = [on_data(functools.partial(block, axis), x) for x in args]
-    results = lax.map(lambda lane: one_by_one(rest, function, *lane), blocks)
+    results = lax.map(lambda lane: one_lane_at_a_time(rest, function, *lane), blocks)
     return [on_data(functools.partial(own_lane, axis), x) for x in results]
 
 
@@ -84,7 +86,7 @@ def take(x: Array, rows: HostArray | Array) -> Array:
 _FEW = 8
 
 
-def unfolded(x: Array) -> Array:
+def without_folding(x: Array) -> Array:
     """Returns ``x`` behind an optimization barrier if it is complex. The cotangent of ``x`` gets the same barrier.
 
     XLA crashes the process when it constant-folds a sum of complex constants between devices (CPU, JAX 0.10 and

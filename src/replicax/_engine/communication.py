@@ -14,7 +14,7 @@ from replicax._layout.layout import LogicalAxis, Scope
 from replicax.errors import CollectiveArgumentError
 
 #: How many nested derivatives to search. A rule often calls its own function, so an unlimited search would not end.
-TWICE = 2
+NESTED_DERIVATIVES = 2
 
 
 class Communication:
@@ -54,7 +54,7 @@ class Communication:
             raise CollectiveArgumentError(_repeated(eqn, repeated[0]))
         return (
             any(name in self.scope for name in _jax.named_axes(eqn))
-            or (self.doubled and _jax.has_side_effect(eqn))
+            or (self.runs_duplicates and _jax.has_side_effect(eqn))
             or eqn.primitive.name in AWAITING
             or (self.vectorized and _jax.draws_batches(eqn))
         )
@@ -121,7 +121,7 @@ class Communication:
         return axes if by_groups or not axes else set(self.scope.axes)
 
     @cached_property
-    def doubled(self) -> bool:
+    def runs_duplicates(self) -> bool:
         """Whether a replica runs more than once: in padding lanes, or on the devices of nested maps."""
         return any(axis.padding for axis in self.scope.axes) or bool(self.scope.copies)
 

@@ -12,21 +12,21 @@ from jax import lax
 
 from replicax import _jax
 from replicax._engine.collectives import any_replica
-from replicax._engine.communication import TWICE
+from replicax._engine.communication import NESTED_DERIVATIVES
 from replicax._engine.runner import Runner
 from replicax._engine.varying import Varying
 from replicax._jax import Equation
 from replicax._typing import Array, ArrayLike
 
 
-def runs_apart(runner: Runner, eqn: Equation, varying: Sequence[Varying]) -> bool:
+def is_divergent(runner: Runner, eqn: Equation, varying: Sequence[Varying]) -> bool:
     """Whether the predicate of a loop or branch differs between replicas that communicate inside it."""
     disagree = runner.analysis.predicate(eqn, varying)
-    return bool(disagree) and bool(disagree & runner.communication.awaited(eqn, in_rules=TWICE))
+    return bool(disagree) and bool(disagree & runner.communication.awaited(eqn, in_rules=NESTED_DERIVATIVES))
 
 
-def together(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: Sequence[Varying]) -> list[Array]:
-    """Runs a loop or branch for which :func:`runs_apart` is true."""
+def run_divergent(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: Sequence[Varying]) -> list[Array]:
+    """Runs a loop or branch for which :func:`is_divergent` is true."""
     return (_loop if eqn.primitive.name == "while" else _choice)(runner, eqn, args, varying)
 
 
@@ -39,7 +39,7 @@ def _loop(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: Seq
     for_cond, for_body = runner.analysis.operands(eqn, varying)
     split = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
     cond_consts, body_consts, carry = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
-    waiting = runner.analysis.predicate(eqn, varying) & runner.communication.awaited(eqn, in_rules=TWICE)
+    waiting = runner.analysis.predicate(eqn, varying) & runner.communication.awaited(eqn, in_rules=NESTED_DERIVATIVES)
     axes = sorted(waiting, key=lambda axis: axis.level)
 
     def goes_on(carry: Sequence[ArrayLike]) -> Array:

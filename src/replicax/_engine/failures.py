@@ -62,7 +62,7 @@ class Guarded:
         if runs and failed == NONE:
             try:
                 results = self._checked(self.call(*operands), batch)
-            except BaseException as error:  # KeyboardInterrupt too: otherwise the other devices wait forever
+            except BaseException as error:  # KeyboardInterrupt too: otherwise the other devices keep waiting
                 failed = _record(error, f"A callback of {self.name} raised {{}} in {self._describe(places)}")
         if results is None:
             results = [np.zeros((*batch, *x.shape), x.dtype) for x in self.results]
@@ -97,7 +97,7 @@ class Guarded:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Failures, by their numbers
+# Stored failures, by number
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ _numbers = itertools.count(2**31 - 1, -1)
 _failures: dict[int, _Failure] = {}
 _lock = threading.Lock()
 
-#: How many failures are stored. More than one device can fail in a run, and runs may finish without anyone waiting.
+#: How many failures to store. A run can fail on several devices, and the user may not wait for the results of a run.
 _KEPT = 1024
 
 

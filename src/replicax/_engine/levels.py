@@ -25,7 +25,7 @@ def over_lanes(one_replica: OneReplica, axis: LogicalAxis, in_axes: Axes, out_ax
     if axis.lane_axis is not None:
         options = {"axis_name": axis.lane_axis, "axis_size": axis.lanes}
         vectorized = jax.vmap(one_replica, tuple(in_axes), tuple(out_axes), **options)
-        return functools.partial(_explaining, vectorized, axis)
+        return functools.partial(_with_clear_errors, vectorized, axis)
 
     def only_lane(*blocks: Array) -> tuple[Array, ...]:
         args = (x if a is None else lax.squeeze(x, [a]) for x, a in zip(blocks, in_axes, strict=True))
@@ -35,7 +35,7 @@ def over_lanes(one_replica: OneReplica, axis: LogicalAxis, in_axes: Axes, out_ax
     return only_lane
 
 
-def _explaining(vectorized: OneReplica, axis: LogicalAxis, *blocks: Array) -> Sequence[Array]:
+def _with_clear_errors(vectorized: OneReplica, axis: LogicalAxis, *blocks: Array) -> Sequence[Array]:
     """Runs several lanes. Replaces JAX's errors about callbacks under ``vmap`` with errors in the user's terms."""
     try:
         return vectorized(*blocks)
@@ -90,14 +90,14 @@ def own_rows(x: Array, dim: int, first: Array, placement: Placement) -> Array:
     )
 
 
-def equal_on(x: Array, names: Sequence[Hashable]) -> Array:
+def as_equal(x: Array, names: Sequence[Hashable]) -> Array:
     """Returns ``x``, which is equal on all devices along these mesh axes. Its cotangent goes to the first device."""
     for name in names:
         x = on_data(functools.partial(primitives.equal_parts, axis=name), x)
     return x
 
 
-def own_on(y: Array, names: Sequence[Hashable]) -> Array:
+def as_per_device(y: Array, names: Sequence[Hashable]) -> Array:
     """Returns ``y``, which is equal on all devices along these mesh axes. Its cotangent is summed over the devices."""
     for name in names:
         y = on_data(functools.partial(primitives.share, axis=name), y)

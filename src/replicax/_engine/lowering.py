@@ -10,9 +10,9 @@ import jax
 from jax.sharding import PartitionSpec
 
 from replicax import _jax
-from replicax._engine.blocks import real_rows, unfolded
+from replicax._engine.blocks import real_rows, without_folding
 from replicax._engine.callbacks import guard, raise_after, refuse_ordered
-from replicax._engine.levels import OneReplica, equal_on, over_lanes, own_on
+from replicax._engine.levels import OneReplica, as_equal, as_per_device, over_lanes
 from replicax._engine.nested import DeviceShard, Split, as_shard, splits_made, splits_taken
 from replicax._engine.outputs import OutputPolicy, Outputs, check_outputs
 from replicax._engine.replica import Replica
@@ -113,7 +113,7 @@ class _Body:
             consts = list(self.replica.consts)
             for k, value in zip(self.passed, args[len(self.varying) :], strict=True):
                 consts[k] = value
-            own = [x if where else unfolded(x) for x, where in zip(args, self.varying, strict=False)]
+            own = [x if where else without_folding(x) for x, where in zip(args, self.varying, strict=False)]
             parts = list(map(as_shard, own, self.in_places))
             results = rewriter.run_on_shards(self.replica.jaxpr, consts, parts, self.varying)
             kept = [
@@ -155,13 +155,13 @@ def _body(
         out_axes=every,
         in_places=in_places,
         out_places=out_places,
-        passed=[k for k, const in enumerate(running.consts) if _has_to_be_passed(const)],
+        passed=[k for k, const in enumerate(running.consts) if _must_be_argument(const)],
         in_rules=frozenset() if guarded is None else frozenset(guarded.in_rules),
         by_replica="custom_vjp_call" in replica.primitives or policy is OutputPolicy.TAKE_FIRST,
     )
 
 
-def _has_to_be_passed(const: ArrayLike) -> bool:
+def _must_be_argument(const: ArrayLike) -> bool:
     """Whether a closed-over array must become an argument: a tracer of an enclosing trace, or an array on a mesh."""
     if isinstance(const, jax.core.Tracer):
         return True
@@ -222,8 +222,8 @@ def _over_devices(
 
     def alike(*blocks: Array) -> tuple[Array, ...]:
         with _jax.source(None):
-            given = (equal_on(x, missing(spec)) for x, spec in zip(blocks, ins, strict=True))
-            return tuple(own_on(y, missing(spec)) for y, spec in zip(one_device(*given), outs, strict=True))
+            given = (as_equal(x, missing(spec)) for x, spec in zip(blocks, ins, strict=True))
+            return tuple(as_per_device(y, missing(spec)) for y, spec in zip(one_device(*given), outs, strict=True))
 
     mapped = jax.shard_map(alike, mesh=layout.mesh, in_specs=tuple(ins), out_specs=tuple(outs), check_vma=False)
 

@@ -180,7 +180,7 @@ def run_inside(
 
 def splits_taken(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
     """Returns the splits of each argument of a program: those that all its uses, in nested maps, have in common."""
-    opened = in_sight(jaxpr, scope)
+    opened = inline_jits_with_maps(jaxpr, scope)
     wanted: dict[Atom, list[frozenset[Split]]] = {var: [] for var in opened.invars}
     for eqn in opened.eqns:
         wants = _wants(eqn, scope) if primitives.is_nested_map(eqn) else [frozenset[Split]()] * len(eqn.invars)
@@ -203,7 +203,7 @@ def _wants(eqn: Equation, scope: Scope) -> list[frozenset[Split]]:
 
 def splits_made(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
     """Returns the splits of each result of a program, if the result comes from a nested map."""
-    opened = in_sight(jaxpr, scope)
+    opened = inline_jits_with_maps(jaxpr, scope)
     made: dict[Atom, tuple[Split, ...]] = {}
     for eqn in opened.eqns:
         if primitives.is_nested_map(eqn):
@@ -221,7 +221,7 @@ def _across(axis: LogicalAxis, dim: int | None, splits: Iterable[Split]) -> Iter
         yield Split(dim, axis)
 
 
-def in_sight(jaxpr: Jaxpr, scope: Scope) -> Jaxpr:
+def inline_jits_with_maps(jaxpr: Jaxpr, scope: Scope) -> Jaxpr:
     """Returns the open jaxpr, with each of the user's ``jit`` calls inlined if it contains a nested map."""
     return _jax.inline(jaxpr, _hides_maps) if scope.levels else _jax.body(jaxpr)
 

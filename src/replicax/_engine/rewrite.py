@@ -14,14 +14,14 @@ import jax.numpy as jnp
 
 from replicax import _jax
 from replicax._engine import control_flow, nested, primitives
-from replicax._engine.blocks import any_lane, lane_by_lane, one_by_one
+from replicax._engine.blocks import as_batched, as_unbatched, one_lane_at_a_time
 from replicax._engine.callbacks import call_guarded, called_once
 from replicax._engine.collectives import AWAITING, REGISTRY, equal_value, unsupported
 from replicax._engine.communication import Communication
 from replicax._engine.nested import DeviceShard, collect_result
 from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._engine.rules import expanded, rewritten_rule
-from replicax._engine.sums import find_sums, in_sight
+from replicax._engine.sums import find_sums, inline_jits_with_products
 from replicax._engine.varying import NOWHERE, Analysis, Varying, mapped, union
 from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis, Scope
@@ -113,7 +113,7 @@ class Rewriter:
         """Runs a jaxpr like :meth:`run`. Arguments and results of nested maps may be :class:`DeviceShard` values."""
         if not any(self.communication.changes(jaxpr)):
             return [*_jax.run(_jax.body(jaxpr), list(map(collect_result, args)), consts)]
-        inside = self._in_sight(jaxpr)
+        inside = self._inlined(jaxpr)
         changes = self.communication.changes(inside)
         sums = find_sums(inside, self.scope, lambda: self.analysis.values(inside, varying))
         replaced = {id(eqn) for found in sums.values() for eqn in found.made.values()}
@@ -156,8 +156,8 @@ class Rewriter:
         varying = where()
         if primitives.is_nested_map(eqn):
             return self._nested(eqn, args, varying)
-        if control_flow.runs_apart(self, eqn, varying):
-            return control_flow.together(self, eqn, args, varying)
+        if control_flow.is_divergent(self, eqn, varying):
+            return control_flow.run_divergent(self, eqn, args, varying)
         per_lane = bool(_jax.derivative_rules(eqn)) and (any(varying) or bool(self.communication.axes_inside(eqn)))
         inside = zip(_jax.sub_jaxprs(eqn), self.analysis.operands(eqn, varying), strict=True)
         hoist = _jax.bears_no_constants(eqn)
@@ -214,9 +214,12 @@ class Rewriter:
             self._inside[key] = Rewriter(analysis.scope, analysis, self.communication.inside(eqn))
         return self._inside[key]
 
-    def _in_sight(self, jaxpr: Jaxpr) -> Jaxpr:
+    def _inlined(self, jaxpr: Jaxpr) -> Jaxpr:
         if id(jaxpr) not in self._seen:
-            self._seen[id(jaxpr)] = (jaxpr, in_sight(nested.in_sight(jaxpr, self.scope), self.scope))
+            self._seen[id(jaxpr)] = (
+                jaxpr,
+                inline_jits_with_products(nested.inline_jits_with_maps(jaxpr, self.scope), self.scope),
+            )
         return self._seen[id(jaxpr)][1]
 
     def _sub_jaxpr(
@@ -227,7 +230,7 @@ class Rewriter:
 
             def run(*args: Array) -> list[ArrayLike]:
                 results = self.run(jaxpr, _jax.constants(jaxpr), args, varying)
-                return [lane_by_lane(self.scope.axes, x) for x in results] if per_lane else results
+                return [as_batched(self.scope.axes, x) for x in results] if per_lane else results
 
             self._rewritten[key] = (jaxpr, _jax.retrace(run, jaxpr, hoist=hoist))
         return self._rewritten[key][1]
@@ -236,7 +239,7 @@ class Rewriter:
 def _draw(scope: Scope, eqn: Equation, args: list[ArrayLike], varying: Varying) -> list[Array]:
     """Draws random numbers with each replica's own key, one lane at a time."""
     lanes = [axis for axis in scope.axes if axis in varying and axis.lane_axis is not None]
-    return one_by_one(lanes, lambda *own: _jax.bind(eqn, own), *_jax.operands(eqn, args))
+    return one_lane_at_a_time(lanes, lambda *own: _jax.bind(eqn, own), *_jax.operands(eqn, args))
 
 
 def one_value(axis: LogicalAxis, y: ArrayLike, *, by_replica: bool) -> ArrayLike:
@@ -249,5 +252,5 @@ def one_value(axis: LogicalAxis, y: ArrayLike, *, by_replica: bool) -> ArrayLike
             rules, and results that differ between replicas, depend on the part that each replica gets.
     """
     if by_replica and axis.physical and jnp.issubdtype(jnp.result_type(y), jnp.inexact):
-        return equal_value(axis, lane_by_lane([axis], y))
-    return any_lane(axis, y)
+        return equal_value(axis, as_batched([axis], y))
+    return as_unbatched(axis, y)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from replicax import _jax
-from replicax._engine.blocks import lane_by_lane
+from replicax._engine.blocks import as_batched
 from replicax._engine.collectives import where_replica
 from replicax._engine.runner import Runner
 from replicax._typing import Array, ArrayLike, Function, PyTree
@@ -39,7 +39,7 @@ def rewritten_rule(runner: Runner, rule: Function, role: str, *, per_lane: int) 
             if per_lane and role == "bwd":
                 results = [where_replica(axes, x) for x in results]
             first = len(results) - per_lane if role == "fwd" else 0  # residuals come first
-            own = [lane_by_lane(axes, x) for x in results[first:]] if per_lane else results[first:]
+            own = [as_batched(axes, x) for x in results[first:]] if per_lane else results[first:]
             return restore([*results[:first], *own])
 
     return rewritten

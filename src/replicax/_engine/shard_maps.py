@@ -76,10 +76,12 @@ def _equation(eqn: Equation, args: list[Array]) -> list[Array]:
     def rewritten(sub: Jaxpr) -> tuple[Jaxpr, list[Array]]:
         return _jax.retrace(lambda *args: _run(sub, args), sub, hoist=hoist)
 
-    return _jax.bind_again(eqn, args, rewritten, lambda rule, _: _explained(rule) if _jax.in_shard_map(eqn) else rule)
+    return _jax.bind_again(
+        eqn, args, rewritten, lambda rule, _: _with_clear_errors(rule) if _jax.in_shard_map(eqn) else rule
+    )
 
 
-def _explained(rule: Function) -> Function:
+def _with_clear_errors(rule: Function) -> Function:
     """Wraps a derivative rule that was recorded inside a ``shard_map``, to explain an error of JAX.
 
     When JAX differentiates from outside, it compares the types of the rule's results with the recorded types. The
@@ -87,7 +89,7 @@ def _explained(rule: Function) -> Function:
     """
 
     @functools.wraps(rule)
-    def explained(*args: PyTree) -> PyTree:
+    def wrapped(*args: PyTree) -> PyTree:
         try:
             return rule(*args)
         except TypeError as error:
@@ -98,7 +100,7 @@ def _explained(rule: Function) -> Function:
                 "with replicax.pmap instead, or take the derivative inside the map."
             ) from error
 
-    return explained
+    return wrapped
 
 
 def _shard_map(eqn: Equation, args: Sequence[Array]) -> list[Array]:
@@ -113,11 +115,11 @@ def _shard_map(eqn: Equation, args: Sequence[Array]) -> list[Array]:
         if not axes:
             return _run(params["jaxpr"], args)
         name, *rest = axes
-        in_axes = _places(name, cut)
+        in_axes = _positions(name, cut)
         remaining = [[dim for dim in dims if dim != name] for dims in cut]
         own = [_jax.without_axis(x, axis) for x, axis in zip(args, in_axes, strict=True)]
         jaxpr, consts = _jax.trace_flat(lambda *own: over(rest, remaining, own), own, {name: mesh.shape[name]})
-        out_axes = _places(name, [[dim for dim in dims if isinstance(dim, int) or dim in axes] for dims in joined])
+        out_axes = _positions(name, [[dim for dim in dims if isinstance(dim, int) or dim in axes] for dims in joined])
         # Without check_vma, JAX does not check that a result is equal on all devices. It takes the first device's.
         first = [axis is None and not params["check_vma"] for axis in out_axes]
         results = primitives.nested_map(
@@ -134,7 +136,7 @@ def _shard_map(eqn: Equation, args: Sequence[Array]) -> list[Array]:
     return [lax.reshape(y, aval.shape) for y, aval in zip(over(names, cut, pieces), outs, strict=True)]
 
 
-def _places(name: AxisName, cut: Sequence[list[Dimension]]) -> list[int | None]:
+def _positions(name: AxisName, cut: Sequence[list[Dimension]]) -> list[int | None]:
     """Returns the position in each array of the dimension for a mesh axis, or None."""
     return [dims.index(name) if name in dims else None for dims in cut]
 

@@ -72,7 +72,7 @@ class Sum:
             return _jax.bind(eqn, args)[0]
 
 
-def in_sight(jaxpr: Jaxpr, scope: Scope) -> Jaxpr:
+def inline_jits_with_products(jaxpr: Jaxpr, scope: Scope) -> Jaxpr:
     """Returns the open jaxpr. If it sums over lanes, the user's ``jit`` calls that contain products are inlined."""
     inside = _jax.body(jaxpr)
     if any(_sums_lanes(eqn, scope) for eqn in inside.eqns) and any(map(_hides_products, inside.eqns)):

@@ -85,7 +85,12 @@ def first_run(call: Callable[..., Any], args: Sequence[Array]) -> tuple[Sequence
 
 
 def remember(known: Known, out: PyTree) -> Known | None:
-    """Returns the data for an :func:`entry` to cache: ``known``, from ``first_run``, with the tree structure of ``out``."""
+    """Returns the data for an :func:`entry` to cache: that of the program, with the tree structure of its results.
+
+    Args:
+        known: The data of the program, from :func:`first_run`.
+        out: A result, whose tree structure is used.
+    """
     try:
         return known._replace(out_pytree_def=tree_util.dispatch_registry.flatten(out, None)[1])
     except (AttributeError, TypeError, ValueError) as error:

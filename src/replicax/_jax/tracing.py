@@ -96,7 +96,7 @@ def axes_in_scope() -> tuple[AxisName, ...]:
 
 
 def outermost_value(x: ArrayLike) -> tuple[ArrayLike, bool]:
-    """Returns the primal value under all ``grad``, ``jvp`` and ``vmap`` tracers, and whether any is a ``vmap`` tracer."""
+    """Returns the primal value under all ``grad``, ``jvp`` and ``vmap`` tracers, and whether any is from ``vmap``."""
     batched = False
     while isinstance(x, ad.JVPTracer | ad.LinearizeTracer | batching.BatchTracer):
         batched |= isinstance(x, batching.BatchTracer)

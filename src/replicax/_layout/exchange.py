@@ -38,7 +38,7 @@ class Shift:
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """How each device gets the items it needs: every other device that holds an item sends it once.
+    """How each device gets the items it needs. An item is sent once to each device that needs it.
 
     Attributes:
         shifts: The permutations, in order.
@@ -71,15 +71,15 @@ def exchange(wants: Table, items: int) -> Exchange:
     for pairs in _matchings({pair: len(ids) for pair, ids in lacks.items()}, devices):
         sent = 0
         for count in sorted({len(lacks[pair]) for pair in pairs}):
-            taking_part = [pair for pair in pairs if len(lacks[pair]) >= count]
-            first, _ = taking_part[0]
-            send = np.tile(lacks[taking_part[0]][sent:count] - first * items, (devices, 1))
-            for src, dst in taking_part:
+            participants = [pair for pair in pairs if len(lacks[pair]) >= count]
+            first, _ = participants[0]
+            send = np.tile(lacks[participants[0]][sent:count] - first * items, (devices, 1))
+            for src, dst in participants:
                 ids = lacks[src, dst][sent:count]
                 send[src] = ids - src * items
                 known[dst].append(ids)
                 place[dst].append(np.arange(at, at + count - sent))
-            shifts.append(Shift(tuple(taking_part), send))
+            shifts.append(Shift(tuple(participants), send))
             at, sent = at + count - sent, count
     take = np.full(wants.shape, at, np.int64)  # index of the item of zeros
     for device, row in enumerate(wants):

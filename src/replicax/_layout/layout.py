@@ -165,11 +165,12 @@ class Layout:
     def result_sharding(self, axis: int | None, inner: Splits = (), *, on_mesh: bool = False) -> NamedSharding:
         """Returns the sharding of a result of N rows.
 
-        JAX has no uneven sharding. If D' divides N, each row stays on the device that computes it. Otherwise the rows are
-        split into g = gcd(N, D') equal parts, and each part is replicated on D'/g devices. This is the most even split on
-        the same devices, so the next call needs no transfer from the host and no copy between device sets. Examples: 14
-        rows on 4 devices become 2 parts of 7 rows, each on 2 devices. If N is prime, each device has all rows; the mapped
-        axis is then split over a mesh axis of size 1, to distinguish it from a result without a mapped axis.
+        JAX has no uneven sharding. If D' divides N, each row stays on the device that computes it. Otherwise the rows
+        are split into g = gcd(N, D') equal parts, and each part is replicated on D'/g devices. This is the most even
+        split on the same devices, so the next call needs no transfer from the host and no copy between device sets.
+        Examples: 14 rows on 4 devices become 2 parts of 7 rows, each on 2 devices. If N is prime, each device has all
+        rows; the mapped axis is then split over a mesh axis of size 1, to distinguish it from a result without a mapped
+        axis.
 
         Args:
             axis: The mapped axis; None for a result that is not mapped.

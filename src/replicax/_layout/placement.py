@@ -60,7 +60,7 @@ class Placement:
 
     @cached_property
     def replica_at(self) -> Slots:
-        """The replica that each slot runs, as ``(slots,)`` int64. Padding copies the replica before it, or replica 0."""
+        """The replica that each slot runs, as ``(slots,)`` int64. Padding copies the previous replica, or replica 0."""
         return np.maximum(np.cumsum(self.is_replica) - 1, 0)
 
     @cached_property

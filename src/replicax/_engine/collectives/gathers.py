@@ -83,10 +83,10 @@ def all_gather(
     split = groups_of("all_gather", axis_index_groups, size_of(logical, names), of_one_size=True)
     axis = only_axis(logical, names)
     if (name := direct(axis)) is not None:
-        together = split and split.groups
+        index_groups = split and split.groups
         # The transpose of an untiled all_gather fails under vmap. Workaround: untiled_collectives.
         x = x if tiled else lax.expand_dims(x, [all_gather_dimension])
-        return lax.all_gather(x, name, axis=all_gather_dimension, tiled=True, axis_index_groups=together)
+        return lax.all_gather(x, name, axis=all_gather_dimension, tiled=True, axis_index_groups=index_groups)
     if split is None:
         gathered = gather(logical, names, x)
     elif axis is not None and axis.device_axis is not None and (whole := device_groups(axis, split)) is not None:
@@ -172,8 +172,10 @@ def psum_scatter(
     split = groups_of("psum_scatter", axis_index_groups, size_of(logical, names), of_one_size=True)
     axis = only_axis(logical, names)
     if (name := direct(axis)) is not None:
-        together = split and split.groups
-        part = lax.psum_scatter(x, name, scatter_dimension=scatter_dimension, tiled=True, axis_index_groups=together)
+        index_groups = split and split.groups
+        part = lax.psum_scatter(
+            x, name, scatter_dimension=scatter_dimension, tiled=True, axis_index_groups=index_groups
+        )
         # JAX's batching rule for an untiled psum_scatter is wrong. Workaround: untiled_collectives.
         return part if tiled else lax.squeeze(part, [scatter_dimension])
     x = chunks(x, scatter_dimension, axis_size) if tiled else jnp.moveaxis(x, scatter_dimension, 0)
@@ -199,7 +201,7 @@ def scatter_sum(axis: LogicalAxis, x: Array, whole: DeviceGroups | None) -> Arra
     x = where_replica([axis], x)
     if axis.lane_axis is not None:
         x = lax.psum(x, axis.lane_axis)
-    if axis.padding:  # A padding lane gets the result of the replica that it copies.
+    if axis.padding:  # a padding lane gets the result of the replica that it copies
         x = primitives.pad_rows(x, 0, axis.placement)
     x = x.reshape(x.shape[0] // axis.lanes, axis.lanes, *x.shape[1:])
     if axis.device_axis is None:

@@ -21,7 +21,7 @@ from enum import Enum, auto
 from typing import Any, TypeVar
 
 from replicax import _jax
-from replicax._engine.blocks import narrow, on_data, unfolded, wide
+from replicax._engine.blocks import narrow, on_data, wide, without_folding
 from replicax._layout.layout import LogicalAxes, LogicalAxis
 from replicax._typing import Array, Function, Params, ShapeAndDtype
 from replicax.errors import UnsupportedCollectiveError
@@ -219,10 +219,10 @@ def moves_data(rule: Rule) -> Rule:
 
 
 def keeps_constants(rule: Rule) -> Rule:
-    """Wraps a rule that sums, or whose transpose sums, with an optimization barrier: see :func:`unfolded`."""
+    """Wraps a rule that sums, or whose transpose sums, with an optimization barrier: see :func:`without_folding`."""
 
     @functools.wraps(rule)
     def unfolding(logical: LogicalAxes, x: Array, **params: Any) -> Array:
-        return unfolded(rule(logical, unfolded(x), **params))
+        return without_folding(rule(logical, without_folding(x), **params))
 
     return unfolding  # type: ignore[return-value]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from replicax import _jax
-from replicax._engine.blocks import any_lane, lane_position
+from replicax._engine.blocks import as_unbatched, lane_position
 from replicax._layout.layout import LogicalAxis
 from replicax._typing import Array
 
@@ -49,15 +49,15 @@ def any_replica(axes: Sequence[LogicalAxis], x: Array) -> Array:
 def equal_value(axis: LogicalAxis, x: Array) -> Array:
     """Returns ``x``, which is equal in all replicas. Each replica gets an equal part of its cotangent.
 
-    Use ``any_lane`` instead if only the sum of the parts matters. A reverse rule of the user may depend on each part.
+    Use ``as_unbatched`` instead if only the sum of the parts matters. A user's reverse rule may depend on each part.
     """
-    return any_lane(axis, x)
+    return as_unbatched(axis, x)
 
 
 def _equal_tangent(axis: LogicalAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     with _jax.axis_env(dict(axis.physical)):  # JAX calls this after vmap and shard_map have returned
         total = lax.psum(where_replica([axis], tangents[0]), physical([axis]))
-        return any_lane(axis, primals[0]), (total / axis.size).astype(total.dtype)
+        return as_unbatched(axis, primals[0]), (total / axis.size).astype(total.dtype)
 
 
 equal_value.defjvp(_equal_tangent)

@@ -118,7 +118,7 @@ def pieces_between_devices(axis: LogicalAxis, x: Array, whole: DeviceGroups | No
         whole: The groups of devices; None for one group of all devices.
     """
     rest = x.shape[1:]
-    if axis.padding:  # A padding lane gets the result of the replica that it copies.
+    if axis.padding:  # a padding lane gets the result of the replica that it copies
         x = primitives.pad_rows(x, 0, axis.placement)
     devices = x.shape[0] // axis.lanes
     x = block(axis, x).reshape(axis.lanes, devices, axis.lanes, *rest)  # from lanes, to devices, to lanes

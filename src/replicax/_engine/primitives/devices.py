@@ -14,8 +14,8 @@ from replicax._typing import Array, Aval, AxisName, Function
 # Conversions between equal values and per-device values
 #
 # In the outer program, a value and its cotangent are equal on all devices. In a nested map, each device has its own
-# part of the value and of the cotangent. Each function here has another one as its transpose. JAX has the same pairs
-# in shard_map with check_vma=True.
+# part of the value and of the cotangent. share and total are transposes of each other, and so are own_part and
+# join_parts. JAX has the same pairs in shard_map with check_vma=True.
 
 
 def share(x: Array, axis: AxisName) -> Array:

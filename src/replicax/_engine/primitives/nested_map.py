@@ -110,9 +110,9 @@ def _nested_map_jvp(
     size: int,
     **axes: Axes,
 ) -> tuple[list[Array], list[Array | ad_util.Zero]]:
-    """Two maps: one of the results and of what their derivative needs, and a linear one of the tangents.
+    """Differentiates with two maps: one computes the results and the residuals, one applies the linear map to tangents.
 
-    What the derivative needs of the arguments as they are is taken from them, and not given back by each replica.
+    A residual that is an argument is read from the arguments. Replicas do not return it.
     """
     in_axes, out_axes = axes["in_axes"], axes["out_axes"]
     moving = [i for i, t in enumerate(tangents) if type(t) is not ad_util.Zero]
