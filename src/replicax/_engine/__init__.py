@@ -1,1 +1,1 @@
-"""The engine: from the program of one replica to lanes and devices."""
+"""The engine: lowers the program of one replica to lanes and devices."""

@@ -1,8 +1,8 @@
-"""A device's block of lanes, seen as one array from within the program of one replica; and what devices exchange.
+"""A device's lanes as one array inside the program of one replica, and exchanges between devices.
 
-Inside the ``vmap`` over lanes a value is one lane's. :func:`block` shows all lanes of the device along a new first
-dimension, :func:`own_lane` goes back, and between the two a collective is arithmetic on arrays and a collective
-over devices. Both cost nothing: ``vmap`` only names a dimension.
+Inside the ``vmap`` over lanes, each value belongs to one lane. :func:`block` returns the values of all lanes of the
+device, stacked along a new first dimension. :func:`own_lane` is the inverse. Between the two calls, a collective is
+array arithmetic and a collective over devices. Both functions are free: ``vmap`` only renames a dimension.
 """
 
 from __future__ import annotations
@@ -23,46 +23,54 @@ from replicax._typing import Array, DType, HostArray
 
 
 def block(axis: LogicalAxis, x: Array) -> Array:
-    """``(lanes, ...)``: the device's lanes of ``x``."""
+    """Returns ``x`` of all lanes of this device, as ``(lanes, ...)``."""
     return x[None] if axis.lane_axis is None else lax.all_gather(x, axis.lane_axis)
 
 
 def own_lane(axis: LogicalAxis, x: Array) -> Array:
-    """This lane's element of ``x``, whose first dimension is the device's lanes."""
+    """Returns this lane's row of ``x``, which has shape ``(lanes, ...)``."""
     return x[0] if axis.lane_axis is None else primitives.own_lane(x, axis.lane_axis)
 
 
-def any_lane(axis: LogicalAxis, x: Array) -> Array:
-    """``x``, which is equal in all lanes, as ``vmap`` may not know."""
+def as_unbatched(axis: LogicalAxis, x: Array) -> Array:
+    """Returns ``x`` as an unbatched value. ``x`` is equal in all lanes, but ``vmap`` may track it as batched."""
     return block(axis, x)[0] if axis.lane_axis is not None and isinstance(x, jax.core.Tracer) else x
 
 
-def lane_by_lane(axes: Iterable[LogicalAxis], x: Array) -> Array:
-    """``x``, which ``vmap`` takes to differ between lanes from here on, whether it does or not."""
+def as_batched(axes: Iterable[LogicalAxis], x: Array) -> Array:
+    """Returns ``x`` as a value that ``vmap`` tracks as batched, even if it is equal in all lanes."""
     for axis in axes:
         x = x if axis.lane_axis is None else primitives.each_lane(x, axis.lane_axis)
     return x
 
 
-def one_by_one(axes: Sequence[LogicalAxis], function: Callable[..., Sequence[Array]], *args: Array) -> list[Array]:
-    """``function`` of the operands of one lane after the other, where that of all at once is another."""
+def one_lane_at_a_time(
+    axes: Sequence[LogicalAxis], function: Callable[..., Sequence[Array]], *args: Array
+) -> list[Array]:
+    """Runs ``function`` on one lane at a time, because its batching rule gives a different result.
+
+    Args:
+        axes: The mapped axes whose lanes run one at a time.
+        function: The function of one lane's operands.
+        args: The operands.
+    """
     if not axes:
         return list(function(*args))
     axis, *rest = axes
     blocks = [on_data(functools.partial(block, axis), x) for x in args]
-    results = lax.map(lambda lane: one_by_one(rest, function, *lane), blocks)
+    results = lax.map(lambda lane: one_lane_at_a_time(rest, function, *lane), blocks)
     return [on_data(functools.partial(own_lane, axis), x) for x in results]
 
 
 def on_device(axis: LogicalAxis, table: Table) -> HostArray | Array:
-    """This device's row of a table: a NumPy array where all devices have the same."""
+    """Returns this device's row of ``table``, as a NumPy array if all rows are equal."""
     if (table == table[:1]).all():
         return table[0]
     return jnp.asarray(table, jnp.int32)[lax.axis_index(axis.device_axis)]
 
 
 def take(x: Array, rows: HostArray | Array) -> Array:
-    """These elements of ``x`` along its first dimension; known ones as slices, where they are few."""
+    """Returns ``x[rows]``, with slices instead of a gather if ``rows`` is a NumPy array of few contiguous runs."""
     if isinstance(rows, np.ndarray):
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
         if 0 < len(runs) <= _FEW:
@@ -74,31 +82,31 @@ def take(x: Array, rows: HostArray | Array) -> Array:
     return x.at[rows].get(mode="promise_in_bounds", unique_indices=unique)
 
 
-#: As many slices still compile to less than a gather.
+#: Up to this many slices compile to less code than one gather.
 _FEW = 8
 
 
-def unfolded(x: Array) -> Array:
-    """``x``, and its cotangent, kept from XLA's folding of constants if it is complex.
+def without_folding(x: Array) -> Array:
+    """Returns ``x`` behind an optimization barrier if it is complex. The cotangent of ``x`` gets the same barrier.
 
-    Where XLA folds a sum of complex constants between devices (on CPUs, in JAX 0.10 and 0.12), it ends the process.
-    Workaround: complex_constants.
+    XLA crashes the process when it constant-folds a sum of complex constants between devices (CPU, JAX 0.10 and
+    0.12). Workaround: complex_constants.
     """
     return lax.optimization_barrier(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
 
 
 def with_zero(x: Array) -> Array:
-    """``x`` with one more element along its first dimension: zeros."""
+    """Returns ``x`` with one row of zeros appended along its first dimension."""
     return jnp.concatenate([x, jnp.zeros((1, *x.shape[1:]), x.dtype)])
 
 
 def exchanged(axis: LogicalAxis, items: Array, plan: Exchange) -> Array:
-    """``(wanted, ...)``: what this device wants of all devices' items.
+    """Returns the items that this device needs from all devices, as ``(wanted, ...)``.
 
     Args:
         axis: The mapped axis.
-        items: ``(items, ...)``: what this device has.
-        plan: Who sends what.
+        items: ``(items, ...)``: the items that this device holds.
+        plan: Which device sends which items to which device.
     """
     received = [
         lax.ppermute(take(items, on_device(axis, shift.send)), axis.device_axis, shift.pairs) for shift in plan.shifts
@@ -108,16 +116,17 @@ def exchanged(axis: LogicalAxis, items: Array, plan: Exchange) -> Array:
 
 
 def fetch(logical: LogicalAxes, names: Sequence[Hashable], items: Array, wants: Table) -> Array:
-    """``(wanted, ...)``: what this replica wants of all replicas' items.
+    """Returns the items that this replica needs from all replicas, as ``(wanted, ...)``.
 
-    Along one mapped axis an item goes once to each device that wants it. Along several axes as one, or with an axis
-    of somebody else's among them, everything is gathered first.
+    Over one mapped axis, each item is sent once to each device that needs it. Over several axes, or over an axis that
+    replicax did not bind, all items are gathered first.
 
     Args:
         logical: The mapped axes.
-        names: The axes of the collective.
-        items: ``(items, ...)``: what this replica has.
-        wants: ``(replicas, wanted)``: which items each replica wants: number r · items + k is item k of replica r.
+        names: The axis names of the collective.
+        items: ``(items, ...)``: the items that this replica holds.
+        wants: ``(replicas, wanted)``: the items that each replica needs. Number ``r * items + k`` is item ``k`` of
+            replica ``r``; :data:`NOTHING` stands for zeros.
     """
     if (axis := only_axis(logical, names)) is not None:
         held = block(axis, items).reshape(axis.lanes * items.shape[0], *items.shape[1:])
@@ -131,18 +140,18 @@ def fetch(logical: LogicalAxes, names: Sequence[Hashable], items: Array, wants: 
 
 
 def only_axis(logical: LogicalAxes, names: Sequence[Hashable]) -> LogicalAxis | None:
-    """The mapped axis that a collective is over, if it is over nothing else."""
+    """Returns the mapped axis if the collective is over this axis alone, else None."""
     return logical.get(names[0]) if len(names) == 1 else None
 
 
 def size_of(logical: LogicalAxes, names: Sequence[Hashable]) -> int:
-    """The number of replicas along these axes, as one."""
+    """Returns the number of replicas along the given axes, treated as one axis."""
     sizes = [logical[name].size if name in logical else lax.axis_size(name) for name in names]
     return int(np.prod(sizes, dtype=np.int64))
 
 
 def replica_index(logical: LogicalAxes, names: Sequence[Hashable]) -> jax.Array:
-    """The replica's index along these axes as one, the last varying fastest."""
+    """Returns the replica's index along the given axes, treated as one axis. The last axis varies fastest."""
     index = jnp.int32(0)
     for name in names:
         axis = logical.get(name)
@@ -152,7 +161,7 @@ def replica_index(logical: LogicalAxes, names: Sequence[Hashable]) -> jax.Array:
 
 
 def replica_along(axis: LogicalAxis) -> jax.Array:
-    """The replica's index along one mapped axis; in a padding lane that of the replica it copies."""
+    """Returns the replica's index along one mapped axis. A padding lane has the index of the replica it copies."""
     position = lane_position(axis)
     if not axis.padding:
         return position
@@ -162,14 +171,14 @@ def replica_along(axis: LogicalAxis) -> jax.Array:
 
 
 def lane_position(axis: LogicalAxis) -> jax.Array:
-    """Device index · L + lane: the replica's index, were padding lanes replicas."""
+    """Returns this lane's slot: ``device index * L + lane``."""
     device = lax.axis_index(axis.device_axis) if axis.device_axis is not None else jnp.int32(0)
     lane = lax.axis_index(axis.lane_axis) if axis.lane_axis is not None else jnp.int32(0)
     return device * axis.lanes + lane
 
 
 def gather(logical: LogicalAxes, names: Sequence[Hashable], x: Array) -> Array:
-    """``(replicas, ...)``: every replica's ``x`` along these axes as one."""
+    """Returns ``x`` of all replicas along the given axes, as ``(replicas, ...)``."""
     shape = x.shape
     for name in reversed(names):
         x = _gather_along(logical[name], x) if name in logical else _gather(x, name)
@@ -184,41 +193,42 @@ def _gather_along(axis: LogicalAxis, x: Array) -> Array:
 
 
 def real_rows(x: Array, dim: int, placement: Placement) -> Array:
-    """``(..., replicas, ...)``: the rows of replicas among those of all slots along ``dim``."""
+    """Returns ``x`` without the rows of padding slots along ``dim``, as ``(..., replicas, ...)``."""
     runs = [lax.slice_in_dim(x, first, first + count, axis=dim) for first, count in placement.runs]
     return runs[0] if len(runs) == 1 else jnp.concatenate(runs, dim)
 
 
 def _gather(x: Array, name: Hashable) -> Array:
-    """``lax.all_gather``, in the form whose transpose JAX can ``vmap``. Workaround: untiled_collectives."""
+    """Calls ``lax.all_gather`` with ``tiled=True``. JAX can ``vmap`` its transpose. Workaround: untiled_collectives."""
     return lax.all_gather(x[None], name, tiled=True)
 
 
 def on_data(function: Callable[[Array], Array], x: Array) -> Array:
-    """A function that moves data along axes of ``x``, in a form that can be moved: of random keys, their data."""
+    """Applies a function that only moves data. Typed PRNG keys are moved as key data, 2-bit integers as bytes."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(function(jax.random.key_data(x)), impl=jax.random.key_impl(x))
     return narrow(function(wide(x)), x.dtype)
 
 
 def wide(x: Array, bits: int = 2) -> Array:
-    """``x`` as bytes, if its numbers are of no more ``bits``.
+    """Returns ``x`` as int8 or uint8 if its dtype is an integer type of at most ``bits`` bits.
 
-    XLA's CPU backend overruns its buffers where it gathers, concatenates or exchanges arrays of two bits
-    (``jax.jit(lambda x: jnp.concatenate([x, x]))`` alone shows it), has no sums of them between devices, and leaves
-    sums of four bits between devices with more bits than that (JAX 0.10 and 0.12; ``jax.pmap`` of ``psum`` shows it).
+    XLA has three faults with such dtypes (JAX 0.10 and 0.12). The CPU backend overruns its buffers when it gathers,
+    concatenates or exchanges 2-bit arrays; ``jax.jit(lambda x: jnp.concatenate([x, x]))`` reproduces this. XLA has no
+    sum of 2-bit arrays between devices. A sum of 4-bit arrays between devices returns values of more than 4 bits;
+    ``jax.pmap`` of ``psum`` reproduces this.
     Workarounds: two_bits_concatenated, two_bits_gathered, two_bits_summed, four_bits_summed.
     """
     return x.astype("int8" if x.dtype.name.startswith("i") else "uint8") if is_narrow(x.dtype, bits) else x
 
 
 def narrow(x: Array, dtype: DType, bits: int = 2) -> Array:
-    """What has been done to :func:`wide` operands, in the dtype that they had."""
+    """Converts the result of an operation on :func:`wide` operands back to ``dtype``."""
     return x.astype(dtype) if is_narrow(dtype, bits) else x
 
 
 def is_narrow(dtype: DType, bits: int = 2) -> bool:
-    """Whether it is a dtype of integers of no more ``bits``."""
+    """Whether ``dtype`` is an integer type of at most ``bits`` bits."""
     return dtype.name in _NARROW[bits]
 
 

@@ -1,15 +1,15 @@
-"""Callbacks into Python, in programs of many replicas: a failure in one of them ends the run of all.
+"""Callbacks into Python in a program of many replicas: an exception in one replica ends the run of all replicas.
 
-Before a program is rewritten, each callback in it becomes a :func:`callback_primitives.guarded` one, and the number of
-the first failure goes through the program as data, in the carries of loops and the results of branches. What it would
-mean to raise at once, and what is raised in the end, stands in :mod:`replicax._engine.failures`.
+Before a program is rewritten, each callback becomes a :func:`callback_primitives.guarded` callback. The number of the
+first failure is data in the program: an extra carry of each loop and an extra result of each branch. The module
+:mod:`replicax._engine.failures` says why a callback must not raise at once, and raises the exception at the end.
 
-A forward rule of ``custom_jvp`` or ``custom_vjp`` is run only by a derivative, and from outside that comes after the
-program is lowered. So the rules are traced beforehand, where there may be one, to see whether they call back. A reverse
-rule has no result that could carry a number.
+Forward rules of ``custom_jvp`` and ``custom_vjp`` run only under differentiation. A derivative from outside the map
+comes after the program is lowered. So rules that may run are traced beforehand, to find callbacks in them. A reverse
+rule has no result that could carry a failure number.
 
-While there is a failure, loops end and branches are chosen alike where replicas communicate inside, since what a
-callback left behind, zeros, may differ from what the other replicas go by.
+After a failure, callbacks return zeros, so a predicate may differ from that of the other replicas. Where replicas
+communicate inside a loop or branch, all of them therefore leave the loop, or take the same branch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def refuse_ordered(jaxpr: Jaxpr, name: str) -> None:
     """Refuses callbacks with ``ordered=True``.
 
     Raises:
-        OrderedCallbackError: there is one.
+        OrderedCallbackError: The program contains an ordered callback.
     """
     found = _find(jaxpr, callback_primitives.is_ordered)
     if found is not None:
@@ -51,11 +51,11 @@ def refuse_ordered(jaxpr: Jaxpr, name: str) -> None:
 
 
 class GuardedProgram(NamedTuple):
-    """The program of one replica with its callbacks guarded.
+    """The program of one replica with guarded callbacks.
 
     Attributes:
         jaxpr: The program.
-        consts: The values of its constants; those that it had before come last.
+        consts: The values of its constants. The constants of the original program come last.
         in_rules: The names of the primitives in the forward rules that a derivative would run.
     """
 
@@ -65,16 +65,16 @@ class GuardedProgram(NamedTuple):
 
 
 def guard(jaxpr: Jaxpr, consts: Sequence[ArrayLike], axis: LogicalAxis, name: str) -> GuardedProgram | None:
-    """The program of one replica with its callbacks guarded, or None if it has none.
+    """Guards all callbacks in the program of one replica. Returns None if the program has no callbacks.
 
     Args:
         jaxpr: The program.
         consts: The values of its constants.
         axis: The mapped axis.
-        name: What the user calls the mapped function.
+        name: The name of the user's function, for error messages.
 
     Returns:
-        A program with one result more: the number of the first failure in any replica.
+        A program with one extra result: the number of the first failure in any replica, int32.
     """
     search = _Search({axis.name: axis.size}, rules=not _jax.eager(), in_rules=set())
     if not search.calls_back(jaxpr):
@@ -91,12 +91,12 @@ def guard(jaxpr: Jaxpr, consts: Sequence[ArrayLike], axis: LogicalAxis, name: st
 
 
 class _Search:
-    """Finds out which jaxprs and equations call back, and over which axes they communicate.
+    """Finds jaxprs and equations that call back into Python, and the axes over which they communicate.
 
     Args:
-        sizes: The mapped axes in scope.
-        rules: Whether there may be a derivative from outside, which runs forward rules of the user's.
-        in_rules: The names of the primitives in the forward rules that have been looked at.
+        sizes: The mapped axes in scope, with their sizes.
+        rules: Whether a derivative from outside is possible. It would run the user's forward rules.
+        in_rules: The names of the primitives in all forward rules searched so far. The search adds to this set.
     """
 
     def __init__(self, sizes: Mapping[Hashable, int], *, rules: bool, in_rules: set[str]) -> None:
@@ -106,13 +106,13 @@ class _Search:
         self._named: dict[int, tuple[Jaxpr, frozenset[Hashable]]] = {}
 
     def calls_back(self, jaxpr: Jaxpr) -> bool:
-        """Whether there is a callback anywhere in a jaxpr."""
+        """Whether a jaxpr contains a callback at any depth."""
         if id(jaxpr) not in self._calls:
             self._calls[id(jaxpr)] = (jaxpr, any(map(self.equation_calls_back, _jax.body(jaxpr).eqns)))
         return self._calls[id(jaxpr)][1]
 
     def equation_calls_back(self, eqn: Equation) -> bool:
-        """Whether an equation is a callback, or has one anywhere inside."""
+        """Whether an equation is a callback, or contains one at any depth."""
         if callback_primitives.is_callback(eqn):
             return True
         search = self.inside(eqn) if primitives.is_nested_map(eqn) else self
@@ -122,14 +122,14 @@ class _Search:
             return False
         if id(eqn) not in self._calls:
             rule = callback_primitives.forward_rule(eqn, self.sizes)
-            # Not the rules of what the rule calls: that is often the function itself, and so on without an end.
+            # Do not search rules inside the rule. A rule often calls its own function, so the search would not end.
             itself = _Search(self.sizes, rules=False, in_rules=set())
             self._calls[id(eqn)] = (eqn, rule is not None and itself.calls_back(rule))
             self.in_rules |= _jax.primitives(rule) if rule is not None else set()
         return self._calls[id(eqn)][1]
 
     def inside(self, eqn: Equation) -> _Search:
-        """The same for a map inside."""
+        """Returns the search for the program of a nested map."""
         name, size = eqn.params["name"], eqn.params["size"]
         if (name, size) not in self._inside:
             sizes = {**self.sizes, name: size}
@@ -137,7 +137,7 @@ class _Search:
         return self._inside[name, size]
 
     def named(self, jaxprs: Sequence[Jaxpr]) -> frozenset[Hashable]:
-        """The mapped axes in scope that collectives anywhere in the jaxprs are over."""
+        """Returns the names of the mapped axes in scope that collectives in the jaxprs use, at any depth."""
         names: frozenset[Hashable] = frozenset()
         for jaxpr in jaxprs:
             if id(jaxpr) not in self._named:
@@ -152,18 +152,18 @@ class _Search:
 
 
 class _Guarding:
-    """Runs jaxprs with their callbacks guarded.
+    """Runs jaxprs with guarded callbacks.
 
     Args:
         search: Finds the callbacks.
-        name: What the user calls the mapped function.
+        name: The name of the user's function, for error messages.
     """
 
     def __init__(self, search: _Search, name: str) -> None:
         self.search, self.name = search, name
 
     def anywhere(self, failed: Array, jaxprs: Sequence[Jaxpr]) -> Array:
-        """The number of a failure in any of the replicas that communicate in the jaxprs."""
+        """Returns the number of a failure in any replica that communicates in the jaxprs."""
         names = self.search.named(jaxprs)
         return lax.pmax(failed, tuple(name for name in self.search.sizes if name in names)) if names else failed
 
@@ -176,7 +176,7 @@ class _Guarding:
             jaxpr: The program.
             consts: The values of its constants.
             args: The values of its arguments.
-            failed: The number of a failure before it.
+            failed: The number of an earlier failure, int32.
 
         Returns:
             The values of its results, and the number of the first failure so far.
@@ -227,7 +227,7 @@ class _Guarding:
         return [*carry, *ys], failed
 
     def _while(self, eqn: Equation, args: list[ArrayLike], failed: Array) -> tuple[list[Array], Array]:
-        """A loop that ends at a failure; where the replicas communicate in it, at one in any of them."""
+        """Runs a loop that ends at a failure. If replicas communicate in it, it ends at a failure in any of them."""
         cond, body = _jax.sub_jaxprs(eqn)
         first, last = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
 
@@ -248,7 +248,7 @@ class _Guarding:
         return carry, failed
 
     def _cond(self, eqn: Equation, args: list[ArrayLike], failed: Array) -> tuple[list[Array], Array]:
-        """A choice; after a failure where the replicas communicate in it the first branch for all of them."""
+        """Runs a branch. If replicas communicate in it, all of them take the first branch after a failure."""
         branches, (index, *operands) = list(_jax.sub_jaxprs(eqn)), args
 
         def branch(jaxpr: Jaxpr) -> Callable[..., tuple[list[Array], Array]]:
@@ -276,7 +276,7 @@ class _Guarding:
         return run(failed, *args)
 
     def _nested(self, eqn: Equation, args: list[ArrayLike], failed: Array) -> tuple[list[Array], Array]:
-        """A map inside, which takes an earlier failure for all its replicas and gives the first one of any."""
+        """Runs a nested map. An earlier failure enters all its replicas; the first failure of any replica leaves it."""
         (inner,), (name, size) = _jax.sub_jaxprs(eqn), (eqn.params["name"], eqn.params["size"])
         inside = _Guarding(self.search.inside(eqn), self.name)
 
@@ -298,7 +298,7 @@ class _Guarding:
 
 
 def _find(jaxpr: Jaxpr, wanted: Callable[[Equation], bool]) -> Equation | None:
-    """The first such equation anywhere in a jaxpr."""
+    """Returns the first equation in a jaxpr, at any depth, for which ``wanted`` is true."""
     for eqn in _jax.body(jaxpr).eqns:
         if wanted(eqn):
             return eqn
@@ -309,12 +309,12 @@ def _find(jaxpr: Jaxpr, wanted: Callable[[Equation], bool]) -> Equation | None:
 
 
 def _arrays(args: Sequence[ArrayLike], eqn: Equation) -> list[Array]:
-    """The operands of a loop as arrays of their own types."""
+    """Returns the operands of a loop as arrays with the types that its equation records."""
     return [_jax.as_type(_jax.as_array(x, v.aval), v.aval) for x, v in zip(args, eqn.invars, strict=True)]
 
 
 def _like(results: Sequence[ArrayLike], carry: Sequence[Array]) -> list[Array]:
-    """What a loop's body has made of its carry, of the same types."""
+    """Returns the results of a loop body with the types of the carry."""
     return [_jax.as_type(_jax.as_array(x, _jax.typeof(y)), _jax.typeof(y)) for x, y in zip(results, carry, strict=True)]
 
 
@@ -323,22 +323,22 @@ def _like(results: Sequence[ArrayLike], carry: Sequence[Array]) -> list[Array]:
 
 
 def call_guarded(scope: Scope, eqn: Equation, args: Sequence[ArrayLike], varying: Varying) -> list[Array]:
-    """The rule of a guarded callback: one call for each replica, or for each device where its operands do not vary.
+    """Calls a guarded callback once for each replica, or once for each device if its operands do not vary.
 
-    A callback with an effect is called once for each replica: not in padding lanes, and by one of the devices that
-    run the same program for maps inside.
+    A callback with a side effect runs exactly once for each replica. It does not run in padding lanes. If several
+    devices run the same program (those of nested maps), it runs on one of them.
 
     Args:
-        scope: The mapped axes.
-        eqn: The equation.
-        args: The number of an earlier failure, and the callback's operands.
-        varying: Where those vary.
+        scope: The mapped axes in scope.
+        eqn: The equation of the guarded callback.
+        args: The number of an earlier failure, then the operands of the callback.
+        varying: The mapped axes over which the operands vary.
     """
     failed, *operands = args
     name, eqn, avals = eqn.params["name"], eqn.params["eqn"], [var.aval for var in eqn.invars[1:]]
     operands = [_jax.as_array(x, aval) for x, aval in zip(operands, avals, strict=True)]
     lanes = tuple(axis.lane_axis for axis in scope.axes if axis.lane_axis is not None)
-    # Of all lanes at once, so that it makes no difference to how vmap calls back.
+    # One value for all lanes. A batched operand would change how vmap batches the callback.
     failed = lax.pmax(failed, lanes) if lanes else failed
     places, widths = [], []
     for axis in scope.axes:
@@ -351,15 +351,18 @@ def call_guarded(scope: Scope, eqn: Equation, args: Sequence[ArrayLike], varying
     guarded = Guarded(function, results, tuple(x.ndim for x in avals), scope.axes, tuple(widths), bool(runs), name)
     outs = callback_primitives.call(eqn, guarded, [failed, *places, *runs, *operands])
     if has_effect:
-        for copy in scope.copies:  # zeros where it was not called
+        for copy in scope.copies:  # devices that did not run the callback have zeros
             outs = [primitives.total(x, copy) for x in outs]
     elif scope.copies:
-        outs[-1] = lax.pmax(outs[-1], scope.copies)  # all of them called, and go on alike
+        outs[-1] = lax.pmax(outs[-1], scope.copies)  # all devices ran it, and must agree on whether it failed
     return outs
 
 
 def runs_here(scope: Scope) -> list[Array]:
-    """Whether this lane, on this device, is the one to call back for its replica; empty where all are."""
+    """Returns a list with one bool scalar: whether this lane on this device runs the side effects of its replica.
+
+    The list is empty if every lane on every device does.
+    """
     conditions = [is_replica(axis) for axis in scope.axes if axis.padding]
     conditions += [lax.axis_index(name) == 0 for name in scope.copies]
     for condition in conditions[1:]:
@@ -368,10 +371,10 @@ def runs_here(scope: Scope) -> list[Array]:
 
 
 def raise_after(results: Sequence[Array], failed: Array) -> None:
-    """Raises a failure, on every device and after the last collective.
+    """Raises a failure on every device, after the last collective.
 
     Args:
-        results: A device's blocks of all results, which it waits for.
+        results: The device's blocks of all results. The raising callback depends on them, so it runs last.
         failed: The number of the failure, equal on all devices.
     """
     waits = [_first(x) for x in results if x.size]
@@ -381,20 +384,20 @@ def raise_after(results: Sequence[Array], failed: Array) -> None:
         lambda: None,
     )
     if jax.config.jax_disable_jit:
-        jax.effects_barrier()  # the results are others than those of the program that raises
+        jax.effects_barrier()  # without jit, the results are computed apart from the callback that raises
 
 
 def _first(x: Array) -> Array:
-    """The first number of an array, of a type that Python can be called with."""
+    """Returns the first element of an array as float32, a dtype that every callback accepts."""
     x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     first = lax.slice_in_dim(lax.stop_gradient(x).reshape(-1), 0, 1)
     return (first.real if jnp.iscomplexobj(first) else first).astype(jnp.float32)
 
 
 def called_once(scope: Scope, eqn: Equation, args: Sequence[ArrayLike]) -> list[Array]:
-    """A callback of the user's that each replica makes once."""
+    """Binds a callback with a side effect so that it runs once for each replica."""
     (runs,) = runs_here(scope)
     results = _jax.bind_callback_where(eqn, args, runs)
-    for name in scope.copies:  # zeros where it was not made
+    for name in scope.copies:  # devices that did not run the callback have zeros
         results = [primitives.total(x, name) for x in results]
     return results

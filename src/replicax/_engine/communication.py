@@ -1,4 +1,4 @@
-"""What a program communicates: which of its equations have to change, and which replicas have to take part."""
+"""What a program communicates: which equations must be rewritten, and which replicas must participate."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis, Scope
 from replicax.errors import CollectiveArgumentError
 
-#: So many derivatives of a program are provided for: a rule often calls its own function, and so on without an end.
-TWICE = 2
+#: How many nested derivatives to search. A rule often calls its own function, so an unlimited search would not end.
+NESTED_DERIVATIVES = 2
 
 
 class Communication:
-    """Looks through a traced program, each jaxpr in it once.
+    """The communication in one traced program. Each jaxpr is analysed once.
 
     Args:
         scope: The mapped axes in scope.
@@ -32,14 +32,14 @@ class Communication:
         self._awaits: dict[tuple[int, int], tuple[Jaxpr, frozenset[LogicalAxis]]] = {}
 
     def inside(self, eqn: Equation) -> Communication:
-        """That of the program of an inner map."""
+        """Returns the communication of the program of a nested map."""
         key = eqn.params["name"], eqn.params["size"]
         if key not in self._inside:
             self._inside[key] = Communication(self.scope.enter(*key))
         return self._inside[key]
 
     def changes(self, jaxpr: Jaxpr) -> list[bool]:
-        """Which equations of a jaxpr have to be rewritten; the others are bound as they are."""
+        """Returns, for each equation of a jaxpr, whether it must be rewritten. The others are bound unchanged."""
         if id(jaxpr) not in self._changing:
             self._changing[id(jaxpr)] = (jaxpr, list(map(self._change, _jax.body(jaxpr).eqns)))
         return self._changing[id(jaxpr)][1]
@@ -54,22 +54,24 @@ class Communication:
             raise CollectiveArgumentError(_repeated(eqn, repeated[0]))
         return (
             any(name in self.scope for name in _jax.named_axes(eqn))
-            or (self.doubled and _jax.has_side_effect(eqn))
+            or (self.runs_duplicates and _jax.has_side_effect(eqn))
             or eqn.primitive.name in AWAITING
             or (self.vectorized and _jax.draws_batches(eqn))
         )
 
     def axes_inside(self, eqn: Equation) -> frozenset[LogicalAxis]:
-        """The mapped axes that collectives anywhere inside the equation are over."""
+        """Returns the mapped axes of all collectives inside the equation, at any depth."""
         if primitives.is_nested_map(eqn):
             inside = self.inside(eqn)
             return inside.axes_of(*_jax.sub_jaxprs(eqn)) - {inside.scope.axes[-1]}
         return frozenset().union(*map(self.axes_of, _jax.sub_jaxprs(eqn)))
 
     def awaited(self, eqn: Equation, *, in_rules: int) -> frozenset[LogicalAxis]:
-        """The mapped axes whose replicas a collective anywhere inside the equation waits for.
+        """Returns the mapped axes whose replicas must participate in a collective inside the equation.
 
-        With ``in_rules`` also one of a derivative rule inside, which runs if JAX differentiates so many times.
+        Args:
+            eqn: The equation.
+            in_rules: Also search derivative rules, for this many nested derivatives.
         """
         if primitives.is_nested_map(eqn):
             inside, (jaxpr,) = self.inside(eqn), _jax.sub_jaxprs(eqn)
@@ -82,7 +84,7 @@ class Communication:
             axes: set[LogicalAxis] = set()
             for eqn in _jax.body(jaxpr).eqns:
                 axes |= self.awaited(eqn, in_rules=in_rules)
-                if eqn.primitive.name != "axis_index":  # which waits for nobody
+                if eqn.primitive.name != "axis_index":  # axis_index does not communicate
                     axes |= self._axes_named(eqn)
                 if in_rules and _jax.derivative_rules(eqn):
                     axes |= self._awaited_in_rules(eqn, in_rules - 1)
@@ -94,12 +96,12 @@ class Communication:
         try:
             with _jax.axis_env({axis.name: axis.size for axis in axes}):
                 rules = list(_jax.rule_jaxprs(eqn))
-        except Exception:  # the user's, of a rule that JAX may never call; if it does, they see it then
+        except Exception:  # the user's rule raised. JAX may never call the rule; if it does, the user sees the error
             return frozenset(axes)
         return frozenset().union(*(self._awaited_in(rule, further) for rule in rules))
 
     def axes_of(self, jaxpr: Jaxpr) -> frozenset[LogicalAxis]:
-        """The mapped axes that collectives anywhere in a jaxpr are over."""
+        """Returns the mapped axes of all collectives in a jaxpr, at any depth."""
         if id(jaxpr) not in self._communicates:
             axes: set[LogicalAxis] = set()
             for eqn in _jax.body(jaxpr).eqns:
@@ -108,9 +110,9 @@ class Communication:
         return self._communicates[id(jaxpr)][1]
 
     def _axes_named(self, eqn: Equation) -> set[LogicalAxis]:
-        """The mapped axes whose replicas have to take part in a collective.
+        """Returns the mapped axes whose replicas must participate in a collective.
 
-        Where maps are nested, a permutation along one axis of the mesh is one of all devices to XLA.
+        With nested maps, XLA treats a permutation along one mesh axis as a permutation of all devices.
         Workaround: permutations_of_a_part.
         """
         axes = {self.scope[name] for name in _jax.named_axes(eqn) if name in self.scope}
@@ -119,13 +121,13 @@ class Communication:
         return axes if by_groups or not axes else set(self.scope.axes)
 
     @cached_property
-    def doubled(self) -> bool:
-        """Whether a replica runs more than once: in padding lanes, or on the devices of maps inside."""
+    def runs_duplicates(self) -> bool:
+        """Whether a replica runs more than once: in padding lanes, or on the devices of nested maps."""
         return any(axis.padding for axis in self.scope.axes) or bool(self.scope.copies)
 
     @cached_property
     def vectorized(self) -> bool:
-        """Whether a device runs several replicas at once."""
+        """Whether a device runs several replicas with ``vmap``."""
         return any(axis.lane_axis is not None for axis in self.scope.axes)
 
 

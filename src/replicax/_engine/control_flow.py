@@ -1,4 +1,7 @@
-"""Loops and branches that replicas go through differently, and that communicate: all replicas take part, as in vmap."""
+"""Loops and branches whose predicate differs between replicas, and which communicate.
+
+All replicas participate in every iteration and every branch, as in ``vmap``.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +12,34 @@ from jax import lax
 
 from replicax import _jax
 from replicax._engine.collectives import any_replica
-from replicax._engine.communication import TWICE
+from replicax._engine.communication import NESTED_DERIVATIVES
 from replicax._engine.runner import Runner
 from replicax._engine.varying import Varying
 from replicax._jax import Equation
 from replicax._typing import Array, ArrayLike
 
 
-def runs_apart(runner: Runner, eqn: Equation, varying: Sequence[Varying]) -> bool:
-    """Whether replicas go through a loop or branch differently in which some wait for others."""
+def is_divergent(runner: Runner, eqn: Equation, varying: Sequence[Varying]) -> bool:
+    """Whether the predicate of a loop or branch differs between replicas that communicate inside it."""
     disagree = runner.analysis.predicate(eqn, varying)
-    return bool(disagree) and bool(disagree & runner.communication.awaited(eqn, in_rules=TWICE))
+    return bool(disagree) and bool(disagree & runner.communication.awaited(eqn, in_rules=NESTED_DERIVATIVES))
 
 
-def together(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: Sequence[Varying]) -> list[Array]:
-    """Runs such a loop or branch."""
+def run_divergent(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: Sequence[Varying]) -> list[Array]:
+    """Runs a loop or branch for which :func:`is_divergent` is true."""
     return (_loop if eqn.primitive.name == "while" else _choice)(runner, eqn, args, varying)
 
 
 def _loop(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: Sequence[Varying]) -> list[Array]:
-    """A loop that replicas leave at different times, and that communicates: all stay until the last leaves.
+    """Runs a communicating loop whose trip count differs between replicas, until the last replica is done.
 
-    As in ``vmap``, a replica that is done keeps its carry, and goes on taking part in the collectives.
+    As in ``vmap``, a replica that is done keeps its carry and still participates in the collectives.
     """
     cond, body = _jax.sub_jaxprs(eqn)
     for_cond, for_body = runner.analysis.operands(eqn, varying)
     split = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
     cond_consts, body_consts, carry = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
-    waiting = runner.analysis.predicate(eqn, varying) & runner.communication.awaited(eqn, in_rules=TWICE)
+    waiting = runner.analysis.predicate(eqn, varying) & runner.communication.awaited(eqn, in_rules=NESTED_DERIVATIVES)
     axes = sorted(waiting, key=lambda axis: axis.level)
 
     def goes_on(carry: Sequence[ArrayLike]) -> Array:
@@ -53,10 +56,10 @@ def _loop(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: Seq
 
 
 def _choice(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: Sequence[Varying]) -> list[Array]:
-    """A choice that replicas make differently, and that communicates: all run every branch, as in ``vmap``.
+    """Runs all branches of a communicating ``cond`` on all replicas, and selects each replica's result, as in ``vmap``.
 
-    Where derivative rules alone communicate, a replica adds nothing to the derivatives of branches that it has not
-    taken: see https://github.com/jax-ml/jax/issues/1052 for how ``vmap`` sees to that.
+    If only derivative rules communicate, branches that a replica did not take contribute nothing to its derivatives.
+    For the same technique in ``vmap``, see https://github.com/jax-ml/jax/issues/1052.
     """
     index, *operands = args
     by_rules = not varying[0] & runner.communication.awaited(eqn, in_rules=0)
@@ -68,12 +71,15 @@ def _choice(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: S
 
 
 def _where_taken(taken: Array, x: ArrayLike) -> ArrayLike:
-    """``x``, a constant to derivatives where the branch is not taken."""
+    """Returns ``x``, with its gradient stopped if the branch is not taken."""
     if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
         return x
     return lax.select_n(taken, lax.stop_gradient(x), x)
 
 
 def _where_still(goes_on: Array, new: Array, old: Array) -> Array:
-    """``new`` in the loops that go on. A loop under a vmap of the user's has a condition for each of its rows."""
+    """Selects ``new`` where the loop continues, else ``old``.
+
+    Under the user's ``vmap``, ``goes_on`` has batch dimensions.
+    """
     return lax.select_n(lax.broadcast_in_dim(goes_on, new.shape, range(goes_on.ndim)), old, new)

@@ -1,8 +1,8 @@
-"""Callbacks that fail: what the user's Python raised in one replica, kept until the whole program can raise it.
+"""Exceptions from callbacks: stored when the callback fails, raised after the program's last collective.
 
-A callback that raises in one replica while the others wait for it in a collective would leave them waiting: XLA ends
-the process after a minute. So a :class:`Guarded` callback raises nothing. It returns zeros and the number of its
-failure, which the program carries along as data, and raises on every device after its last collective.
+If a callback raised in one replica while others wait for that replica in a collective, XLA would end the process after
+a minute. So a :class:`Guarded` callback does not raise. It returns zeros and a failure number. The program passes this
+number on as data, and raises the exception on every device after the last collective.
 Workaround: failing_callbacks.
 """
 
@@ -20,26 +20,26 @@ from replicax._messages import text_of
 from replicax._typing import ArrayLike, HostArray, ShapeAndDtype
 from replicax.errors import CallbackError
 
-#: No failure.
+#: The failure number that means "no failure".
 NONE = 0
 
 
 @dataclass(frozen=True)
 class Guarded:
-    """A callback that returns the number of its failure after its results, instead of raising.
+    """A callback that returns a failure number after its results, instead of raising.
 
-    It takes the number of an earlier failure on its device (then it is not called), its place along each mapped axis,
-    whether it runs at all if ``conditional``, and the callback's own operands. A vectorized callback's operands have
-    the batch dimensions first.
+    Its operands are: the number of an earlier failure on the device (if not ``NONE``, the callback does not run); one
+    slot for each mapped axis; a bool if ``conditional``; then the operands of the user's callback. Operands of a
+    vectorized callback have the batch dimensions first.
 
     Attributes:
-        call: The callback: from flat operands to flat results.
-        results: The types of its results.
-        ranks: The number of dimensions of each operand, without those of a batch.
+        call: The user's callback, from flat operands to flat results.
+        results: The types of the results.
+        ranks: The number of dimensions of each operand, without batch dimensions.
         axes: The mapped axes.
-        widths: How many replicas a place stands for, along each axis.
-        conditional: Whether an operand says if it runs.
-        name: What the user calls the mapped function.
+        widths: For each axis, how many replicas one call covers, starting at the given slot.
+        conditional: Whether an operand says if the callback runs.
+        name: The name of the user's function, for error messages.
     """
 
     call: Callable[..., Sequence[ArrayLike]]
@@ -62,20 +62,23 @@ class Guarded:
         if runs and failed == NONE:
             try:
                 results = self._checked(self.call(*operands), batch)
-            except BaseException as error:  # a KeyboardInterrupt, too, would leave the other devices waiting
+            except BaseException as error:  # KeyboardInterrupt too: otherwise the other devices keep waiting
                 failed = _record(error, f"A callback of {self.name} raised {{}} in {self._describe(places)}")
         if results is None:
             results = [np.zeros((*batch, *x.shape), x.dtype) for x in self.results]
         return (*results, np.full(batch, failed, np.int32))
 
     def _checked(self, given: Sequence[ArrayLike], batch: tuple[int, ...]) -> list[HostArray]:
-        """The results as arrays; XLA would fail on any of another type, outside of the ``try``."""
+        """Returns the results as arrays of the declared types.
+
+        XLA checks the types too, but outside of the ``try``.
+        """
         arrays = [np.asarray(x) for x in given]
         if len(arrays) != len(self.results):
             raise TypeError(f"it returned {len(arrays)} results, and result_shape_dtypes has {len(self.results)}")
         for k, (x, aval) in enumerate(zip(arrays, self.results, strict=True)):
             if x.dtype != aval.dtype and x.dtype.itemsize == 8 and np.can_cast(x.dtype, aval.dtype, "same_kind"):
-                arrays[k] = x = x.astype(aval.dtype)  # as JAX does with results of 64 bits
+                arrays[k] = x = x.astype(aval.dtype)  # JAX converts 64-bit results in the same way
             if (x.shape, x.dtype) != ((*batch, *aval.shape), aval.dtype):
                 raise TypeError(
                     f"its result {k} is {x.dtype}{list(x.shape)}, and result_shape_dtypes says "
@@ -84,7 +87,7 @@ class Guarded:
         return arrays
 
     def _describe(self, places: Sequence[ArrayLike]) -> str:
-        """Which replicas the callback was called for, and of what."""
+        """Names the replicas for which the callback ran, for an error message."""
         where = []
         for axis, width, place in zip(self.axes, self.widths, places, strict=True):
             first, last = axis.placement.replica_at[[int(np.min(place)), int(np.max(place)) + width - 1]]
@@ -94,7 +97,7 @@ class Guarded:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Failures, by their numbers
+# Stored failures, by number
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,12 @@ class _Failure:
     what: str
 
 
-#: Numbers count down, so that the largest of several failures of one run is the first.
+#: Failure numbers count down, so the first of several failures has the largest number, and ``pmax`` finds it.
 _numbers = itertools.count(2**31 - 1, -1)
 _failures: dict[int, _Failure] = {}
 _lock = threading.Lock()
 
-#: So many failures are kept: those of more devices than run at once, and of runs that nobody has waited for.
+#: How many failures to store. A run can fail on several devices, and the user may not wait for the results of a run.
 _KEPT = 1024
 
 
@@ -122,10 +125,10 @@ def _record(error: BaseException, what: str) -> int:
 
 
 def raise_failure(number: ArrayLike, *_: ArrayLike) -> None:
-    """Raises the failure of this number, in the words and with the traceback of the user's Python.
+    """Raises the failure with this number, with the message and the traceback of the user's exception.
 
     Raises:
-        CallbackError: always, but for ``NONE``.
+        CallbackError: Always, unless ``number`` is ``NONE``.
     """
     failed = int(np.max(number))
     if failed == NONE:

@@ -1,4 +1,4 @@
-"""One level of maps: what becomes of the arguments and results of a map where its replicas are lanes and devices."""
+"""One level of maps: arguments and results of a map as blocks of lanes on devices."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ OneReplica = Callable[..., Sequence[Array]]
 
 
 def over_lanes(one_replica: OneReplica, axis: LogicalAxis, in_axes: Axes, out_axes: Axes) -> OneReplica:
-    """What one device runs on its block of each argument: its lanes, vectorized."""
+    """Returns the function that one device runs on its block of each argument: ``vmap`` over its lanes."""
     if axis.lane_axis is not None:
         options = {"axis_name": axis.lane_axis, "axis_size": axis.lanes}
         vectorized = jax.vmap(one_replica, tuple(in_axes), tuple(out_axes), **options)
-        return functools.partial(_explaining, vectorized, axis)
+        return functools.partial(_with_clear_errors, vectorized, axis)
 
     def only_lane(*blocks: Array) -> tuple[Array, ...]:
         args = (x if a is None else lax.squeeze(x, [a]) for x, a in zip(blocks, in_axes, strict=True))
@@ -35,11 +35,11 @@ def over_lanes(one_replica: OneReplica, axis: LogicalAxis, in_axes: Axes, out_ax
     return only_lane
 
 
-def _explaining(vectorized: OneReplica, axis: LogicalAxis, *blocks: Array) -> Sequence[Array]:
-    """Runs several lanes, where JAX refuses some callbacks."""
+def _with_clear_errors(vectorized: OneReplica, axis: LogicalAxis, *blocks: Array) -> Sequence[Array]:
+    """Runs several lanes. Replaces JAX's errors about callbacks under ``vmap`` with errors in the user's terms."""
     try:
         return vectorized(*blocks)
-    except Exception as error:  # JAX has no class of its own for these
+    except Exception as error:  # JAX has no error class for these
         for theirs, (where, instead) in UNVECTORIZED.items():
             if theirs in text_of(error):
                 raise UnsupportedCallbackError(
@@ -51,7 +51,7 @@ def _explaining(vectorized: OneReplica, axis: LogicalAxis, *blocks: Array) -> Se
         raise
 
 
-#: What JAX refuses of callbacks with an effect, where it is found, and what to write instead.
+#: JAX's errors about callbacks with side effects under ``vmap``: where the callback is, and what to write instead.
 UNVECTORIZED = {
     "IO effect not supported in vmap-of-cond": (
         "a branch of jax.lax.cond or jax.lax.switch, which replicas choose differently",
@@ -66,12 +66,19 @@ UNVECTORIZED = {
 
 
 def pad_rows(x: Array, dim: int, placement: Placement) -> Array:
-    """``x`` along ``dim`` with a row for each slot; those for padding are copies, with no part in derivatives."""
+    """Pads ``x`` along ``dim`` to one row per slot. Padding rows are copies, and their cotangents are dropped."""
     return on_data(lambda x: primitives.pad_rows(x, dim, placement), x) if placement.padding else x
 
 
 def own_rows(x: Array, dim: int, first: Array, placement: Placement) -> Array:
-    """The rows of ``x`` along ``dim`` for a device's lanes, of which ``first`` is the first slot."""
+    """Returns the rows of ``x`` along ``dim`` for the lanes of one device.
+
+    Args:
+        x: The array, with one row per replica along ``dim``.
+        dim: The mapped dimension.
+        first: The first slot of the device.
+        placement: Which replica each slot runs.
+    """
     last, count = x.shape[dim] - 1, placement.lanes
     if not placement.padding_is_last:
         table = jnp.asarray(placement.replica_at, jnp.int32)
@@ -83,15 +90,15 @@ def own_rows(x: Array, dim: int, first: Array, placement: Placement) -> Array:
     )
 
 
-def equal_on(x: Array, names: Sequence[Hashable]) -> Array:
-    """``x``, an array which all devices along these mesh axes have been given alike."""
+def as_equal(x: Array, names: Sequence[Hashable]) -> Array:
+    """Returns ``x``, which is equal on all devices along these mesh axes. Its cotangent goes to the first device."""
     for name in names:
         x = on_data(functools.partial(primitives.equal_parts, axis=name), x)
     return x
 
 
-def own_on(y: Array, names: Sequence[Hashable]) -> Array:
-    """``y``, which all devices along these mesh axes have found alike, and any of which may give the result."""
+def as_per_device(y: Array, names: Sequence[Hashable]) -> Array:
+    """Returns ``y``, which is equal on all devices along these mesh axes. Its cotangent is summed over the devices."""
     for name in names:
         y = on_data(functools.partial(primitives.share, axis=name), y)
     return y

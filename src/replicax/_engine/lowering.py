@@ -1,4 +1,4 @@
-"""From the program of one replica to one function of all of them, on a mesh of devices."""
+"""Lowers the program of one replica to a function of all replicas, on a mesh of devices."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import jax
 from jax.sharding import PartitionSpec
 
 from replicax import _jax
-from replicax._engine.blocks import real_rows, unfolded
+from replicax._engine.blocks import real_rows, without_folding
 from replicax._engine.callbacks import guard, raise_after, refuse_ordered
-from replicax._engine.levels import OneReplica, equal_on, over_lanes, own_on
+from replicax._engine.levels import OneReplica, as_equal, as_per_device, over_lanes
 from replicax._engine.nested import DeviceShard, Split, as_shard, splits_made, splits_taken
 from replicax._engine.outputs import OutputPolicy, Outputs, check_outputs
 from replicax._engine.replica import Replica
@@ -26,14 +26,21 @@ from replicax.errors import UnsupportedDtypeError
 
 
 def lower(replica: Replica, layout: Layout, inputs: Inputs, outputs: Outputs, name: str) -> ProgramSpec:
-    """Lowers the program of one replica to a function of all of them.
+    """Lowers the program of one replica to a function of all replicas.
+
+    Args:
+        replica: The traced program.
+        layout: The layout of the replicas on the devices.
+        inputs: The argument leaves.
+        outputs: ``out_axes``, and the policy for results without a mapped axis.
+        name: The name of the user's function.
 
     Raises:
         AxisSpecError: ``out_axes`` does not fit the result.
-        DivergentOutputError: ``out_axes`` is None where the result differs between replicas.
-        UnsupportedCollectiveError: the program communicates in a way that replicax has no rule for.
-        OrderedCallbackError: the program calls back into Python with ``ordered=True``.
-        UnsupportedDtypeError: the program takes or returns numbers of two bits, and has to be padded.
+        DivergentOutputError: ``out_axes`` is None for a result that differs between replicas.
+        UnsupportedCollectiveError: The program communicates in a way for which replicax has no rule.
+        OrderedCallbackError: The program contains a callback with ``ordered=True``.
+        UnsupportedDtypeError: The program takes or returns 2-bit integers, and the layout has padding.
     """
     refuse_ordered(replica.jaxpr, name)
     _refuse_two_bits([x.dtype for x in (*inputs.types, *jax.tree.leaves(replica.out))], layout)
@@ -69,18 +76,18 @@ def lower(replica: Replica, layout: Layout, inputs: Inputs, outputs: Outputs, na
 
 @dataclass(frozen=True)
 class _Body:
-    """What one replica runs.
+    """The program that one replica runs.
 
     Attributes:
-        replica: The program, its callbacks guarded.
-        guarded: Whether it has any; then its last result is the number of a failure.
-        varying: Where each argument varies.
+        replica: The program, with guarded callbacks.
+        guarded: Whether it contains callbacks. If so, its last result is a failure number.
+        varying: The mapped axes over which each argument varies.
         out_axes: The mapped axis of each result.
-        in_places: Along what each argument is split over the devices of maps inside.
-        out_places: The same of each result.
-        passed: Which of the closed-over arrays are passed, after the arguments.
-        in_rules: The names of the primitives in forward rules that call back.
-        by_replica: Whether it matters which replica gets which part of a cotangent of an equal result.
+        in_places: For each argument, its splits over the devices of nested maps.
+        out_places: For each result, its splits over the devices of nested maps.
+        passed: The indices of the closed-over arrays that are passed as arguments, after the user's arguments.
+        in_rules: The names of the primitives in forward rules that contain callbacks.
+        by_replica: Whether each replica must get its own part of the cotangent of an equal result.
     """
 
     replica: Replica
@@ -95,18 +102,18 @@ class _Body:
 
     @property
     def closed(self) -> tuple[Array, ...]:
-        """The closed-over arrays that are passed."""
+        """The closed-over arrays that are passed as arguments."""
         return tuple(self.replica.consts[k] for k in self.passed)
 
     def one_replica(self, rewriter: Rewriter) -> OneReplica:
-        """The program as a function of the arguments and the closed-over arrays that are passed."""
+        """Returns the program as a function of the arguments, followed by the closed-over arrays that are passed."""
         axis = rewriter.scope.axes[-1]
 
         def one_replica(*args: Array) -> tuple[Array, ...]:
             consts = list(self.replica.consts)
             for k, value in zip(self.passed, args[len(self.varying) :], strict=True):
                 consts[k] = value
-            own = [x if where else unfolded(x) for x, where in zip(args, self.varying, strict=False)]
+            own = [x if where else without_folding(x) for x, where in zip(args, self.varying, strict=False)]
             parts = list(map(as_shard, own, self.in_places))
             results = rewriter.run_on_shards(self.replica.jaxpr, consts, parts, self.varying)
             kept = [
@@ -120,7 +127,7 @@ class _Body:
         return one_replica
 
     def one_device(self, rewriter: Rewriter, in_axes: Axes) -> OneReplica:
-        """The program of a device's lanes, as a function of blocks with these mapped axes; it raises a failure."""
+        """Returns the program of all lanes of a device, as a function of blocks. It raises a failure of a callback."""
         lanes = over_lanes(self.one_replica(rewriter), rewriter.scope.axes[-1], in_axes, self.out_axes)
         return _raising(lanes) if self.guarded else lanes
 
@@ -148,21 +155,24 @@ def _body(
         out_axes=every,
         in_places=in_places,
         out_places=out_places,
-        passed=[k for k, const in enumerate(running.consts) if _has_to_be_passed(const)],
+        passed=[k for k, const in enumerate(running.consts) if _must_be_argument(const)],
         in_rules=frozenset() if guarded is None else frozenset(guarded.in_rules),
         by_replica="custom_vjp_call" in replica.primitives or policy is OutputPolicy.TAKE_FIRST,
     )
 
 
-def _has_to_be_passed(const: ArrayLike) -> bool:
-    """Whether a closed-over array belongs to an enclosing trace, or to a mesh of its own."""
+def _must_be_argument(const: ArrayLike) -> bool:
+    """Whether a closed-over array must become an argument: a tracer of an enclosing trace, or an array on a mesh."""
     if isinstance(const, jax.core.Tracer):
         return True
     return isinstance(const, jax.Array) and not isinstance(const.sharding, jax.sharding.SingleDeviceSharding)
 
 
 def _refuse_two_bits(dtypes: Sequence[DType], layout: Layout) -> None:
-    """XLA overruns its buffers where it concatenates or cuts split arrays of two bits. Workaround: two_bits_padded."""
+    """Refuses padding of 2-bit arrays: XLA overruns its buffers when it concatenates or slices split 2-bit arrays.
+
+    Workaround: two_bits_padded.
+    """
     found = sorted({dtype.name for dtype in dtypes if dtype.name in ("int2", "uint2")})
     if found and layout.axis.padding:
         raise UnsupportedDtypeError(
@@ -173,12 +183,12 @@ def _refuse_two_bits(dtypes: Sequence[DType], layout: Layout) -> None:
 
 
 def _as_shardings(splits: Sequence[Split], axis: int | None) -> Splits:
-    """The splits of one replica's array as those of the array of all: dimensions and mesh axes."""
+    """Converts splits of one replica's array to (dimension, mesh axis) pairs of the array of all replicas."""
     return tuple((split.outside(axis).dim, split.axis.device_axis) for split in splits)
 
 
 def _raising(one_device: OneReplica) -> OneReplica:
-    """The same without its last result, the number of a failure, which is raised."""
+    """Wraps ``one_device``: removes its last result, the failure number, and raises that failure."""
 
     def raising(*blocks: Array) -> Sequence[Array]:
         *results, failed = one_device(*blocks)
@@ -196,14 +206,14 @@ def _over_devices(
     outs: Sequence[PartitionSpec],
     out_axes: Axes,
 ) -> Callable[..., tuple[Array, ...]]:
-    """What all devices run on padded arguments, the results cut to N rows.
+    """Returns the function that all devices run on padded arguments. It slices the results to N rows.
 
     Args:
-        one_device: What each of them runs.
-        layout: Where the replicas lie.
-        source: Where an error of JAX's about its devices is to say that it comes from.
-        ins: How each argument is split.
-        outs: How each result is split.
+        one_device: The function that each device runs.
+        layout: The layout of the replicas.
+        source: The source location that JAX quotes in errors about devices.
+        ins: The ``PartitionSpec`` of each argument.
+        outs: The ``PartitionSpec`` of each result.
         out_axes: The mapped axis of each result.
     """
 
@@ -212,8 +222,8 @@ def _over_devices(
 
     def alike(*blocks: Array) -> tuple[Array, ...]:
         with _jax.source(None):
-            given = (equal_on(x, missing(spec)) for x, spec in zip(blocks, ins, strict=True))
-            return tuple(own_on(y, missing(spec)) for y, spec in zip(one_device(*given), outs, strict=True))
+            given = (as_equal(x, missing(spec)) for x, spec in zip(blocks, ins, strict=True))
+            return tuple(as_per_device(y, missing(spec)) for y, spec in zip(one_device(*given), outs, strict=True))
 
     mapped = jax.shard_map(alike, mesh=layout.mesh, in_specs=tuple(ins), out_specs=tuple(outs), check_vma=False)
 
@@ -229,7 +239,7 @@ def _over_devices(
 
 
 def _advice(name: str, layout: Layout) -> str:
-    """What JAX says of a map where an argument of the program that it is in lies on other devices than the map."""
+    """Returns text for JAX's error about arguments on other devices than the map, inside a traced program."""
     every = layout.mesh.size
     used = -(-layout.size // -(-layout.size // every))
     which = f"as in pmap(f, devices=jax.devices()[:{used}])" if used < every else "as many as the smallest of them uses"

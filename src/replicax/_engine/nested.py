@@ -1,9 +1,9 @@
-"""Maps inside maps: recorded as one equation, run on the devices that the outer map leaves to them.
+"""Nested maps: recorded as one equation, run on the devices that the outer map leaves for them.
 
-Out here, in the program of an outer replica, all devices of an inner map run alike, and have the same arrays. Inside,
-each has its own lanes. So an argument of an inner map is cut (:func:`enter`), and a result stays cut (:func:`leave`) as
-long as it goes from one inner map to the next, or out of the program: a :class:`DeviceShard` is joined where anything
-else wants it. Splits of maps at any depth go through the levels between.
+In the program of an outer replica, all devices of a nested map run the same program on equal arrays. Inside the nested
+map, each device runs its own lanes. So :func:`enter` slices an argument, and :func:`leave` keeps a result split as a
+:class:`DeviceShard`. A shard that passes from one nested map to the next, or out of the program, stays split. Any other
+use gathers it first. Splits of maps at any depth pass through the levels between.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from replicax._typing import Array, ArrayLike, Atom, Axes, PyTreeDef
 
 @dataclass(frozen=True)
 class Split:
-    """A dimension of an array of which each device has the rows of its own lanes.
+    """A dimension of an array that is split over the devices of a nested map.
 
     Attributes:
         dim: The dimension.
-        axis: The mapped axis of an inner map that it is, split over that map's devices.
+        axis: The mapped axis of the nested map.
     """
 
     dim: int
     axis: LogicalAxis
 
     def has_rows_of(self, other: Split) -> bool:
-        """Whether both give each device the same rows, whatever the axes are called."""
+        """Whether both splits give each device the same rows, even if the axis names differ."""
         return (self.dim, self.axis.device_axis, self.axis.placement) == (
             other.dim,
             other.axis.device_axis,
@@ -52,35 +52,35 @@ class Split:
         )
 
     def outside(self, dim: int | None) -> Split:
-        """The same split of the array of all replicas of a map, whose mapped axis is ``dim``."""
+        """Returns this split for the stacked array of all replicas of a map, with mapped axis ``dim``."""
         return Split(self.dim + (dim is not None and dim <= self.dim), self.axis)
 
     def inside(self, dim: int | None) -> Split:
-        """The same split of one replica's array, where the mapped axis was ``dim``."""
+        """Returns this split for one replica's array, without the mapped axis ``dim``."""
         return Split(self.dim - (dim is not None and dim < self.dim), self.axis)
 
 
 @dataclass(frozen=True)
 class DeviceShard:
-    """A device's part of an array.
+    """One device's part of an array.
 
     Attributes:
         value: The part.
-        splits: The dimensions along which it is one, of different mesh axes.
+        splits: The split dimensions, each over a different mesh axis.
     """
 
     value: Array
     splits: tuple[Split, ...]
 
     def join(self, *splits: Split) -> DeviceShard:
-        """The array without these splits, equal on all devices along their mesh axes."""
+        """Gathers the array along the given splits. The result is equal on all devices along their mesh axes."""
         value = self.value
         for split in splits:
             value = on_data(functools.partial(_joined_along, split), value)
         return DeviceShard(value, tuple(split for split in self.splits if split not in splits))
 
     def only(self, kept: Sequence[Split]) -> Array:
-        """The array with no other splits than these."""
+        """Gathers the array along all splits except the given ones."""
         return self.join(*(split for split in self.splits if not any(map(split.has_rows_of, kept)))).value
 
 
@@ -90,26 +90,26 @@ def _joined_along(split: Split, x: jax.Array) -> jax.Array:
 
 
 def collect_result(x: ArrayLike | DeviceShard) -> ArrayLike:
-    """The array, if ``x`` is a part of one."""
+    """Gathers the full array if ``x`` is a :class:`DeviceShard`, else returns ``x``."""
     return x.only(()) if isinstance(x, DeviceShard) else x
 
 
 def as_shard(x: Array, splits: tuple[Split, ...]) -> Array | DeviceShard:
-    """``x`` as a part of an array, if it is split."""
+    """Returns ``x`` as a :class:`DeviceShard` if it has splits, else ``x``."""
     return DeviceShard(x, splits) if splits else x
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Into an inner map, and out of it
+# Arguments and results of a nested map
 
 
 def enter(axis: LogicalAxis, x: Array | DeviceShard, dim: int | None) -> tuple[Array, tuple[Split, ...]]:
-    """This device's lanes of an argument, and along what else each replica's array is split.
+    """Returns the lanes of an argument that this device runs, and the splits that each replica's array still has.
 
     Args:
-        axis: The mapped axis of the inner map.
-        x: The argument, or a part of it.
-        dim: Along which dimension it is mapped; None where every replica gets it whole.
+        axis: The mapped axis of the nested map.
+        x: The argument, or one device's part of it.
+        dim: The mapped dimension; None if every replica gets the full array.
     """
     part = x if isinstance(x, DeviceShard) else DeviceShard(x, ())
     own = None if dim is None else Split(dim, axis)
@@ -131,13 +131,13 @@ def _own_block(axis: LogicalAxis, x: Array, dim: int | None) -> Array:
 
 
 def leave(axis: LogicalAxis, y: Array, dim: int | None, splits: Iterable[Split]) -> Array | DeviceShard:
-    """The result of an inner map, out here.
+    """Converts a result of a nested map to a value of the outer program.
 
     Args:
-        axis: The mapped axis of the inner map.
-        y: The result of this device's lanes; with ``dim`` None the one value of all replicas.
-        dim: Where the mapped axis is.
-        splits: Along what each replica's result is split.
+        axis: The mapped axis of the nested map.
+        y: The result of this device's lanes. If ``dim`` is None, the one value of all replicas.
+        dim: The mapped dimension of the result.
+        splits: The splits of each replica's result.
     """
     if dim is None:
         return y if axis.device_axis is None else on_data(lambda y: primitives.equal_parts(y, axis.device_axis), y)
@@ -152,14 +152,14 @@ def run_inside(
     in_axes: Axes,
     out_axes: Axes,
 ) -> list[Array | DeviceShard]:
-    """Runs an inner map.
+    """Runs a nested map.
 
     Args:
         axis: Its mapped axis.
-        one_replica: Its program, from one replica's arguments to its results, either of which may be parts.
-        args: The arguments, or parts of them.
-        in_axes: The mapped axis of each.
-        out_axes: The mapped axis of each result; one that has none is whole.
+        one_replica: Its program, from one replica's arguments to its results. Both may be device shards.
+        args: The arguments, which may be device shards.
+        in_axes: The mapped axis of each argument.
+        out_axes: The mapped axis of each result. A result without a mapped axis is a full array.
     """
     entered = [enter(axis, x, a) for x, a in zip(args, in_axes, strict=True)]
     made: list[tuple[Split, ...]] = []
@@ -175,12 +175,12 @@ def run_inside(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What crosses the border of a program in parts: even splits alone, as JAX's shardings are
+# Arguments and results of a program that stay split: never over a padded axis, because JAX's shardings are even
 
 
 def splits_taken(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
-    """Along what each argument of a program may be split: as all of its uses want it, which are inner maps."""
-    opened = in_sight(jaxpr, scope)
+    """Returns the splits of each argument of a program: those that all its uses, in nested maps, have in common."""
+    opened = inline_jits_with_maps(jaxpr, scope)
     wanted: dict[Atom, list[frozenset[Split]]] = {var: [] for var in opened.invars}
     for eqn in opened.eqns:
         wants = _wants(eqn, scope) if primitives.is_nested_map(eqn) else [frozenset[Split]()] * len(eqn.invars)
@@ -202,8 +202,8 @@ def _wants(eqn: Equation, scope: Scope) -> list[frozenset[Split]]:
 
 
 def splits_made(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
-    """Along what each result of a program is split, if it comes from an inner map."""
-    opened = in_sight(jaxpr, scope)
+    """Returns the splits of each result of a program, if the result comes from a nested map."""
+    opened = inline_jits_with_maps(jaxpr, scope)
     made: dict[Atom, tuple[Split, ...]] = {}
     for eqn in opened.eqns:
         if primitives.is_nested_map(eqn):
@@ -215,14 +215,14 @@ def splits_made(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
 
 
 def _across(axis: LogicalAxis, dim: int | None, splits: Iterable[Split]) -> Iterable[Split]:
-    """The splits of one replica's array, and that of the map, as those of the array of all its replicas."""
+    """Yields the splits of one replica's array, and of the map itself, for the stacked array of all its replicas."""
     yield from (split.outside(dim) for split in splits)
     if dim is not None and axis.device_axis is not None and not axis.padding:
         yield Split(dim, axis)
 
 
-def in_sight(jaxpr: Jaxpr, scope: Scope) -> Jaxpr:
-    """The jaxpr, open, with the inner maps in sight that a ``jit`` of the user's hides."""
+def inline_jits_with_maps(jaxpr: Jaxpr, scope: Scope) -> Jaxpr:
+    """Returns the open jaxpr, with each of the user's ``jit`` calls inlined if it contains a nested map."""
     return _jax.inline(jaxpr, _hides_maps) if scope.levels else _jax.body(jaxpr)
 
 
@@ -231,17 +231,17 @@ def _hides_maps(eqn: Equation) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A map inside a replica that is being traced
+# Recording a nested map while the outer replica is traced
 
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """A map inside a replica of another, to be lowered with it.
+    """A nested map, recorded in the program of an outer replica. The outer map lowers it.
 
     Attributes:
-        closed: The arrays that it takes after its arguments.
+        closed: The closed-over arrays that it takes after its arguments.
         out_tree: The structure of the result.
-        staged: From the argument leaves and these to the result leaves.
+        staged: The function from argument leaves and closed-over arrays to result leaves.
     """
 
     closed: tuple[Array, ...]
@@ -250,17 +250,24 @@ class Recorded:
 
     @property
     def reusable(self) -> bool:
-        """Whether it may serve another call: it closes over no value of an enclosing transformation."""
+        """Whether another call may use it: it closes over no tracer of an enclosing transformation."""
         return not any(isinstance(x, jax.core.Tracer) for x in self.closed)
 
 
 def record(replica: Replica, axis: LogicalAxis, in_axes: Axes, outputs: Outputs, name: str) -> Recorded:
-    """A map as one equation of the enclosing map's program.
+    """Records a map as one equation of the enclosing map's program.
+
+    Args:
+        replica: The traced program of one replica.
+        axis: The mapped axis.
+        in_axes: The mapped axis of each argument leaf.
+        outputs: ``out_axes``, and the policy for results without a mapped axis.
+        name: The name of the user's function.
 
     Raises:
         AxisSpecError: ``out_axes`` does not fit the result.
-        DivergentOutputError: ``out_axes`` is None where the result differs between replicas.
-        OrderedCallbackError: the program calls back into Python with ``ordered=True``.
+        DivergentOutputError: ``out_axes`` is None for a result that differs between replicas.
+        OrderedCallbackError: The program contains a callback with ``ordered=True``.
     """
     refuse_ordered(replica.jaxpr, name)
     out_axes, out_tree = match_out_axes(outputs.axes, replica.out, axis.size)

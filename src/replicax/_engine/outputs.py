@@ -1,4 +1,4 @@
-"""Which results a map returns, and what one without a mapped axis is."""
+"""The results that a map returns, and the meaning of a result without a mapped axis."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from replicax.errors import DivergentOutputError
 
 
 class OutputPolicy(Enum):
-    """What a result with ``out_axes=None`` is."""
+    """The value of a result with ``out_axes=None``."""
 
-    REQUIRE_EQUAL = auto()  #: the value of all replicas, which must be equal
-    TAKE_FIRST = auto()  #: each device's first replica's, read as replica 0's: what ``jax.pmap`` returns
+    REQUIRE_EQUAL = auto()  #: the value of all replicas; refused if replicas may differ
+    TAKE_FIRST = auto()  #: the value of each device's first replica, read as replica 0's, as in ``jax.pmap``
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Which results a map returns.
+    """The results that a map returns.
 
     Attributes:
         axes: ``out_axes``.
-        policy: What a result is whose ``out_axes`` is None.
+        policy: The value of a result with ``out_axes=None``.
     """
 
     axes: Spec
@@ -45,10 +45,17 @@ def check_outputs(
     varying: Sequence[Varying],
     axis: LogicalAxis,
 ) -> None:
-    """Refuses results that may differ between replicas and have no mapped axis, if the policy asks for equal ones.
+    """Refuses results with ``out_axes=None`` that may differ between replicas, under ``OutputPolicy.REQUIRE_EQUAL``.
+
+    Args:
+        policy: The policy for results without a mapped axis.
+        replica: The traced program.
+        out_axes: The mapped axis of each result leaf.
+        varying: The mapped axes over which each result leaf varies.
+        axis: The mapped axis of the map.
 
     Raises:
-        DivergentOutputError: naming each.
+        DivergentOutputError: A result may differ. The message names each of them.
     """
     if policy is not OutputPolicy.REQUIRE_EQUAL:
         return

@@ -1,4 +1,4 @@
-"""Reductions over named axes and over dimensions, as the rules of collectives are made of them."""
+"""Reductions over named axes and over array dimensions, from which the rules of collectives are built."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from replicax._typing import Array, AxisName, DType, Function, IndexGroups
 
 @dataclass(frozen=True)
 class Reduction:
-    """A reduction, over named axes and over dimensions of an array.
+    """A reduction over named axes and over array dimensions.
 
     Attributes:
-        name: JAX's name of it.
-        named: Over named axes.
-        between: Over those of devices.
-        local: Over dimensions.
+        name: The name of JAX's primitive.
+        named: Reduces over named axes.
+        between: Reduces over named device axes.
+        local: Reduces over array dimensions.
     """
 
     name: str
@@ -34,15 +34,15 @@ class Reduction:
 def _by_rank(
     reduce: Function, x: Array, names: AxisName | Sequence[AxisName], axis_index_groups: IndexGroups = None
 ) -> Array:
-    """A maximum or minimum between devices, of integers that stand in the order of the numbers, a NaN before all.
+    """Returns a maximum or minimum of floats over device axes, as an integer reduction in which NaN comes first.
 
-    XLA's own loses a NaN, on CPUs in JAX 0.10 to 0.12. Workaround: lost_nans.
+    XLA's own reduction loses NaN values (CPU, JAX 0.10 to 0.12). Workaround: lost_nans.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return reduce(x, names, axis_index_groups=axis_index_groups)
     wide = x.astype(
         jnp.float64 if x.dtype.itemsize == 8 else jnp.float32
-    )  # of at least 32 bits, as all platforms reduce
+    )  # at least 32 bits: all platforms reduce 32-bit integers
     ranks = np.dtype(f"int{8 * wide.dtype.itemsize}")
     first = np.iinfo(ranks).max if reduce is lax.pmax else np.iinfo(ranks).min
     best = reduce(
@@ -54,14 +54,17 @@ def _by_rank(
 
 
 def _rank(x: Array, ranks: DType) -> Array:
-    """The bits of a number, those of a negative one but for its sign turned; and the bits of the number of a rank."""
+    """Maps the bits of floats to integers of the same order, and back: the function is its own inverse.
+
+    If the sign bit is set, it flips all other bits.
+    """
     bits = lax.bitcast_convert_type(x, ranks)
     return bits ^ (lax.shift_right_arithmetic(bits, ranks.type(8 * ranks.itemsize - 1)) & np.iinfo(ranks).max)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def without_derivative(name: str, x: Array) -> Array:
-    """``x``, on its way through a reduction that JAX has no derivative of, whatever it is made of here."""
+    """Returns ``x``, and raises if differentiated, because JAX has no derivative of this reduction."""
     del name
     return x
 

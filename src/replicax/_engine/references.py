@@ -1,4 +1,4 @@
-"""``jax.Ref`` from outside of a mapped function: refused, since each device would write to an array of its own."""
+"""Refuses ``jax.Ref`` from outside of the mapped function: each device would write to its own copy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def refuse_passed(names: Sequence[str], values: Sequence[PyTree]) -> None:
     """Refuses references among the arguments.
 
     Raises:
-        NotAnArrayError: naming each of them.
+        NotAnArrayError: An argument is a reference. The message names each of them.
     """
     faults = [f"{name} of shape {x.shape}" for name, x in zip(names, values, strict=True) if _jax.is_reference(x)]
     if faults:
@@ -34,7 +34,7 @@ def refuse_closed_over(name: str, consts: Sequence[ShapeAndDtype]) -> None:
     """Refuses references from outside that the function ``name`` reads or writes.
 
     Raises:
-        NotAnArrayError: with the shape of each of them.
+        NotAnArrayError: The function closes over a reference. The message has the shape of each of them.
     """
     faults = [f"one of shape {x.shape} and dtype {x.dtype}" for x in consts if _jax.is_reference(x)]
     if faults:

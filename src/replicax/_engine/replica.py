@@ -27,13 +27,13 @@ from replicax.errors import (
 
 
 class Anonymous:
-    """The name of a mapped axis that the user gave none: no collective can name it."""
+    """The name of a mapped axis for which the user gave no name. No collective can name it."""
 
     def __repr__(self) -> str:
         return "an unnamed mapped axis"
 
     def __reduce__(self) -> str:
-        return "ANONYMOUS"  # there is one
+        return "ANONYMOUS"  # unpickle to the singleton
 
 
 ANONYMOUS = Anonymous()
@@ -41,12 +41,12 @@ ANONYMOUS = Anonymous()
 
 @dataclass(frozen=True)
 class Replica:
-    """The program of one replica, traced.
+    """The traced program of one replica.
 
     Attributes:
-        jaxpr: The program, its collectives over the user's axis.
-        consts: The arrays that the function closed over.
-        out: Its result: a tree of ``jax.ShapeDtypeStruct``.
+        jaxpr: The program. Its collectives are over the user's axis.
+        consts: The closed-over arrays.
+        out: The result: a tree of ``jax.ShapeDtypeStruct``.
     """
 
     jaxpr: _jax.Jaxpr
@@ -60,7 +60,7 @@ class Replica:
 
     @property
     def closes_over_tracers(self) -> bool:
-        """Whether the program belongs to the call of an enclosing transformation, and no other call may reuse it."""
+        """Whether the program closes over tracers of an enclosing transformation. If so, no other call may reuse it."""
         return any(isinstance(const, jax.core.Tracer) for const in self.consts)
 
 
@@ -72,21 +72,21 @@ def trace_replica(
     name: Hashable,
     size: int,
 ) -> Replica:
-    """Traces ``fun`` as one replica runs it.
+    """Traces ``fun`` for one replica.
 
     Args:
         fun: The user's function.
-        args: The positional arguments of one replica: trees of ``jax.ShapeDtypeStruct``, static ones as they are.
-        kwargs: The keyword arguments, likewise.
+        args: The positional arguments of one replica: trees of ``jax.ShapeDtypeStruct``; static arguments unchanged.
+        kwargs: The keyword arguments, in the same form.
         static: The positions of the static arguments.
         name: The user's name of the mapped axis.
         size: The number of replicas.
 
     Raises:
-        UnboundAxisError: a collective names an axis that no map binds.
-        NotAnArrayError: a result is no array.
-        UnsupportedCollectiveError: the function casts to a type that JAX has inside ``jax.shard_map`` alone.
-        NestedMapError: it has a ``jax.shard_map`` in it that does what no map can do.
+        UnboundAxisError: A collective names an axis that no map binds.
+        NotAnArrayError: A result is not an array.
+        UnsupportedCollectiveError: The function uses ``pcast``, which JAX supports only inside ``jax.shard_map``.
+        NestedMapError: The function contains a ``jax.shard_map`` that cannot run as a map.
     """
 
     @functools.wraps(fun)
@@ -110,9 +110,13 @@ def trace_replica(
 
 
 def _in_our_words(error: Exception, name: Hashable) -> ReplicaxError | None:
-    """What to raise in the place of an error of JAX's; None where that says it all, if need be with a note."""
+    """Returns the error to raise instead of JAX's error, or None if JAX's error is clear.
+
+    May add a note to JAX's error.
+    """
     if isinstance(error, NameError):
-        unbound = None if isinstance(error, UnboundAxisError) else _jax.unbound_axis_name(error)  # one of a map inside
+        # A nested map raises an UnboundAxisError itself.
+        unbound = None if isinstance(error, UnboundAxisError) else _jax.unbound_axis_name(error)
         return None if unbound is None else _unbound(unbound, name)
     if isinstance(error, AssertionError) and _jax.is_about_shard_map_types(error):
         return UnsupportedCollectiveError(
@@ -137,7 +141,7 @@ _OVER_A_VMAP_TOO = (
     "over one axis after the other, or map the inner function with replicax.pmap."
 )
 
-#: What JAX itself refuses while it traces or differentiates a collective: its words, and ours.
+#: JAX's errors while it traces or differentiates a collective: a part of its message, and the note to add.
 REFUSALS = {
     "axis size doesn't match": _OVER_A_VMAP_TOO,
     "Please open a feature request": (
@@ -159,7 +163,7 @@ REFUSALS = {
 
 
 def _explain(error: Exception) -> None:
-    """Adds to an error of JAX's what it is about, where its own words do not say."""
+    """Adds a note to an error of JAX whose message does not name the cause."""
     said = text_of(error)
     for theirs, ours in REFUSALS.items():
         if theirs in said:
@@ -186,7 +190,7 @@ def _check_results(out: PyTree) -> None:
 
 
 def no_arrays(headline: str, named: Mapping[str, object], remedy: str) -> NotAnArrayError:
-    """The error about what is no array, by its name."""
+    """Returns the error that names the values that are not arrays."""
     unconverted = list(filter(_jax.is_unconverted, named.values()))
     if any(map(_jax.is_masked, unconverted)):
         remedy += " Of a masked array JAX would lose the mask: write x.filled(0)."
@@ -197,7 +201,7 @@ def no_arrays(headline: str, named: Mapping[str, object], remedy: str) -> NotAnA
 
 
 def describe_type(x: object) -> str:
-    """What a message says of something that is no array."""
+    """Describes, for an error message, a value that is not an array."""
     if _jax.is_masked(x):
         return "is a masked array of NumPy's"
     if _jax.is_unconverted(x):

@@ -1,7 +1,8 @@
 """The rewriter: runs a program of one replica, traced with logical axes, on lanes and devices.
 
-It walks a jaxpr's equations. A collective over a logical axis becomes its rule; a higher-order equation is bound
-again with every jaxpr in it rewritten; everything else is bound as it is. Rewriting changes no type.
+The rewriter walks the equations of a jaxpr. For a collective over a logical axis it calls the registered rule. It binds
+a higher-order equation again, with each jaxpr inside rewritten. It binds all other equations unchanged. Rewriting does
+not change types.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import jax.numpy as jnp
 
 from replicax import _jax
 from replicax._engine import control_flow, nested, primitives
-from replicax._engine.blocks import any_lane, lane_by_lane, one_by_one
+from replicax._engine.blocks import as_batched, as_unbatched, one_lane_at_a_time
 from replicax._engine.callbacks import call_guarded, called_once
 from replicax._engine.collectives import AWAITING, REGISTRY, equal_value, unsupported
 from replicax._engine.communication import Communication
 from replicax._engine.nested import DeviceShard, collect_result
 from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._engine.rules import expanded, rewritten_rule
-from replicax._engine.sums import find_sums, in_sight
+from replicax._engine.sums import find_sums, inline_jits_with_products
 from replicax._engine.varying import NOWHERE, Analysis, Varying, mapped, union
 from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis, Scope
@@ -29,12 +30,12 @@ from replicax.errors import UnsupportedCollectiveError
 
 
 class _Values:
-    """The values of a jaxpr's variables while it runs, each until its last use.
+    """The values of a jaxpr's variables while it runs. Each value is dropped after its last use.
 
     Args:
-        jaxpr: The jaxpr, open.
-        values: Those of its constants and arguments.
-        kept: Variables that are used by other equations than they are operands of.
+        jaxpr: The open jaxpr.
+        values: The values of its constants and arguments.
+        kept: Variables that are not dropped, because replaced equations use them too.
     """
 
     def __init__(self, jaxpr: Jaxpr, values: Sequence[ArrayLike | DeviceShard], kept: Sequence[Atom]) -> None:
@@ -44,7 +45,7 @@ class _Values:
         self._whole: dict[Atom, ArrayLike] = {}
 
     def read(self, atom: Atom) -> ArrayLike:
-        """The value of a variable or literal."""
+        """Returns the full value of a variable or literal."""
         value = self.read_shard(atom)
         if not isinstance(value, DeviceShard):
             return value
@@ -53,15 +54,15 @@ class _Values:
         return self._whole[atom]
 
     def read_shard(self, atom: Atom) -> ArrayLike | DeviceShard:
-        """The same, or a part of it, if this device has no more."""
+        """Returns the value of a variable or literal, which may be a :class:`DeviceShard`."""
         return atom.val if _jax.is_literal(atom) else self._values[atom]
 
     def write(self, eqn: Equation, results: Sequence[ArrayLike | DeviceShard]) -> None:
-        """Takes the results of an equation."""
+        """Stores the results of an equation."""
         self._values.update(zip(eqn.outvars, results, strict=True))
 
     def drop_after(self, eqn: Equation) -> None:
-        """Forgets what no equation after this one uses."""
+        """Drops the values that no equation after ``eqn`` uses."""
         for atom in eqn.invars:
             if not _jax.is_literal(atom) and self._last[atom] is eqn and atom not in self._kept:
                 self._values.pop(atom, None)
@@ -72,8 +73,8 @@ class Rewriter:
 
     Args:
         scope: The mapped axes in scope.
-        analysis: The analysis of the program, where there is one already.
-        communication: What it communicates, likewise.
+        analysis: The analysis of the program, if it exists already.
+        communication: The communication of the program, if it is known already.
     """
 
     def __init__(
@@ -93,9 +94,9 @@ class Rewriter:
 
         Args:
             jaxpr: The program.
-            consts: The values of its constants; none of them varies.
+            consts: The values of its constants. Constants do not vary.
             args: The values of its arguments.
-            varying: Where each argument varies.
+            varying: The mapped axes over which each argument varies.
 
         Returns:
             The values of its results.
@@ -109,10 +110,10 @@ class Rewriter:
         args: Sequence[ArrayLike | DeviceShard],
         varying: Sequence[Varying],
     ) -> list[ArrayLike | DeviceShard]:
-        """As :meth:`run`; but an argument, or a result, of an inner map may be a :class:`DeviceShard`."""
+        """Runs a jaxpr like :meth:`run`. Arguments and results of nested maps may be :class:`DeviceShard` values."""
         if not any(self.communication.changes(jaxpr)):
             return [*_jax.run(_jax.body(jaxpr), list(map(collect_result, args)), consts)]
-        inside = self._in_sight(jaxpr)
+        inside = self._inlined(jaxpr)
         changes = self.communication.changes(inside)
         sums = find_sums(inside, self.scope, lambda: self.analysis.values(inside, varying))
         replaced = {id(eqn) for found in sums.values() for eqn in found.made.values()}
@@ -132,14 +133,20 @@ class Rewriter:
         return list(map(values.read_shard, inside.outvars))
 
     def _where(self, jaxpr: Jaxpr, varying: Sequence[Varying], eqn: Equation) -> list[Varying]:
-        """Where the operands of an equation vary."""
+        """Returns the mapped axes over which each operand of an equation varies."""
         known = self.analysis.values(jaxpr, varying)
         return [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in eqn.invars]
 
     def _equation(
         self, eqn: Equation, args: list[ArrayLike | DeviceShard], where: Callable[[], list[Varying]]
     ) -> Sequence[ArrayLike | DeviceShard]:
-        """An equation that has to change; ``where`` finds out where its operands vary."""
+        """Runs an equation that must be rewritten.
+
+        Args:
+            eqn: The equation.
+            args: Its operands.
+            where: Returns the mapped axes over which each operand varies.
+        """
         if callback_primitives.is_guarded(eqn):
             return call_guarded(self.scope, eqn, args, union(where()[1:]))
         if _jax.draws_batches(eqn):
@@ -149,8 +156,8 @@ class Rewriter:
         varying = where()
         if primitives.is_nested_map(eqn):
             return self._nested(eqn, args, varying)
-        if control_flow.runs_apart(self, eqn, varying):
-            return control_flow.together(self, eqn, args, varying)
+        if control_flow.is_divergent(self, eqn, varying):
+            return control_flow.run_divergent(self, eqn, args, varying)
         per_lane = bool(_jax.derivative_rules(eqn)) and (any(varying) or bool(self.communication.axes_inside(eqn)))
         inside = zip(_jax.sub_jaxprs(eqn), self.analysis.operands(eqn, varying), strict=True)
         hoist = _jax.bears_no_constants(eqn)
@@ -173,7 +180,7 @@ class Rewriter:
         if _jax.has_side_effect(eqn):
             return called_once(self.scope, eqn, args)
         if eqn.primitive.name in AWAITING:
-            return args  # nothing to await: the rule of what was started gave the result itself
+            return args  # nothing to await: the rule of the start primitive returned the result
         raise UnsupportedCollectiveError(
             f"{_jax.equation_name(eqn)}: replicax has no rule for this operation over mapped axes, and does not leave "
             f"it as it is. Call it outside the mapped function."
@@ -182,7 +189,7 @@ class Rewriter:
     def _nested(
         self, eqn: Equation, args: list[ArrayLike | DeviceShard], varying: list[Varying]
     ) -> list[Array | DeviceShard]:
-        """A map inside: its replicas are lanes too, on the devices that this level has left to the next."""
+        """Runs a nested map: its replicas are lanes on the devices of the next level."""
         inside, (jaxpr,) = self._rewriter_inside(eqn), _jax.sub_jaxprs(eqn)
         axis, in_axes, out_axes = inside.scope.axes[-1], eqn.params["in_axes"], eqn.params["out_axes"]
         operands = mapped(eqn, varying, frozenset({axis}))
@@ -207,9 +214,12 @@ class Rewriter:
             self._inside[key] = Rewriter(analysis.scope, analysis, self.communication.inside(eqn))
         return self._inside[key]
 
-    def _in_sight(self, jaxpr: Jaxpr) -> Jaxpr:
+    def _inlined(self, jaxpr: Jaxpr) -> Jaxpr:
         if id(jaxpr) not in self._seen:
-            self._seen[id(jaxpr)] = (jaxpr, in_sight(nested.in_sight(jaxpr, self.scope), self.scope))
+            self._seen[id(jaxpr)] = (
+                jaxpr,
+                inline_jits_with_products(nested.inline_jits_with_maps(jaxpr, self.scope), self.scope),
+            )
         return self._seen[id(jaxpr)][1]
 
     def _sub_jaxpr(
@@ -220,27 +230,27 @@ class Rewriter:
 
             def run(*args: Array) -> list[ArrayLike]:
                 results = self.run(jaxpr, _jax.constants(jaxpr), args, varying)
-                return [lane_by_lane(self.scope.axes, x) for x in results] if per_lane else results
+                return [as_batched(self.scope.axes, x) for x in results] if per_lane else results
 
             self._rewritten[key] = (jaxpr, _jax.retrace(run, jaxpr, hoist=hoist))
         return self._rewritten[key][1]
 
 
 def _draw(scope: Scope, eqn: Equation, args: list[ArrayLike], varying: Varying) -> list[Array]:
-    """Random numbers of each replica's own key, however many replicas a device runs."""
+    """Draws random numbers with each replica's own key, one lane at a time."""
     lanes = [axis for axis in scope.axes if axis in varying and axis.lane_axis is not None]
-    return one_by_one(lanes, lambda *own: _jax.bind(eqn, own), *_jax.operands(eqn, args))
+    return one_lane_at_a_time(lanes, lambda *own: _jax.bind(eqn, own), *_jax.operands(eqn, args))
 
 
 def one_value(axis: LogicalAxis, y: ArrayLike, *, by_replica: bool) -> ArrayLike:
-    """The result that is equal in all replicas, or whose first is meant.
+    """Returns one value for all replicas: the value that is equal in all of them, or the first one.
 
     Args:
         axis: The mapped axis.
-        y: The result, as one replica has it.
-        by_replica: Whether it matters which replica gets which part of a cotangent: to derivative rules of the
-            user's, and where the replicas differ. Each gets one of N equal parts.
+        y: The result of one replica.
+        by_replica: Whether each replica must get an equal part of the cotangent (1/N of it). The user's derivative
+            rules, and results that differ between replicas, depend on the part that each replica gets.
     """
     if by_replica and axis.physical and jnp.issubdtype(jnp.result_type(y), jnp.inexact):
-        return equal_value(axis, lane_by_lane([axis], y))
-    return any_lane(axis, y)
+        return equal_value(axis, as_batched([axis], y))
+    return as_unbatched(axis, y)

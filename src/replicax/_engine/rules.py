@@ -1,29 +1,29 @@
-"""Derivative rules of the user's, rewritten when JAX calls them."""
+"""The user's derivative rules, rewritten when JAX calls them."""
 
 from __future__ import annotations
 
 import jax
 
 from replicax import _jax
-from replicax._engine.blocks import lane_by_lane
+from replicax._engine.blocks import as_batched
 from replicax._engine.collectives import where_replica
 from replicax._engine.runner import Runner
 from replicax._typing import Array, ArrayLike, Function, PyTree
 
 
 def rewritten_rule(runner: Runner, rule: Function, role: str, *, per_lane: int) -> Function:
-    """A derivative rule of the user's, rewritten when JAX calls it.
+    """Wraps a derivative rule of the user. The wrapper rewrites the rule when JAX calls it.
 
-    The rules are one replica's, and so is what they take and give. But JAX hands a reverse rule the sum over
-    lanes for a result that it knows to be equal in all of them, and cannot match such a result with a tangent
-    that differs. So with ``per_lane`` each lane gets results of its own, and padding has no part in cotangents.
+    A rule takes and returns the values of one replica. But JAX passes a reverse rule the sum over lanes if it knows
+    that a result is equal in all lanes. It also cannot combine such a result with a tangent that differs between lanes.
+    So with ``per_lane``, results are batched over lanes, and cotangents from padding lanes are zero.
 
     Args:
-        runner: What rewrites the program that has the rule.
+        runner: Rewrites the program that contains the rule.
         rule: The rule.
         role: ``"jvp"``, ``"fwd"`` or ``"bwd"``.
-        per_lane: How many results the function has that are to be each lane's own. With 0 nothing varies, but the
-            cotangents of a function that is called alike everywhere.
+        per_lane: The number of results of the function that must be batched over lanes. 0 means that no argument
+            varies; only cotangents may vary.
     """
     axes = runner.scope.axes
     everywhere = frozenset(axes)
@@ -31,7 +31,7 @@ def rewritten_rule(runner: Runner, rule: Function, role: str, *, per_lane: int) 
     def rewritten(*args: ArrayLike) -> PyTree:
         with _jax.axis_env({axis.name: axis.size for axis in axes}):
             jaxpr, arrays, restore = _jax.trace_rule(rule, args)
-        # JAX calls a rule when vmap and shard_map have long returned, and taken their axes along.
+        # When JAX calls a rule, vmap and shard_map have returned, and their axes are no longer in scope.
         with _jax.axis_env(runner.scope.physical):
             varies = per_lane or (role == "bwd" and runner.communication.axes_of(jaxpr))
             varying = [everywhere if varies else frozenset()] * len(arrays)
@@ -39,7 +39,7 @@ def rewritten_rule(runner: Runner, rule: Function, role: str, *, per_lane: int) 
             if per_lane and role == "bwd":
                 results = [where_replica(axes, x) for x in results]
             first = len(results) - per_lane if role == "fwd" else 0  # residuals come first
-            own = [lane_by_lane(axes, x) for x in results[first:]] if per_lane else results[first:]
+            own = [as_batched(axes, x) for x in results[first:]] if per_lane else results[first:]
             return restore([*results[:first], *own])
 
     return rewritten
@@ -48,7 +48,14 @@ def rewritten_rule(runner: Runner, rule: Function, role: str, *, per_lane: int) 
 def expanded(
     runner: Runner, expansion: tuple[Function, Function], args: list[ArrayLike], *, per_lane: int
 ) -> list[Array]:
-    """An operation that JAX keeps whole until it is compiled, and that communicates: what it stands for."""
+    """Runs the expansion of an operation over mapped axes that JAX expands only when it compiles.
+
+    Args:
+        runner: Rewrites the program that contains the operation.
+        expansion: The operation in terms of other primitives, and its JVP.
+        args: The operands.
+        per_lane: The number of results.
+    """
     primal, jvp = (rewritten_rule(runner, rule, "jvp", per_lane=per_lane) for rule in expansion)
     call = jax.custom_jvp(primal)
     call.defjvp(lambda primals, tangents: jvp(*primals, *tangents))

@@ -1,4 +1,4 @@
-"""What rewrites and runs programs, as the parts of the rewriter see it."""
+"""The interface of the rewriter for the modules that it calls."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Runner(Protocol):
 
     Attributes:
         scope: The mapped axes in scope.
-        analysis: Where the values of the program vary.
-        communication: What it communicates.
+        analysis: Which values of the program vary.
+        communication: What the program communicates.
     """
 
     scope: Scope

@@ -1,7 +1,7 @@
-"""``jax.shard_map`` and ``jax.pmap`` inside a mapped function: maps inside the map, one for each axis of their mesh.
+"""``jax.shard_map`` and ``jax.pmap`` inside a mapped function become nested maps, one for each axis of their mesh.
 
-Both are about devices that the map itself is on. But what they compute does not depend on devices: a ``shard_map``
-cuts its arguments along the axes of a mesh, runs a program on each piece, and joins the results.
+Both name devices that the outer map already uses. Their results do not depend on devices: a ``shard_map`` slices its
+arguments along the axes of a mesh, runs a program on each slice, and concatenates the results.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from replicax._jax import Equation, Jaxpr
 from replicax._typing import Array, Atom, AxisName, Function, PyTree
 from replicax.errors import NestedMapError
 
-#: What says where an array lies, or that it may vary, and does nothing to it.
+#: Primitives that only annotate an array: its sharding, or the axes over which it may vary.
 ABOUT_PLACES = ("pvary", "sharding_constraint", "reshard")
 
-#: A dimension of an array as a position, or the mesh axis that a dimension is cut along.
+#: A dimension of an array: its position, or the mesh axis over which it is split.
 Dimension: TypeAlias = int | AxisName
 
 
 def as_nested_maps(jaxpr: Jaxpr, sizes: Mapping[Hashable, int], name: str) -> Jaxpr:
-    """The program with a map in the place of each ``shard_map``.
+    """Replaces each ``shard_map`` in a program by nested maps.
 
     Args:
         jaxpr: The program of one replica.
-        sizes: The mapped axis that it may communicate over.
+        sizes: The mapped axis in scope, with its size.
         name: The name of the user's function.
 
     Raises:
-        NestedMapError: a ``shard_map`` does what no map can do.
+        NestedMapError: A ``shard_map`` cannot run as a nested map.
     """
     if "shard_map" not in _jax.primitives(jaxpr):
         return jaxpr
@@ -69,25 +69,27 @@ def _equation(eqn: Equation, args: list[Array]) -> list[Array]:
         return _shard_map(eqn, args)
     if eqn.primitive.name in ABOUT_PLACES:
         return args
-    if eqn.primitive.name == "psum_invariant":  # psum, of what shard_map's types say to vary
+    if eqn.primitive.name == "psum_invariant":  # psum of an operand that varies by the types of shard_map
         return list(lax.psum(args, eqn.params["axes"]))
     hoist = _jax.bears_no_constants(eqn)
 
     def rewritten(sub: Jaxpr) -> tuple[Jaxpr, list[Array]]:
         return _jax.retrace(lambda *args: _run(sub, args), sub, hoist=hoist)
 
-    return _jax.bind_again(eqn, args, rewritten, lambda rule, _: _explained(rule) if _jax.in_shard_map(eqn) else rule)
+    return _jax.bind_again(
+        eqn, args, rewritten, lambda rule, _: _with_clear_errors(rule) if _jax.in_shard_map(eqn) else rule
+    )
 
 
-def _explained(rule: Function) -> Function:
-    """A derivative rule that was recorded inside a ``shard_map``, which JAX runs when it differentiates from outside.
+def _with_clear_errors(rule: Function) -> Function:
+    """Wraps a derivative rule that was recorded inside a ``shard_map``, to explain an error of JAX.
 
-    It compares the types of what the rule returns, which do not say any more over which axes they vary, with those
-    that it has recorded.
+    When JAX differentiates from outside, it compares the types of the rule's results with the recorded types. The
+    recorded types say over which axes a value varies. The types of the results no longer do.
     """
 
     @functools.wraps(rule)
-    def explained(*args: PyTree) -> PyTree:
+    def wrapped(*args: PyTree) -> PyTree:
         try:
             return rule(*args)
         except TypeError as error:
@@ -98,7 +100,7 @@ def _explained(rule: Function) -> Function:
                 "with replicax.pmap instead, or take the derivative inside the map."
             ) from error
 
-    return explained
+    return wrapped
 
 
 def _shard_map(eqn: Equation, args: Sequence[Array]) -> list[Array]:
@@ -109,16 +111,16 @@ def _shard_map(eqn: Equation, args: Sequence[Array]) -> list[Array]:
     joined = [_cut_dimensions(spec, len(y.shape), names) for spec, y in zip(params["out_specs"], outs, strict=True)]
 
     def over(axes: Sequence[Hashable], cut: Sequence[list[Dimension]], args: Sequence[Array]) -> list[Array]:
-        """A map over each of the axes, of arrays that have those and no others of their cut dimensions."""
+        """Maps over each of the axes. Each array has these axes, and no others, among its split dimensions."""
         if not axes:
             return _run(params["jaxpr"], args)
         name, *rest = axes
-        in_axes = _places(name, cut)
+        in_axes = _positions(name, cut)
         remaining = [[dim for dim in dims if dim != name] for dims in cut]
         own = [_jax.without_axis(x, axis) for x, axis in zip(args, in_axes, strict=True)]
         jaxpr, consts = _jax.trace_flat(lambda *own: over(rest, remaining, own), own, {name: mesh.shape[name]})
-        out_axes = _places(name, [[dim for dim in dims if isinstance(dim, int) or dim in axes] for dims in joined])
-        # Where JAX does not check that a result is equal on all devices, it is the first one's.
+        out_axes = _positions(name, [[dim for dim in dims if isinstance(dim, int) or dim in axes] for dims in joined])
+        # Without check_vma, JAX does not check that a result is equal on all devices. It takes the first device's.
         first = [axis is None and not params["check_vma"] for axis in out_axes]
         results = primitives.nested_map(
             jaxpr,
@@ -134,13 +136,13 @@ def _shard_map(eqn: Equation, args: Sequence[Array]) -> list[Array]:
     return [lax.reshape(y, aval.shape) for y, aval in zip(over(names, cut, pieces), outs, strict=True)]
 
 
-def _places(name: AxisName, cut: Sequence[list[Dimension]]) -> list[int | None]:
-    """Where each array has the dimension that is cut along a mesh axis; None where it has none."""
+def _positions(name: AxisName, cut: Sequence[list[Dimension]]) -> list[int | None]:
+    """Returns the position in each array of the dimension for a mesh axis, or None."""
     return [dims.index(name) if name in dims else None for dims in cut]
 
 
 def _cut_dimensions(spec: PartitionSpec, rank: int, names: Sequence[Hashable]) -> list[Dimension]:
-    """The dimensions of an array as positions, each after the names of the mesh axes that it is cut along."""
+    """Returns the dimensions of an array as positions, each after the names of the mesh axes over which it is split."""
     dims: list[Dimension] = []
     for dim in range(rank):
         along = spec[dim] if dim < len(spec) else None
@@ -150,7 +152,7 @@ def _cut_dimensions(spec: PartitionSpec, rank: int, names: Sequence[Hashable]) -
 
 
 def _shape(x: Array, dims: Sequence[Dimension], sizes: Mapping[Hashable, int]) -> list[int]:
-    """The shape of an array whose cut dimensions are several."""
+    """Returns the shape of ``x`` after each split dimension is reshaped to several dimensions."""
     shape, pieces = [], 1
     for dim in dims:
         if isinstance(dim, int):

@@ -1,4 +1,4 @@
-"""What a program is, before anything is compiled: a frozen value that reports and the call path read."""
+"""The lowered program before compilation: a frozen value that reports and the call path read."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from replicax._typing import Array, DType, PyTreeDef, ShapeAndDtype
 
 @dataclass(frozen=True)
 class Inputs:
-    """The argument leaves that a program takes.
+    """The argument leaves of a program.
 
     Attributes:
-        types: The type of each, ``(replicas, ...)`` where it is mapped, before it is padded.
-        axes: The mapped axis of each; None where every replica gets it whole.
-        donated: The positions of those whose buffers the program may reuse.
+        types: The type of each leaf before padding, ``(replicas, ...)`` if it is mapped.
+        axes: The mapped axis of each leaf; None if every replica gets the full array.
+        donated: The positions of the leaves whose buffers the program may reuse.
     """
 
     types: tuple[jax.ShapeDtypeStruct | Array, ...]
@@ -33,22 +33,23 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class ProgramSpec:
-    """A function lowered for one signature: types of arguments, number of replicas, devices.
+    """A function lowered for one signature: argument types, number of replicas, devices.
 
     Attributes:
         name: The name of the user's function.
-        layout: Where the replicas lie.
-        replica: The program of one replica, that it was lowered from.
-        inputs: The arguments, and after them what the function closed over.
+        layout: The layout of the replicas on the devices.
+        replica: The program of one replica.
+        inputs: The arguments, followed by the closed-over arrays.
         out_axes: The mapped axis of each result leaf.
         out_tree: The structure of the result.
-        in_splits: Which further axes of each argument leaf are split over the devices of maps inside.
-        out_splits: The same of each result leaf.
-        function: From padded argument leaves to result leaves of N rows, on the layout's devices; not compiled.
-        closed: Arrays that the user's function closed over and that the program takes after its arguments: tracers
-            of an enclosing trace, and arrays that lie on a mesh.
-        one_mesh: Whether its results have to be on the mesh of its arguments: padded ones lie whole on each device.
-        policy: What a result is whose ``out_axes`` is None.
+        in_splits: For each argument leaf, the further dimensions that are split over the devices of nested maps.
+        out_splits: The same for each result leaf.
+        function: The function from padded argument leaves to result leaves of N rows, on the layout's devices. Not
+            compiled.
+        closed: The closed-over arrays that the program takes after its arguments: tracers of an enclosing trace, and
+            arrays on a mesh.
+        one_mesh: Whether results must be on the mesh of the arguments. If so, padded results are replicated.
+        policy: The value of a result with ``out_axes=None``.
     """
 
     name: str
@@ -66,15 +67,15 @@ class ProgramSpec:
 
     @cached_property
     def in_shardings(self) -> tuple[NamedSharding, ...]:
-        """Where each (padded) argument leaf has to lie."""
+        """The sharding of each padded argument leaf."""
         return tuple(map(self.layout.sharding, self.inputs.axes, self.in_splits))
 
     @cached_property
     def out_shardings(self) -> tuple[NamedSharding, ...]:
-        """Where each result leaf lies."""
+        """The sharding of each result leaf."""
         own = jax.tree.leaves(self.replica.out)
         each = zip(own, self.out_axes, self.out_splits, strict=True)
-        # XLA gives each device all of an array without elements, and JAX 0.10 would not know.
+        # XLA replicates an array without elements on each device. JAX 0.10 does not account for this.
         # Workaround: arrays_without_elements.
         return tuple(
             self.layout.sharding(None)
@@ -85,7 +86,7 @@ class ProgramSpec:
 
     @cached_property
     def padded_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The type of each argument leaf once every padding lane has its row."""
+        """The type of each argument leaf after padding."""
         return tuple(map(self._padded_type, self.inputs.types, self.inputs.axes))
 
     def _padded_type(self, x: ShapeAndDtype, axis: int | None) -> jax.ShapeDtypeStruct:
@@ -97,7 +98,7 @@ class ProgramSpec:
 
     @property
     def donated_in_place(self) -> tuple[int, ...]:
-        """The donated leaves whose buffers the program can reuse: not a padded copy, which fits no result."""
+        """The donated leaves whose buffers the program can reuse. A padded copy has the size of no result."""
         padded = self.layout.axis.padding
         return tuple(i for i in self.inputs.donated if self.inputs.axes[i] is None or not padded)
 
@@ -108,5 +109,5 @@ class ProgramSpec:
 
     @cached_property
     def device_set(self) -> set[jax.Device]:
-        """The devices that it runs on."""
+        """The devices that the program runs on."""
         return self.layout.sharding(None).device_set

@@ -1,8 +1,8 @@
-"""Sums over replicas of products: found in a program before it is rewritten.
+"""Sums of products over replicas, found in a program before it is rewritten.
 
-The sum over replicas of each one's gradient of a matrix is the sum of an outer product each. Summed as one product
-over all lanes of a device, no replica's own ever exists. XLA finds some of these by itself, but not where padding is
-masked, nor where products are added up first.
+The gradient of a matrix is often an outer product in each replica, summed over all replicas by ``psum``. One product
+over all lanes of a device computes this sum without each replica's gradient in memory. XLA finds some of these sums
+itself, but not if padding is masked, or if products are added before the sum.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ Read = Callable[[Atom], Array]
 
 @dataclass(frozen=True, eq=False)
 class Sum:
-    """A ``psum`` whose operand is made linearly of products that nothing else takes.
+    """A ``psum`` whose operand is a linear function of products that have no other use.
 
     Attributes:
-        eqn: Its equation.
-        made: The equation of each value that is not made any more, but its sum over lanes.
+        eqn: The equation of the ``psum``.
+        made: The equations that are replaced, by the variable that each of them defines. Only the sum over lanes of
+            such a variable is computed.
     """
 
     eqn: Equation
@@ -41,15 +42,15 @@ class Sum:
 
     @property
     def needs(self) -> set[Atom]:
-        """The values that it takes."""
+        """The variables that the sum reads."""
         operands = (atom for eqn in self.made.values() for atom in eqn.invars if not _jax.is_literal(atom))
         return {atom for atom in operands if atom not in self.made}
 
     def run(self, scope: Scope, read: Read) -> Array:
-        """The sum over all replicas.
+        """Returns the sum over all replicas.
 
         Raises:
-            UnsupportedCollectiveError: the ``psum`` has a parameter of a later JAX.
+            UnsupportedCollectiveError: The ``psum`` has a parameter of a later JAX version.
         """
         REGISTRY[self.eqn.primitive.name].known(self.eqn.params)
         of_lanes = self._of_lanes(self.eqn.invars[0], scope, read)
@@ -71,8 +72,8 @@ class Sum:
             return _jax.bind(eqn, args)[0]
 
 
-def in_sight(jaxpr: Jaxpr, scope: Scope) -> Jaxpr:
-    """The jaxpr, open; if it has sums over lanes, with the products in sight that a ``jit`` of the user's hides."""
+def inline_jits_with_products(jaxpr: Jaxpr, scope: Scope) -> Jaxpr:
+    """Returns the open jaxpr. If it sums over lanes, the user's ``jit`` calls that contain products are inlined."""
     inside = _jax.body(jaxpr)
     if any(_sums_lanes(eqn, scope) for eqn in inside.eqns) and any(map(_hides_products, inside.eqns)):
         return _jax.inline(inside, _hides_products)
@@ -84,12 +85,12 @@ def _hides_products(eqn: Equation) -> bool:
 
 
 def find_sums(jaxpr: Jaxpr, scope: Scope, where: Callable[[], dict[Atom, Varying]]) -> dict[int, Sum]:
-    """The sums of products in a jaxpr, by the ``id`` of their equation.
+    """Returns the sums of products in a jaxpr, by the ``id`` of their ``psum`` equation.
 
     Args:
-        jaxpr: The jaxpr, open.
+        jaxpr: The open jaxpr.
         scope: The mapped axes in scope.
-        where: Finds out where each of its values varies.
+        where: Returns the axes over which each of its values varies.
     """
     psums = [eqn for eqn in jaxpr.eqns if _sums_lanes(eqn, scope)]
     if not psums or not any(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns):
@@ -111,9 +112,10 @@ def find_sums(jaxpr: Jaxpr, scope: Scope, where: Callable[[], dict[Atom, Varying
 
 
 def _suits(lanes: Varying, where: Callable[[], dict[Atom, Varying]], padded: bool, eqn: Equation) -> bool:
-    """Whether one product over all lanes is better than the sum of one for each.
+    """Whether one product over all lanes is better than a sum of one product per lane.
 
-    XLA may have to copy an operand, or be as fast with a few large ones; but it cannot look through a mask.
+    For one product, XLA may have to copy an operand, and a few large products may be as fast. But XLA cannot combine
+    the products across the mask of padding lanes.
     """
     if eqn.outvars[0].aval.dtype.kind == "c" or any(map(_jax.is_literal, eqn.invars)):
         return False
@@ -125,7 +127,7 @@ def _suits(lanes: Varying, where: Callable[[], dict[Atom, Varying]], padded: boo
 
 
 def _sums_lanes(eqn: Equation, scope: Scope) -> bool:
-    """Whether it is the sum over mapped axes alone, some of which has lanes."""
+    """Whether the equation is a ``psum`` over mapped axes only, at least one of which has lanes."""
     if eqn.primitive.name not in ("psum", "psum_invariant") or eqn.params.get("axis_index_groups") is not None:
         return False
     axes = eqn.params["axes"]
@@ -140,7 +142,7 @@ def _sums_lanes(eqn: Equation, scope: Scope) -> bool:
 def _finds_products(
     atom: Atom, makers: dict[Atom, Equation], made: dict[Atom, Equation], suits: Callable[[Equation], bool]
 ) -> bool:
-    """Whether products are among what a value is made of; if so, ``made`` gets the equations down to them."""
+    """Whether a value is computed from products. If so, adds the equations down to the products to ``made``."""
     eqn = None if _jax.is_literal(atom) else makers.get(atom)
     if eqn is None:
         return False
@@ -155,7 +157,7 @@ def _finds_products(
 
 
 def _summands(eqn: Equation) -> Sequence[int]:
-    """In which operands, all at once, an equation is linear."""
+    """Returns the positions of the operands in which an equation is jointly linear."""
     match eqn.primitive.name:
         case "transpose" | "reshape" | "squeeze" | "neg" | "copy":
             return [0]
@@ -173,15 +175,15 @@ def _summands(eqn: Equation) -> Sequence[int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# As traced operations
+# The operations
 
 
 def psum_of_product(
     logical: LogicalAxes, a: Array, b: Array, *, axes: Names, dimension_numbers: lax.DotDimensionNumbers, **params: Any
 ) -> Array:
-    """Over a device's lanes, the sum of each replica's ``lax.dot_general(a, b)``: one product, of all lanes.
+    """Returns the sum over a device's lanes of ``lax.dot_general(a, b)``, as one product over all lanes.
 
-    Padding lanes are zero in both operands, so that what they hold makes no difference, not even a NaN.
+    Padding lanes are zero in both operands, so a NaN in a padding lane does not reach the sum.
     """
     ours = [logical[name] for name in axes]
     lanes = [axis for axis in ours if axis.lane_axis is not None]
@@ -192,7 +194,7 @@ def psum_of_product(
     def product(a: Array, b: Array) -> Array:
         if not sums_leading(dimension_numbers):
             return lax.dot_general(a, b, dimensions, **params)
-        count = len(dimensions[0][0])  # as one dimension: XLA copies an operand that is summed over several
+        count = len(dimensions[0][0])  # as one dimension: XLA copies an operand that it contracts over several
         a, b = (x.reshape(-1, *x.shape[count:]) for x in (a, b))
         return lax.dot_general(a, b, (((0,), (0,)), ((), ())), **params)
 
@@ -205,9 +207,10 @@ def psum_of_product(
 
 
 def _product_beside_padding(axis: LogicalAxis, product: Function, a: Array, b: Array) -> Array:
-    """A product of lanes of which few on the last device are padding, with zeros there in the smaller operand alone.
+    """Returns a product over lanes, with zeros in the padding lanes of the smaller operand only.
 
-    That is enough if what the other one has there is finite, and saves a pass over it.
+    Used if few lanes of the last device are padding. If the larger operand is finite in the padding lanes, zeros in the
+    smaller one are enough, and save a pass over the larger one.
     """
     own, smaller, lanes = where_replica([axis], jnp.bool_(True)), a.size <= b.size, [block(axis, a), block(axis, b)]
     real = block(axis, own)
@@ -227,18 +230,18 @@ def _product_beside_padding(axis: LogicalAxis, product: Function, a: Array, b: A
 
 
 def sums_leading(dimension_numbers: lax.DotDimensionNumbers) -> bool:
-    """Whether a product sums over the first dimensions of both operands, in order, and has no others in common."""
+    """Whether a product contracts the leading dimensions of both operands, in order, and has no batch dimensions."""
     contracted, (batched, _) = dimension_numbers
     return not batched and all(tuple(dims) == tuple(range(len(dims))) for dims in contracted)
 
 
 def psum_of_lanes(logical: LogicalAxes, x: Array, *, axes: Names) -> Array:
-    """The sum over a device's own lanes."""
+    """Returns the sum over the device's own lanes."""
     ours = [logical[name] for name in axes]
     return lax.psum(where_replica(ours, x), tuple(axis.lane_axis for axis in ours if axis.lane_axis is not None))
 
 
 def psum_of_devices(logical: LogicalAxes, x: Array, *, axes: Names) -> Array:
-    """The sum over devices of what each has summed over its lanes."""
+    """Returns the sum over devices of the per-device sums over lanes."""
     names = tuple(logical[name].device_axis for name in axes if logical[name].device_axis is not None)
     return lax.psum(x, names) if names else x

@@ -1,10 +1,10 @@
 """Which values differ between replicas: a forward analysis of a jaxpr.
 
-A value *varies* over a mapped axis when it is computed from a mapped argument, or from the replica's index, with no
-collective in between that gives all replicas the same. The analysis errs on the side of "varies".
+A value *varies* over a mapped axis if it is computed from a mapped argument or from the replica's index, and no
+collective in between makes it equal in all replicas. In doubt, the analysis says that a value varies.
 
-It decides what ``out_axes=None`` may be asked of, and which loops and branches the replicas leave at different
-times, or enter differently: around those, the user's collectives need every replica to come along.
+The analysis decides which results may have ``out_axes=None``. It also finds loops and branches whose predicate differs
+between replicas: there, all replicas must participate in every collective.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis, Scope
 from replicax._typing import Atom
 
-#: The mapped axes over which one value varies.
+#: The mapped axes over which a value varies.
 Varying = frozenset[LogicalAxis]
 NOWHERE: Varying = frozenset()
 
 
 def union(varying: Sequence[Varying]) -> Varying:
-    """Where any of the values varies."""
+    """Returns the mapped axes over which any of the values varies."""
     first, *others = varying or (NOWHERE,)
     return first if all(other is first for other in others) else first.union(*others)
 
 
 class Analysis:
-    """The analysis of one traced program, each jaxpr in it analysed once for each pattern of arguments.
+    """The analysis of one traced program. Each jaxpr is analysed once for each pattern of varying arguments.
 
     Args:
         scope: The mapped axes in scope.
@@ -43,22 +43,22 @@ class Analysis:
         self._known: dict[tuple[int, tuple[Varying, ...]], tuple[Jaxpr, dict[Atom, Varying]]] = {}
 
     def inside(self, eqn: Equation) -> Analysis:
-        """The analysis of the program of a map inside."""
+        """Returns the analysis of the program of a nested map."""
         key = eqn.params["name"], eqn.params["size"]
         if key not in self._inside:
             self._inside[key] = Analysis(self.scope.enter(*key))
         return self._inside[key]
 
     def results(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> list[Varying]:
-        """Where each result of a jaxpr varies, given where each argument does."""
+        """Returns the axes over which each result of a jaxpr varies, given those of each argument."""
         known = self.values(jaxpr, args)
         return [NOWHERE if _jax.is_literal(atom) else known[atom] for atom in _jax.body(jaxpr).outvars]
 
     def values(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> dict[Atom, Varying]:
-        """Where each value in a jaxpr varies, given where each argument does."""
+        """Returns the axes over which each value in a jaxpr varies, given those of each argument."""
         key = (id(jaxpr), tuple(args))
         if key not in self._known:
-            self._known[key] = (jaxpr, self._run(_jax.body(jaxpr), args))  # the jaxpr, so that its id stays its own
+            self._known[key] = (jaxpr, self._run(_jax.body(jaxpr), args))  # keep the jaxpr alive: its id is the key
         return self._known[key][1]
 
     def _run(self, jaxpr: Jaxpr, args: Sequence[Varying]) -> dict[Atom, Varying]:
@@ -69,8 +69,8 @@ class Analysis:
         return known
 
     def equation(self, eqn: Equation, args: Sequence[Varying]) -> list[Varying]:
-        """Where each result of an equation varies."""
-        if callback_primitives.is_guarded(eqn):  # an earlier failure makes no difference to its results
+        """Returns the axes over which each result of an equation varies."""
+        if callback_primitives.is_guarded(eqn):  # its results do not depend on an earlier failure
             return [*[union(args[1:])] * (len(eqn.outvars) - 1), union(args)]
         subs = list(_jax.sub_jaxprs(eqn))
         if primitives.is_nested_map(eqn):
@@ -93,7 +93,7 @@ class Analysis:
         return [union([*args, *map(union, outs)])] * len(eqn.outvars)
 
     def operands(self, eqn: Equation, args: Sequence[Varying]) -> list[list[Varying]]:
-        """Where the arguments of each sub-jaxpr of an equation vary, in any iteration of a loop."""
+        """Returns the axes over which the arguments of each sub-jaxpr vary, in any iteration of a loop."""
         subs = list(_jax.sub_jaxprs(eqn))
         match eqn.primitive.name:
             case "cond":
@@ -121,7 +121,7 @@ class Analysis:
         for_cond, for_body = list(args[:cond_consts]), list(args[cond_consts : cond_consts + body_consts])
         carry = list(args[cond_consts + body_consts :])
         while True:
-            # Replicas that leave the loop at different times keep different carries.
+            # Replicas that leave the loop at different times have different carries.
             predicate = union(self.results(cond, for_cond + carry))
             after = self.results(body, for_body + carry)
             grown = [a | b | predicate for a, b in zip(carry, after, strict=True)]
@@ -130,7 +130,7 @@ class Analysis:
             carry = grown
 
     def predicate(self, eqn: Equation, args: Sequence[Varying]) -> Varying:
-        """Over which axes the replicas may disagree which branch a ``cond`` takes, or when a ``while`` ends."""
+        """Returns the axes over which the branch index of a ``cond``, or the condition of a ``while``, varies."""
         match eqn.primitive.name:
             case "cond":
                 return args[0]
@@ -155,5 +155,5 @@ class Analysis:
 
 
 def mapped(eqn: Equation, args: Sequence[Varying], own: Varying) -> list[Varying]:
-    """Where the arguments of a map inside vary in its replicas."""
+    """Returns the axes over which the arguments of a nested map vary inside its replicas."""
     return [a if axis is None else a | own for a, axis in zip(args, eqn.params["in_axes"], strict=True)]

@@ -1,4 +1,4 @@
-"""The only door to what is not public in JAX, and the only place that asks for its version."""
+"""The only module that uses non-public JAX or depends on its version."""
 
 from replicax._jax.aliases import Equation as Equation
 from replicax._jax.aliases import Jaxpr as Jaxpr

@@ -1,4 +1,4 @@
-"""The names of JAX's things in annotations."""
+"""Names of JAX's types for annotations."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from jax.extend import core as extend_core
 
 Array = jax.Array
 
-#: Anything that ``jax.tree`` takes apart; JAX has no type of its own for it.
+#: Any pytree; JAX has no type for it.
 PyTree: TypeAlias = Any
 
-#: What an equation takes and gives: arrays, tracers, and scalars of Python's.
+#: Operands and results of equations: arrays, tracers and Python scalars.
 ArrayLike = jax.typing.ArrayLike
 
-#: A shape and a dtype, as JAX traces with them.
+#: The abstract value of an array: shape, dtype and weak type.
 ArrayType: TypeAlias = core.ShapedArray
 
-#: A jaxpr with its constants, or without; JAX 0.10 has two classes: see ``versions.Closed``.
+#: A jaxpr with or without its constants; JAX 0.10 has two classes: see ``versions.Closed``.
 Jaxpr: TypeAlias = extend_core.Jaxpr
 Equation: TypeAlias = extend_core.JaxprEqn
 Literal: TypeAlias = extend_core.Literal
@@ -31,6 +31,6 @@ Traceback: TypeAlias = jaxlib.Traceback
 
 
 class Known(Protocol):
-    """What JAX's table of calls knows of a program; JAX's own class is not public, and only annotations need it."""
+    """The data of a program in JAX's C++ fast path. JAX's own class is not public; only annotations need this one."""
 
     def _replace(self, *, out_pytree_def: jax.tree_util.PyTreeDef) -> Known: ...

@@ -13,17 +13,17 @@ from jax._src import xla_bridge
 
 from replicax._jax.aliases import Client
 
-#: JAX's own, whatever stands in their places in ``jax``.
+#: JAX's own functions, even if ``jax.devices`` is patched.
 devices, local_devices = xla_bridge.devices, xla_bridge.local_devices
 
-#: Whether anybody has made an array or asked for devices in this process.
+#: Whether JAX's backends are initialized in this process.
 devices_are_known = xla_bridge.backends_are_initialized
 
 
 def make_cpu_client_by(around: Callable[[Callable[[], Client]], Client]) -> None:
-    """Has JAX make its client of CPU devices by ``around`` from now on, which is given what makes it.
+    """Makes JAX create its CPU client through ``around``, which gets JAX's own factory.
 
-    Where JAX keeps that elsewhere, nothing happens.
+    Does nothing if this version of JAX has no such factory.
     """
     with contextlib.suppress(AttributeError, KeyError, TypeError):
         factories: Any = vars(sys.modules["jax._src.xla_bridge"])["_backend_factories"]

@@ -12,19 +12,19 @@ from replicax._jax.aliases import Array, ArrayLike, Equation, PyTree
 
 
 def needs_one_mesh(primitives: set[str]) -> bool:
-    """Whether a program with these primitives has to name one mesh throughout: that of callbacks that return values."""
+    """Whether a program with these primitives must use one mesh throughout, as callbacks with results require."""
     return any(primitive.name in primitives for primitive in dispatch.prim_requires_devices_during_lowering)
 
 
 def has_side_effect(eqn: Equation) -> bool:
-    """Whether the equation calls back into Python for an effect: a debug print or callback, or an ``io_callback``."""
+    """Whether the equation is a callback with a side effect: a debug print or callback, or an ``io_callback``."""
     return eqn.primitive.name in ("debug_callback", "debug_print", "io_callback")
 
 
 def bind_callback_where(eqn: Equation, args: Sequence[ArrayLike], runs: Array) -> list[Array]:
     """Binds a :func:`has_side_effect` equation so that Python is called only where ``runs`` is true.
 
-    Elsewhere the results of an ``io_callback`` are zeros.
+    Where ``runs`` is false, the results of an ``io_callback`` are zeros.
     """
     if eqn.primitive.name == "io_callback":
         results = eqn.params["result_avals"]

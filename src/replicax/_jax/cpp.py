@@ -1,4 +1,4 @@
-"""JAX's table of calls, in C++: what has run is looked up, and runs again without Python."""
+"""JAX's C++ fast path: programs that have run before run again without Python."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def entry(
     static: tuple[Sequence[int], Sequence[str]],
     put: Callable[[object, jax.sharding.Sharding], Array],
 ) -> Callable[..., Any]:
-    """A callable that runs in C++ what it has run before, as what ``jax.jit`` returns does, and else calls ``slow``.
+    """Returns a callable that runs cached programs on the C++ fast path, as ``jax.jit`` does, and else calls ``slow``.
 
-    JAX's table goes by all that a call consists of: the structure of the arguments, their types, where they lie, the
-    static ones, the settings of JAX's, and what is being traced. Where JAX has it no more, ``slow`` runs every time,
-    and a warning says so.
+    The cache key of JAX covers the whole call: the tree structure of the arguments, their types and shardings, static
+    arguments, JAX's settings, and the trace context. If this version of JAX has no such cache, every call runs
+    ``slow``, and a warning says so.
 
     Args:
-        owner: What the entries belong to, and are freed with. It is called in place of all if jit is disabled.
-        slow: Takes a call, and returns the result, and what to remember of it: see :func:`remember`.
-        in_python: Called in its place, under ``jax_debug_nans``, where a result has a NaN: says where it comes from.
-        name: What a profile calls it.
+        owner: The key that the cache entries belong to, and are freed with. With jit disabled, JAX calls it instead.
+        slow: From a call to its result, and to the data to cache: see :func:`remember`.
+        in_python: Called instead under ``jax_debug_nans`` if a result has a NaN; finds the operation that made it.
+        name: The name in profiles.
         static: The positions and the names of the static arguments.
-        put: Moves an argument that is no array of JAX's to where it has to lie.
+        put: Moves an argument that is not a JAX array to the required sharding.
     """
     try:
         put_array = pxla.cc_shard_arg
@@ -59,7 +59,7 @@ def entry(
         return lambda *args, **kwargs: slow(args, kwargs)[0]
 
 
-#: What the warning has said, once a process.
+#: The text of the warning, if this process has issued it.
 _said: list[str] = []
 
 
@@ -77,7 +77,7 @@ def _warn_of_slow_calls(missing: str) -> None:
 
 
 def first_run(call: Callable[..., Any], args: Sequence[Array]) -> tuple[Sequence[Array], Known | None]:
-    """Runs a :func:`fast_call` of flat arguments; its results, and what an :func:`entry` has to know to run it."""
+    """Runs a :func:`fast_call` on flat arguments. Returns its results, and the data that an :func:`entry` caches."""
     if not hasattr(call, "_cache_miss"):
         return call(*args), None
     results, known, forget = call._cache_miss(*args)
@@ -85,7 +85,12 @@ def first_run(call: Callable[..., Any], args: Sequence[Array]) -> tuple[Sequence
 
 
 def remember(known: Known, out: PyTree) -> Known | None:
-    """What an :func:`entry` remembers: the program that ``first_run`` knows, its results in a tree as ``out``."""
+    """Returns the data for an :func:`entry` to cache: that of the program, with the tree structure of its results.
+
+    Args:
+        known: The data of the program, from :func:`first_run`.
+        out: A result, whose tree structure is used.
+    """
     try:
         return known._replace(out_pytree_def=tree_util.dispatch_registry.flatten(out, None)[1])
     except (AttributeError, TypeError, ValueError) as error:
@@ -94,18 +99,21 @@ def remember(known: Known, out: PyTree) -> Known | None:
 
 
 def forget(owner: Callable[..., Any]) -> None:
-    """Makes every :func:`entry` of this owner forget what it has run."""
+    """Clears the cache of every :func:`entry` of this owner."""
     made = entry(owner, owner, owner, "", ((), ()), owner)
     if hasattr(made, "_clear_cache"):
         made._clear_cache()
 
 
-#: The class of JAX's arrays that are neither traced nor keys.
+#: The class of concrete JAX arrays, except typed PRNG keys.
 ArrayImpl = jaxlib.ArrayImpl
 
 
 def names_no_argument(error: ValueError) -> bool:
-    """Whether C++ refuses a static argument that has no hash or cannot be compared, or what is donated twice."""
+    """Whether the C++ fast path refuses a call without naming the argument.
+
+    The causes are a static argument that cannot be hashed or compared, and a buffer that is donated twice.
+    """
     text = text_of(error)
     return text.startswith(("Non-hashable static", "static arguments should be comparable")) or _TWICE in text
 
@@ -121,14 +129,14 @@ def put_blocks(
     *,
     in_place: bool,
 ) -> Array:
-    """An array of the blocks of its devices, in NumPy.
+    """Creates an array from NumPy blocks, one for each device.
 
     Args:
         aval: Its type.
-        sharding: Where it lies.
+        sharding: Its sharding.
         blocks: The block of each device.
         devices: The devices of this process.
-        in_place: Whether the blocks may be read where they are, and later; otherwise they are copied now.
+        in_place: Whether JAX may read the blocks later without a copy. Otherwise they are copied now.
     """
     kinds = jaxlib.HostBufferSemantics
     how = kinds.ZERO_COPY if in_place else kinds.IMMUTABLE_ONLY_DURING_CALL
@@ -138,12 +146,12 @@ def put_blocks(
 _entries = jaxlib.PjitFunctionCache(capacity=8192) if hasattr(jaxlib, "PjitFunctionCache") else None
 
 
-#: ``jax.tree.flatten`` in fewer steps.
+#: ``jax.tree.flatten`` with less overhead.
 flatten = tree_util.default_registry.flatten
 
 
 def fast_call(compiled: jax.stages.Compiled) -> Callable[..., Any]:
-    """The program as ``jit`` calls it, in C++ where that is possible, without a frame of Python's around it."""
+    """Returns the program as ``jit`` calls it: in C++ if possible, without a Python frame around it."""
     try:
         made = compiled._executable.create_cpp_call(compiled._params)
     except (AttributeError, TypeError) as error:

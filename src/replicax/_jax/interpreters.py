@@ -1,4 +1,4 @@
-"""JAX's machinery that primitives of our own are registered with."""
+"""JAX's modules that are needed to register primitives."""
 
 from jax._src import ad_util, callback, core, debugging, linear_util
 from jax._src.interpreters import ad, batching, mlir

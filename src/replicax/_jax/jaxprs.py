@@ -1,8 +1,8 @@
-"""Jaxprs: what is in them, and how they are traced, changed and bound.
+"""Jaxprs: how to inspect, trace, change and bind them.
 
-Everything here works on jaxprs generically: the parameters of a primitive differ between JAX versions (0.10 wraps
-a jaxpr with constants in ``ClosedJaxpr``, 0.11 has one class), so an equation is never rebuilt from parameters
-known by name, except for the three control-flow primitives whose carries :func:`loop_counts` has to tell apart.
+The functions here treat all primitives alike, because parameters differ between JAX versions (0.10 wraps a jaxpr with
+constants in ``ClosedJaxpr``, 0.11 has one class). So no equation is rebuilt from parameters known by name. The
+exceptions are the control-flow primitives: :func:`loop_counts` needs the number of their carries.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from replicax._jax.versions import Closed, body, close, constants, is_jaxpr, loo
 
 
 def is_literal(atom: Atom) -> bool:
-    """Whether an equation's operand is a constant written into the equation."""
+    """Whether an operand is a literal: a constant stored in the equation."""
     return isinstance(atom, extend_core.Literal)
 
 
 def sub_jaxprs(eqn: Equation) -> Iterator[Jaxpr]:
-    """The jaxprs among an equation's parameters, in a fixed order; not that with which JAX has a scatter add."""
+    """Yields the jaxprs among an equation's parameters, in a fixed order, except the update jaxpr of a scatter."""
     if eqn.primitive.multiple_results:
         for value in eqn.params.values():
             for item in value if isinstance(value, tuple | list) else (value,):
@@ -43,7 +43,7 @@ def sub_jaxprs(eqn: Equation) -> Iterator[Jaxpr]:
 
 
 def primitives(jaxpr: Jaxpr) -> set[str]:
-    """The names of all primitives anywhere in the jaxpr."""
+    """Returns the names of all primitives in the jaxpr, at any depth."""
     names: set[str] = set()
     seen: set[int] = set()
 
@@ -60,7 +60,7 @@ def primitives(jaxpr: Jaxpr) -> set[str]:
 
 
 def equations(jaxpr: Jaxpr, most: int) -> int:
-    """How many equations the jaxpr has, those of the jaxprs inside it included; ``most`` if there are more."""
+    """Returns the number of equations in the jaxpr, at any depth, but at most ``most``."""
     count = 0
     for eqn in body(jaxpr).eqns:
         count += 1 + sum(equations(sub, most - count) for sub in sub_jaxprs(eqn))
@@ -70,7 +70,7 @@ def equations(jaxpr: Jaxpr, most: int) -> int:
 
 
 def named_axes(eqn: Equation) -> tuple[AxisName, ...]:
-    """The mapped axes that an equation without sub-jaxprs names; empty when it communicates over none."""
+    """Returns the mapped axes that an equation without sub-jaxprs names. Empty if it does not communicate."""
     names = _axis_parameters(eqn)
     if eqn.effects:
         names.extend(effect.name for effect in eqn.effects if isinstance(effect, core.NamedAxisEffect))
@@ -78,7 +78,7 @@ def named_axes(eqn: Equation) -> tuple[AxisName, ...]:
 
 
 def repeated_axes(eqn: Equation) -> tuple[AxisName, ...]:
-    """The mapped axes that a collective names more than once."""
+    """Returns the mapped axes that a collective names more than once."""
     names = _axis_parameters(eqn)
     return tuple(dict.fromkeys(name for name in names if not isinstance(name, int) and names.count(name) > 1))
 
@@ -93,7 +93,7 @@ def _axis_parameters(eqn: Equation) -> list[AxisName]:
 
 
 def loop_carry(eqn: Equation) -> slice:
-    """Which operands of a ``scan`` are carried."""
+    """Returns the positions of the carried operands of a ``scan``."""
     consts, carries = loop_counts(eqn)
     return slice(consts, consts + carries)
 
@@ -107,15 +107,22 @@ def trace(
 ) -> tuple[Jaxpr, list[Array], PyTree]:
     """Traces the user's ``fun`` with mapped axes in scope.
 
+    Args:
+        fun: The user's function.
+        args: The positional arguments: trees of ``jax.ShapeDtypeStruct``; static arguments unchanged.
+        kwargs: The keyword arguments, in the same form.
+        static: The positions of the static arguments.
+        sizes: The mapped axes in scope, with their sizes.
+
     Returns:
-        The jaxpr, its constants (which may be tracers of an enclosing trace), and the tree of
-        ``jax.ShapeDtypeStruct`` that ``fun`` returned.
+        The jaxpr, its constants (which may be tracers of an enclosing trace), and the tree of ``jax.ShapeDtypeStruct``
+        that ``fun`` returned.
     """
     fixed = {i: args[i] for i in static}
 
-    @functools.wraps(fun, updated=())  # an attribute of the user's, such as "trace", would hide jit's
+    @functools.wraps(fun, updated=())  # without __dict__: a user's attribute such as "trace" would hide that of jit
     def bound(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        # JAX compares static arguments with those of other functions, which may be of a kind that has no comparison.
+        # JAX compares static arguments with those of other functions, and == may raise for such pairs of types.
         # Workaround: static_arguments_compared.
         return fun(*(fixed.get(i, x) for i, x in enumerate(args)), **kwargs)
 
@@ -127,7 +134,7 @@ def trace(
 def trace_to_jaxpr(
     fun: Callable[..., Sequence[ArrayLike]], avals: Sequence[ArrayType], debug_info: DebugInfo
 ) -> tuple[Jaxpr, list[Array]]:
-    """Traces a function of flat arguments; the jaxpr, and the constants that it has to be closed over."""
+    """Traces a function of flat arguments. Returns the jaxpr, and the values of its constants."""
     jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(lu.wrap_init(fun, debug_info=debug_info), list(avals))
     return jaxpr, list(consts)
 
@@ -135,25 +142,29 @@ def trace_to_jaxpr(
 def trace_flat(
     fun: Callable[..., Sequence[ArrayLike]], avals: Sequence[ArrayType], sizes: Mapping[AxisName, int]
 ) -> tuple[Jaxpr, list[Array]]:
-    """A jaxpr of a function of flat arguments that closes over nothing, and the arrays that it takes before them."""
+    """Traces a function of flat arguments to a jaxpr without constants.
+
+    Returns:
+        The jaxpr, and the closed-over arrays, which become its leading arguments.
+    """
     with axis_env(sizes):
         jaxpr, consts = trace_to_jaxpr(fun, avals, lu.DebugInfo("nested map", "one replica", None, None))
         return close(pe.convert_constvars_jaxpr(jaxpr), ()), consts
 
 
 def retrace(fun: Callable[..., Sequence[ArrayLike]], like: Jaxpr, *, hoist: bool) -> tuple[Jaxpr, list[Array]]:
-    """A jaxpr of ``fun`` with the argument and result types, and the class, of ``like``.
+    """Traces ``fun`` to a jaxpr with the argument types, the result types and the class of ``like``.
 
-    ``fun`` takes what ``like`` takes and returns what it returns, to within weak types, which are put back: loops
-    and branches compare them.
+    ``fun`` takes the arguments and returns the results of ``like``, except for weak types. Weak types are restored,
+    because loops and branches compare them.
 
     Args:
         fun: The function.
-        like: The jaxpr to be like.
-        hoist: Whether the arrays that ``fun`` closes over become arguments, before the others.
+        like: The jaxpr whose types are used.
+        hoist: Whether arrays that ``fun`` closes over become leading arguments.
 
     Returns:
-        The jaxpr, and the arrays that it takes before its arguments.
+        The jaxpr, and the arrays to pass before its arguments.
     """
 
     def same_types(*args: Array) -> list[Array]:
@@ -174,7 +185,7 @@ def in_shard_map(eqn: Equation) -> bool:
 
 
 def literal(atom: Literal) -> ArrayLike:
-    """The value of a literal, without that it was written down inside a ``shard_map``."""
+    """Returns the value of a literal, without the mesh of an enclosing ``shard_map`` in its type."""
     if atom.aval.sharding.mesh.empty:
         return atom.val
     value = np.asarray(atom.val, atom.aval.dtype)
@@ -186,9 +197,9 @@ def literal(atom: Literal) -> ArrayLike:
 
 
 def without_mesh(eqn: Equation) -> Equation:
-    """The equation as it is where no mesh is in scope."""
+    """Returns the equation as it would be recorded without a mesh in scope."""
     ctx = copy.copy(eqn.ctx)
-    object.__setattr__(ctx, "cur_abstract_mesh", NO_MESH)  # which no method changes
+    object.__setattr__(ctx, "cur_abstract_mesh", NO_MESH)  # no method sets this attribute
     params = dict(eqn.params)
     if "ctx_mesh" in params:
         params["ctx_mesh"] = NO_MESH
@@ -199,27 +210,27 @@ def without_mesh(eqn: Equation) -> Equation:
 
 
 def without_constants(jaxpr: Jaxpr) -> Jaxpr:
-    """The jaxpr with its constants as arguments, before the others."""
+    """Returns the jaxpr with its constants as leading arguments."""
     if not body(jaxpr).constvars:
         return jaxpr
     return close(pe.convert_constvars_jaxpr(body(jaxpr)), ())
 
 
 def with_results(jaxpr: Jaxpr, outvars: Sequence[Atom]) -> Jaxpr:
-    """The jaxpr with other results, of those that it computes anyway; it closes over nothing."""
+    """Returns the jaxpr with other variables as results. The jaxpr has no constants."""
     debug_info = body(jaxpr).debug_info._replace(arg_names=None, result_paths=None)
     return close(body(jaxpr).replace(outvars=list(outvars), debug_info=debug_info), ())
 
 
 def open_constants(jaxpr: Jaxpr, count: int) -> Jaxpr:
-    """The open jaxpr whose constants are the first ``count`` arguments of one that closes over nothing."""
+    """Returns the open jaxpr whose constants are the first ``count`` arguments of ``jaxpr``, which has no constants."""
     debug_info = body(jaxpr).debug_info._replace(arg_names=None, result_paths=None)
     invars = body(jaxpr).invars
     return body(jaxpr).replace(constvars=invars[:count], invars=invars[count:], debug_info=debug_info)
 
 
 def inline(jaxpr: Jaxpr, wanted: Callable[[Equation], bool]) -> Jaxpr:
-    """The open jaxpr with the equations of the ``jit`` that are ``wanted`` in their places, to any depth."""
+    """Returns the open jaxpr with the ``jit`` equations for which ``wanted`` is true inlined, at any depth."""
     values: dict[Atom, Atom] = {}
     eqns: list[Equation] = []
 
@@ -249,30 +260,30 @@ def inline(jaxpr: Jaxpr, wanted: Callable[[Equation], bool]) -> Jaxpr:
 
 
 def _leaves_places_to_xla(eqn: Equation) -> bool:
-    """Whether a ``jit`` says nothing about where its arguments and results lie, nor how it is compiled."""
+    """Whether a ``jit`` has no shardings, no layouts and no compiler options."""
     said = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
     options = eqn.params["in_layouts"], eqn.params["out_layouts"], eqn.params["compiler_options_kvs"]
     return all(x is UNSPECIFIED for x in said) and not any(map(any, options))
 
 
 def run(jaxpr: Jaxpr, args: Sequence[ArrayLike], consts: Sequence[ArrayLike] | None = None) -> list[Array]:
-    """The results of a jaxpr, bound equation by equation as they are, with other values of its constants if given."""
+    """Runs a jaxpr and binds each equation unchanged. ``consts`` replaces the values of its constants."""
     return list(core.eval_jaxpr(body(jaxpr), constants(jaxpr) if consts is None else consts, *args))
 
 
 def bears_no_constants(eqn: Equation) -> bool:
-    """Whether the jaxpr of a higher-order equation must not close over arrays: that of ``jax.checkpoint``."""
+    """Whether the jaxpr of a higher-order equation must not close over arrays, as in ``jax.checkpoint``."""
     return eqn.primitive is remat_p
 
 
 def equation_name(eqn: Equation) -> str:
-    """What the equation is called: by its primitive, or by what JAX 0.12 wraps in its one general primitive."""
+    """Returns the name of the equation: its primitive, or the operation in JAX 0.12's general primitive."""
     prim = wrapped_primitive(eqn)
     return str(eqn.primitive.name) if prim is None else type(prim).__name__
 
 
 def bind(eqn: Equation, args: Sequence[ArrayLike]) -> list[Array]:
-    """Binds an equation as it is."""
+    """Binds an equation unchanged."""
     return bind_with(eqn, args, eqn.primitive.get_bind_params(eqn.params))
 
 

@@ -14,10 +14,10 @@ from replicax._jax.jaxprs import primitives
 
 
 def draws_batches(eqn: Equation) -> bool:
-    """Whether ``vmap`` makes one draw of the equation, with the first key, where each key of the batch has its own.
+    """Whether ``vmap`` draws the whole batch of this equation with the first key, although each row has its own key.
 
-    It does so of ``lax.rng_bit_generator``, which keys with the implementations ``rbg`` and ``unsafe_rbg`` draw with,
-    the latter also when they are split or folded: https://github.com/jax-ml/jax/issues/19085.
+    This is the batching rule of ``lax.rng_bit_generator``. Keys of the implementations ``rbg`` and ``unsafe_rbg`` draw
+    with it; ``unsafe_rbg`` also splits and folds with it: https://github.com/jax-ml/jax/issues/19085.
     Workaround: draws_of_one_key.
     """
     name = eqn.primitive.name
@@ -27,7 +27,7 @@ def draws_batches(eqn: Equation) -> bool:
     return any(_batches(dtype._impl, _DRAWS[name]) for dtype in dtypes if hasattr(dtype, "_impl"))
 
 
-#: What each primitive on typed keys does with a key.
+#: The operation of each primitive on typed keys.
 _DRAWS = {
     "random_bits": "random_bits",
     "random_split": "split",
@@ -38,7 +38,7 @@ _DRAWS = {
 
 
 class Implementation(Protocol):
-    """What :func:`draws_batches` asks of an implementation of keys; JAX's own class has moved between its modules."""
+    """The part of a PRNG implementation that :func:`draws_batches` uses. JAX's own class moves between modules."""
 
     key_shape: tuple[int, ...]
     seed: Callable[[Array], Array]

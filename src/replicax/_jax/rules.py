@@ -1,4 +1,4 @@
-"""Derivative rules of the user's, and equations with jaxprs or rules in them, bound again."""
+"""The user's derivative rules, and equations that contain jaxprs or rules."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ def bind_again(
     rewrite_jaxpr: Callable[[Jaxpr], tuple[Jaxpr, list[Array]]],
     rewrite_rule: Callable[[Callable[..., Any], str], Callable[..., Any]],
 ) -> list[Array]:
-    """Binds a higher-order equation with every jaxpr in it rewritten, as :func:`retrace` returns it.
+    """Binds a higher-order equation with every jaxpr in it rewritten.
 
-    The derivative rules of ``custom_jvp`` and ``custom_vjp`` are not jaxprs but functions that JAX calls when, and
-    if, it differentiates: ``rewrite_rule`` wraps each of them, and is told whether it is ``"jvp"``, ``"fwd"`` or
-    ``"bwd"``.
+    The derivative rules of ``custom_jvp`` and ``custom_vjp`` are functions, not jaxprs. JAX calls them only if it
+    differentiates. So ``rewrite_rule`` wraps each rule.
+
+    Args:
+        eqn: The equation.
+        args: Its operands.
+        rewrite_jaxpr: From a jaxpr to the new jaxpr and its leading arguments, as :func:`retrace` returns them.
+        rewrite_rule: From a rule and its role (``"jvp"``, ``"fwd"`` or ``"bwd"``) to the new rule.
     """
     hoisted: list[Array] = []
 
@@ -57,12 +62,12 @@ _RULES: dict[str, tuple[str, ...]] = {"custom_jvp_call": ("jvp",), "custom_vjp_c
 
 
 def derivative_rules(eqn: Equation) -> tuple[str, ...]:
-    """The derivative rules of the user's that the equation carries, which may communicate when they are called."""
+    """Returns the roles of the user's derivative rules in the equation. A rule may communicate when JAX calls it."""
     return _RULES.get(eqn.primitive.name, ())
 
 
 def rule_jaxprs(eqn: Equation) -> Iterator[Jaxpr]:
-    """The derivative rules of the user's that the equation carries, traced as JAX would call them."""
+    """Yields the user's derivative rules in the equation, traced as JAX would call them."""
     if not derivative_rules(eqn):
         return
     params = eqn.primitive.get_bind_params(eqn.params)
@@ -75,7 +80,7 @@ def rule_jaxprs(eqn: Equation) -> Iterator[Jaxpr]:
     fwd, bwd = rules
     jaxpr, *_ = trace_rule(fwd.call_wrapped, [x for aval in primals for x in (aval, True)])
     yield jaxpr
-    # As in JAX's own JVPTrace.process_custom_vjp_call: a residual that is an argument is not given back.
+    # As in JAX's JVPTrace.process_custom_vjp_call: the forward rule does not return residuals that are arguments.
     _, _, forwarded = params["out_trees"]()
     own = iter(var.aval for var in body(jaxpr).outvars)
     residuals = [next(own) if k is None else primals[k] for k in forwarded]
@@ -84,9 +89,9 @@ def rule_jaxprs(eqn: Equation) -> Iterator[Jaxpr]:
 
 
 def expansion(eqn: Equation) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """What an equation of JAX 0.12's one general primitive stands for: itself in terms of others, and its ``jvp``.
+    """Returns the expansion of an equation of JAX 0.12's general primitive, and its JVP; None for other equations.
 
-    Both are functions of flat arguments; the second takes the primals, then their tangents.
+    Both are functions of flat arguments. The JVP takes the primals, then their tangents.
     """
     prim = wrapped_primitive(eqn)
     if prim is None:
@@ -109,13 +114,14 @@ def expansion(eqn: Equation) -> tuple[Callable[..., Any], Callable[..., Any]] | 
 def trace_rule(
     rule: Callable[..., Any], args: Sequence[ArrayLike | ArrayType]
 ) -> tuple[Jaxpr, list[Array], Callable[..., Any]]:
-    """Traces a derivative rule, whose arguments and results mix arrays with JAX's symbolic zeros and flags.
+    """Traces a derivative rule. Its arguments and results may contain JAX's symbolic zeros and flags besides arrays.
 
-    Types may stand for the arrays.
+    Args:
+        rule: The rule.
+        args: Its arguments. Types may replace the arrays.
 
     Returns:
-        The jaxpr, its (array) arguments, and the function that puts the rule's own result together again from the
-        jaxpr's results.
+        The jaxpr, its array arguments, and a function from the jaxpr's results to the rule's own result.
     """
     is_array = [isinstance(x, core.ShapedArray) or is_array_type(x) for x in args]
     arrays = [x for x, dynamic in zip(args, is_array, strict=True) if dynamic]
@@ -136,7 +142,7 @@ def trace_rule(
         return [x for x, dyn in zip(leaves, dynamic_out, strict=True) if dyn]
 
     dbg = lu.DebugInfo("replicax derivative rule", "derivative rule", None, None)
-    # As in the trace of the replica, no type says on which mesh its value is: equinox compares the two.
+    # Equinox compares types here with types in the trace of the replica, which have no mesh.
     with replica_traced(), jax.sharding.use_abstract_mesh(NO_MESH):
         jaxpr = close(*trace_to_jaxpr(flat, list(map(plain_type, arrays)), dbg))
     return jaxpr, arrays, restore[0]

@@ -1,4 +1,4 @@
-"""What JAX's stages of compilation are made of."""
+"""The parts of JAX's compilation stages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import jax
 
 
 def stage_parts(lowered: jax.stages.Lowered) -> Any:
-    """What a ``jax.stages.Lowered`` is made of, to make another that goes by the user's arguments."""
+    """Returns the lowering inside a ``jax.stages.Lowered``, to create one that takes the user's arguments."""
     return lowered._lowering
 
 
 def executable_parts(compiled: jax.stages.Compiled) -> tuple[Any, Any]:
-    """What a ``jax.stages.Compiled`` is made of: the executable, and the constants that it takes first."""
+    """Returns the executable inside a ``jax.stages.Compiled``, and the constants that it takes first."""
     return compiled._executable, compiled._params.const_args

@@ -1,4 +1,4 @@
-"""Which lines of code JAX and Python show the user: theirs, not those of this package."""
+"""Tracebacks and source locations: JAX and Python show lines of the user, not of this package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def api_boundary(fun: F) -> F:
-    """A function that users call: the traceback of what it raises has their frames, and neither ours nor JAX's."""
+    """Marks a function that users call. Tracebacks of its errors leave out frames of replicax and of JAX."""
     return traceback_util.api_boundary(fun)
 
 
@@ -26,25 +26,25 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 traceback_util.register_exclusion(_PACKAGE)
 
-# Source lines that JAX remembers are the user's, not those of this package.
+# JAX also records source lines with equations: skip this package there too.
 source_info_util.register_exclusion(_PACKAGE)
 
 
 @contextlib.contextmanager
 def equation_context(eqn: Equation) -> Iterator[None]:
-    """What is bound inside keeps the user's source line and name stack of ``eqn``."""
+    """Binds operations inside with the user's source line and name stack of ``eqn``."""
     name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack):
         yield
 
 
 def described_source(jaxpr: Jaxpr, description: str) -> Traceback:
-    """A traceback that JAX's errors quote as ``file:line (description)``, with where the jaxpr's function begins.
+    """Returns a traceback that JAX's errors quote as ``file:line (description)``, at the line of the jaxpr's function.
 
-    JAX checks devices before it runs anything of ours, and says of an equation no more than where it comes from.
+    JAX checks devices before replicax runs any code. Its error names only the source location of an equation.
     """
     found = re.search(r" at (.*):(\d+)$", body(jaxpr).debug_info.func_src_info or "")
-    users = found is not None and source_info_util.is_user_filename(found[1])  # JAX skips files of its own
+    users = found is not None and source_info_util.is_user_filename(found[1])  # JAX skips its own files
     file, line = (found[1], int(found[2])) if found is not None and users else ("<replicax.pmap>", 1)
     code = compile("get()", file, "eval")
     code = code.replace(co_name=description, co_qualname=description, co_firstlineno=line)
@@ -53,7 +53,7 @@ def described_source(jaxpr: Jaxpr, description: str) -> Traceback:
 
 @contextlib.contextmanager
 def source(traceback: Traceback | None) -> Iterator[None]:
-    """What is bound inside comes from there; with None, from where it is bound."""
+    """Gives operations bound inside this source location; with None, their real one."""
     state = source_info_util._source_info_context
     before = state.context
     state.context = before.replace(traceback=traceback)

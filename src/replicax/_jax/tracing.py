@@ -1,4 +1,4 @@
-"""The state of tracing: what is being traced, axes and meshes in scope, settings."""
+"""The state of tracing: current traces, axes and meshes in scope, settings."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ AxisName = Hashable
 
 
 def eager() -> bool:
-    """Whether no JAX transformation is being traced around this call."""
+    """Whether this call is outside of all JAX transformations."""
     return bool(core.trace_state_clean())
 
 
 def staging() -> bool:
-    """Whether an enclosing ``jit``, ``scan`` or the like records what is called."""
+    """Whether an enclosing ``jit``, ``scan`` or similar transformation records this call."""
     trace: Any = core.trace_ctx.trace
     while (parent := getattr(trace, "parent_trace", None)) is not None and not isinstance(trace, pe.DynamicJaxprTrace):
         trace = parent
@@ -33,9 +33,9 @@ def staging() -> bool:
 
 @contextlib.contextmanager
 def _at_once(known: PyTree) -> Iterator[None]:
-    """Under ``jax.ensure_compile_time_eval`` runs what is ``known``, and records the rest as if it were not.
+    """Under ``jax.ensure_compile_time_eval``, evaluates now if ``known`` has no tracers, else records as usual.
 
-    Under it JAX looks for the index of a mapped axis at once, while a map is traced and there is none.
+    Otherwise JAX would evaluate the index of a mapped axis while a map is traced, when it has no value yet.
     Workaround: index_at_once.
     """
     eager_if_known: Any = _NOTHING
@@ -46,7 +46,7 @@ def _at_once(known: PyTree) -> Iterator[None]:
 
 
 def own_mesh(known: PyTree = None) -> contextlib.AbstractContextManager[Any]:
-    """Puts aside a mesh that the user has set for all of JAX, since a map brings its own."""
+    """Hides the mesh that the user has set with ``jax.set_mesh``, because a map has its own mesh."""
     if config.eager_constant_folding.value:
         return _at_once(known)
     mesh = jax.sharding.get_abstract_mesh()
@@ -63,23 +63,23 @@ NO_MESH = jax.sharding.AbstractMesh((), ())
 
 
 def trace_context() -> Hashable:
-    """What JAX's own compilation caches depend on besides the arguments (x64 mode, precision, axes in scope, …)."""
+    """Returns the state, besides arguments, in JAX's compilation cache keys (x64 mode, precision, axes in scope, …)."""
     return config.trace_context()
 
 
 def axis_env(sizes: Mapping[AxisName, int]) -> contextlib.AbstractContextManager[None]:
-    """Brings mapped axes of the given sizes into scope while a function is traced."""
+    """Adds mapped axes with the given sizes to the scope while a function is traced."""
     return core.extend_axis_env_nd(list(sizes.items()))
 
 
 def tracing_replica() -> bool:
-    """Whether a replica of an enclosing map of ours is being traced."""
+    """Whether a replica of an enclosing ``replicax.pmap`` is being traced."""
     return _tracing.get() and not eager()
 
 
 @contextlib.contextmanager
 def replica_traced() -> Iterator[None]:
-    """What is traced inside is a replica's: maps in it are recorded, to be lowered with it."""
+    """Marks code inside as the trace of a replica. Maps in it are recorded, and lowered with the outer map."""
     before = _tracing.set(True)
     try:
         yield
@@ -91,12 +91,12 @@ _tracing: ContextVar[bool] = ContextVar("_tracing", default=False)
 
 
 def axes_in_scope() -> tuple[AxisName, ...]:
-    """The names of the mapped axes that enclosing transformations have bound."""
+    """Returns the names of the mapped axes that enclosing transformations bind."""
     return tuple(core.get_axis_env().axis_sizes)
 
 
 def outermost_value(x: ArrayLike) -> tuple[ArrayLike, bool]:
-    """The primal value under any number of ``grad``, ``jvp`` and ``vmap`` tracers, and whether it is a ``vmap``'s."""
+    """Returns the primal value under all ``grad``, ``jvp`` and ``vmap`` tracers, and whether any is from ``vmap``."""
     batched = False
     while isinstance(x, ad.JVPTracer | ad.LinearizeTracer | batching.BatchTracer):
         batched |= isinstance(x, batching.BatchTracer)
@@ -105,17 +105,17 @@ def outermost_value(x: ArrayLike) -> tuple[ArrayLike, bool]:
 
 
 def looks_for_nans() -> bool:
-    """Whether JAX is told to look for NaNs or infinities in what programs return."""
+    """Whether ``jax_debug_nans`` or ``jax_debug_infs`` is set."""
     return bool(config.debug_nans.value or config.debug_infs.value)
 
 
 def refuse_leaked_tracers(values: Sequence[object]) -> None:
-    """Raises JAX's error about a tracer that has outlived its trace, where there is one and nothing is traced."""
+    """Raises JAX's error about a leaked tracer if no trace is active and a value is a tracer."""
     if any(issubclass(kind, core.Tracer) for kind in set(map(type, values))):
         core.check_eval_args(values)
 
 
 def settings() -> dict[str, Any]:
-    """The settings of JAX's that programs depend on, by name."""
+    """Returns JAX's settings that programs depend on, by name."""
     names = (name for name in config.trace_context_names() if name != "axis_env_state")
     return {name: value for name, value in zip(names, config.trace_context(), strict=False) if name.startswith("jax_")}

@@ -1,4 +1,4 @@
-"""The structure of trees."""
+"""The structure of pytrees."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from replicax._jax.aliases import PyTree
 
 
 def one_level(tree: PyTree) -> tuple[list[PyTree], Any] | None:
-    """The children of a tree's root, and what else it is made of (the keys of a dict); None for a leaf."""
+    """Returns the children of a tree's root and its auxiliary data (such as the keys of a dict); None for a leaf."""
     found = tree_util.default_registry.flatten_one_level(tree)
     return found and (list(found[0]), found[1])
 
 
 def structure_faults(one: PyTreeDef, other: PyTreeDef) -> Iterator[tuple[tuple[Any, ...], str, str]]:
-    """Where two tree structures differ: the path, and what each has there, in words."""
+    """Yields the differences between two tree structures: the path, and a description of each node."""
     for path, ours, theirs, why in tree_util.equality_errors_pytreedef(one, other):
         keys = re.search(r"key sets: \{(.*)\}", why)
         which = f", different in {keys[1]}" if keys else ""

@@ -17,13 +17,18 @@ from replicax._jax.aliases import Array, ArrayLike, ArrayType, Equation
 
 
 def typeof(x: object) -> ArrayType:
-    """The type of an array or a scalar, as JAX would take it now; TypeError or ValueError for anything else."""
+    """Returns the type of an array or scalar, as JAX would trace it now.
+
+    Raises:
+        TypeError: ``x`` is not an array.
+        ValueError: ``x`` cannot be converted to an array.
+    """
     is_type = isinstance(x, jax.ShapeDtypeStruct | core.AbstractValue)
-    aval = core.shaped_abstractify(x) if is_type else core.typeof(x)  # the first takes whatever has a dtype
+    aval = core.shaped_abstractify(x) if is_type else core.typeof(x)  # shaped_abstractify accepts too many types
     if not isinstance(aval, core.ShapedArray):
-        raise TypeError(f"{type(x).__name__} is no array")  # a jax.Ref
+        raise TypeError(f"{type(x).__name__} is no array")  # x is a jax.Ref
     if isinstance(x, jax.Array) and not config.enable_x64.value and aval.dtype.name in _WIDE:
-        return aval.update(dtype=_WIDE[aval.dtype.name])  # made while 64-bit types were enabled
+        return aval.update(dtype=_WIDE[aval.dtype.name])  # x was created while 64-bit types were enabled
     return aval
 
 
@@ -39,16 +44,18 @@ _WIDE = {
 
 
 def array_type(shape: tuple[int, ...], dtype: np.dtype[np.generic], x64: bool) -> ArrayType:
-    """The type that JAX gives an array made of a NumPy array, with and without 64-bit types."""
+    """Returns the type of a JAX array converted from a NumPy array, with or without 64-bit types."""
     return core.ShapedArray(shape, dtype if x64 else _WIDE.get(dtype.name, dtype))
 
 
 def type_key(leaves: Sequence[ArrayLike]) -> Hashable:
-    """Shapes, dtypes, and which are weak, of :func:`typeof` for each, without looking at the usual arrays one by one.
+    """Returns a hashable key of the types of all leaves: shapes, dtypes, and the positions of weak types.
+
+    For NumPy arrays and concrete JAX arrays, it does not call :func:`typeof` on each leaf.
 
     Raises:
-        TypeError: as :func:`typeof`.
-        ValueError: likewise.
+        TypeError: A leaf is not an array, as in :func:`typeof`.
+        ValueError: A leaf cannot be converted to an array, as in :func:`typeof`.
     """
     kinds = set(map(type, leaves))
     try:
@@ -69,7 +76,7 @@ def type_key(leaves: Sequence[ArrayLike]) -> Hashable:
 
 _USUAL = {np.ndarray, jaxlib.ArrayImpl}
 
-#: The usual dtypes, and what each is without 64-bit types.
+#: The usual dtypes, each with its dtype when 64-bit types are disabled.
 _PLAIN = {
     dtype: np.dtype(_WIDE.get(dtype.name, dtype))
     for dtype in map(np.dtype, ("bool", *np.typecodes["AllInteger"], "float16", "float32", "float64", "F", "D"))
@@ -77,7 +84,7 @@ _PLAIN = {
 
 
 def without_sharding(aval: ArrayType) -> ArrayType:
-    """The type as it is where no mesh is in scope."""
+    """Returns the type as it is without a mesh in scope."""
     where = getattr(aval, "sharding", None)
     if where is None or where.mesh.empty:
         return aval
@@ -85,38 +92,38 @@ def without_sharding(aval: ArrayType) -> ArrayType:
 
 
 def without_axis(x: Array, axis: int | None) -> ArrayType:
-    """The type of one part of ``x`` along the axis."""
+    """Returns the type of one slice of ``x`` along the axis."""
     shape = x.shape if axis is None else (*x.shape[:axis], *x.shape[axis + 1 :])
     return core.ShapedArray(shape, x.dtype, weak_type=core.typeof(x).weak_type)
 
 
 def operands(eqn: Equation, args: Sequence[ArrayLike]) -> list[Array]:
-    """The operands of an equation as arrays: a jaxpr may hand one over as a scalar of Python's."""
+    """Returns the operands of an equation as arrays. A jaxpr may pass Python scalars."""
     return [as_array(x, atom.aval) for x, atom in zip(args, eqn.invars, strict=True)]
 
 
 def as_array(x: ArrayLike, aval: ArrayType) -> Array:
-    """An operand of an equation as an array: a jaxpr may hand one over as a scalar of Python's."""
+    """Returns an operand of an equation as an array. A jaxpr may pass Python scalars."""
     if isinstance(x, jax.Array | np.ndarray):
-        return cast("Array", x)  # what takes the one takes the other
+        return cast("Array", x)  # JAX's functions also accept NumPy arrays
     return lax_internal._convert_element_type(x, aval.dtype, weak_type=aval.weak_type)
 
 
 def as_type(x: ArrayLike, aval: ArrayType) -> Array:
-    """``x``, as weakly typed as ``aval``."""
+    """Returns ``x`` with the weak type of ``aval``."""
     if getattr(core.typeof(x), "weak_type", False) == getattr(aval, "weak_type", False):
         return x
     return lax_internal._convert_element_type(x, aval.dtype, weak_type=aval.weak_type)
 
 
 def plain_type(x: ArrayLike | ArrayType) -> ArrayType:
-    """The type of an array, or that type itself, without where it lies."""
+    """Returns the type of an array, without its sharding."""
     aval = x if isinstance(x, core.ShapedArray) else core.typeof(x)
     return aval.update(sharding=None) if isinstance(aval, core.ShapedArray) else aval
 
 
 def is_array_type(x: object) -> bool:
-    """Whether ``x`` is an array, a scalar or a tracer: not a flag, nor one of JAX's symbolic zeros."""
+    """Whether ``x`` is an array, a scalar or a tracer. False for bools and for JAX's symbolic zeros."""
     if isinstance(x, bool | ad_util.Zero | ad_util.SymbolicZero | jax.ShapeDtypeStruct):
         return False
     try:
@@ -131,18 +138,18 @@ def is_array_type(x: object) -> bool:
 
 
 def is_unconverted(x: object) -> bool:
-    """Whether JAX has the user convert ``x`` to an array: a masked array, or an object with ``__jax_array__``."""
+    """Whether the user must convert ``x`` to an array: a masked array, or an object with ``__jax_array__``."""
     return is_masked(x) or (hasattr(type(x), "__jax_array__") and not isinstance(x, jax.Array | core.Tracer))
 
 
 def is_masked(x: object) -> bool:
-    """Whether ``x`` is a masked array of NumPy's."""
+    """Whether ``x`` is a masked array of NumPy."""
     return isinstance(x, np.ma.MaskedArray | Masked)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Masked:
-    """A masked array as something that C++ takes for no array: of an array it would use what is behind the mask."""
+    """Wraps a masked array, so that the C++ fast path does not accept it as an array and ignore its mask."""
 
     array: np.ma.MaskedArray[Any, Any]
 

@@ -1,4 +1,4 @@
-"""Every branch on JAX's version, with its reason: what to look through when an old version goes or a new one comes."""
+"""Every branch on JAX's version, with its reason. Review this file when a JAX version is added or dropped."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from replicax._jax.aliases import Array, Equation, Jaxpr, PyTree
 
 VERSION: str = jax.__version__
 
-#: Before jaxlib 0.12 XLA hangs where its pool has few threads for its CPU devices: see ``_runtime.cpu_threads``. This
-#: goes by jaxlib, which may be older than JAX. Workaround: few_cpu_threads.
+#: Before jaxlib 0.12, XLA hangs if its thread pool is small for the number of CPU devices: see
+#: ``_runtime.cpu_threads``. The check is on jaxlib, which may be older than JAX. Workaround: few_cpu_threads.
 FEW_CPU_THREADS_HANG = tuple(map(int, jaxlib_version.__version__.split(".")[:2])) < (0, 12)
 
-#: Before JAX 0.11.2 XLA ends the process where a program gets an array that was donated: see ``_runtime.taken``.
+#: Before JAX 0.11.2, XLA crashes the process if a program gets a donated array: see ``_runtime.taken``.
 #: Workaround: taken_arrays.
 TAKEN_ARRAYS_CRASH = jax.__version_info__ < (0, 11, 2)
 
-#: JAX 0.10 has one class for jaxprs with constants and one for those without; from 0.11 on one class is for both.
-Closed: Any = vars(extend_core)["ClosedJaxpr"]  # from 0.11 on not typed as exported
+#: JAX 0.10 has one class for jaxprs with constants and one for jaxprs without; from 0.11 on there is one class for both.
+Closed: Any = vars(extend_core)["ClosedJaxpr"]  # an alias of the one class from 0.11 on; not typed as exported
 Open: Any = extend_core.Jaxpr
 
 
@@ -32,22 +32,22 @@ def is_jaxpr(x: object) -> bool:
 
 
 def body(jaxpr: Jaxpr) -> Any:
-    """The open jaxpr: its ``eqns``, ``invars``, ``constvars`` and ``outvars``."""
+    """Returns the open jaxpr, with ``eqns``, ``invars``, ``constvars`` and ``outvars``."""
     return jaxpr.jaxpr if isinstance(jaxpr, Closed) else jaxpr
 
 
 def constants(jaxpr: Jaxpr) -> Sequence[Array]:
-    """The values of the jaxpr's ``constvars`` (none for an open jaxpr of JAX 0.10)."""
+    """Returns the values of the jaxpr's ``constvars`` (empty for an open jaxpr of JAX 0.10)."""
     return getattr(jaxpr, "consts", ())
 
 
 def close(jaxpr: Jaxpr, consts: Sequence[Array]) -> Jaxpr:
-    """An open jaxpr with its constants."""
+    """Closes an open jaxpr over its constants."""
     return Closed(jaxpr, consts) if Closed is not Open else jaxpr.with_consts(consts)
 
 
 def loop_counts(eqn: Equation) -> tuple[int, int]:
-    """How many constants and how many carried values a ``scan`` has."""
+    """Returns the number of constants and the number of carried values of a ``scan``."""
     if "num_carry" in eqn.params:  # JAX 0.10
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, _ = eqn.params["ft_in"].unpack()
@@ -55,12 +55,12 @@ def loop_counts(eqn: Equation) -> tuple[int, int]:
 
 
 def wrapped_primitive(eqn: Equation) -> Any:
-    """What an equation wraps in JAX's one general primitive, as 0.12 has some functions of its own; None for others."""
+    """Returns the operation in JAX's general primitive; None for other equations."""
     return eqn.params.get("_prim")
 
 
 def add_cotangent(returned: PyTree, cotangent: object) -> PyTree:
-    """What a reverse rule of a ``custom_vjp`` function returns to JAX, with one cotangent more."""
+    """Adds a cotangent to what a reverse rule of ``custom_vjp`` returns to JAX."""
     if isinstance(returned, tuple):  # from JAX 0.12 on, with what the rule logs
         return [*returned[0], cotangent], *returned[1:]
     return [*returned, cotangent]

@@ -1,1 +1,1 @@
-"""Where replicas lie: plain values, computed without tracing."""
+"""The layout of replicas on devices: plain values, computed without tracing."""

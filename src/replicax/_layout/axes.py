@@ -1,4 +1,4 @@
-"""Which axis of which argument is mapped: specifications matched with pytrees, faults told in the user's words."""
+"""``in_axes`` and ``out_axes``: matches specifications with pytrees, and reports errors in the user's terms."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from replicax._messages import MOST, as_int, report
 from replicax._typing import Axes, Function, KeyPath, PyTree, PyTreeDef
 from replicax.errors import ArgumentNameError, AxisSpecError, AxisSpecTypeError, MappedSizeError, OptionTypeError
 
-#: Given a value with rules of its own for ``vmap``, and its entry: the axis of each array in it, and what the map makes
-#: of it.
+#: From a value of a vmappable type and its entry: the mapped axis of each array in it, and the value after mapping.
 OfOne: TypeAlias = Callable[[PyTree, PyTree], tuple[list[int | None], PyTree]]
 
 
 def is_none(x: object) -> bool:
-    """Whether ``x`` is None: in a specification that is a leaf ("not mapped")."""
+    """Whether ``x`` is None. In a specification, None is a leaf ("not mapped")."""
     return x is None
 
 
 @dataclass(frozen=True)
 class Spec:
-    """``in_axes`` or ``out_axes``: a pytree of ints and None, hashable.
+    """``in_axes`` or ``out_axes``: a hashable pytree of ints and None.
 
-    Types with rules of their own for ``vmap`` may have entries of a kind of their own, too.
+    Vmappable types may have entries of other types.
     """
 
     leaves: tuple[PyTree, ...]
@@ -45,10 +44,14 @@ class Spec:
 
 
 def check_spec(which: str, spec: PyTree) -> Spec:
-    """Checks that ``in_axes`` or ``out_axes`` holds nothing but ints and None, without looking at any argument.
+    """Checks that ``in_axes`` or ``out_axes`` contains only ints and None, before any argument is known.
+
+    Args:
+        which: ``in_axes`` or ``out_axes``.
+        spec: The specification.
 
     Raises:
-        AxisSpecTypeError: naming every entry that is neither.
+        AxisSpecTypeError: An entry has another type. The message names each of them.
     """
     faults = []
 
@@ -85,7 +88,7 @@ def _flatten(spec: PyTree) -> tuple[tuple[PyTree, ...], PyTreeDef]:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array among the arguments: what to call it in a message, and its type."""
+    """One array among the arguments: its name for messages, and its type."""
 
     name: str
     aval: jax.ShapeDtypeStruct
@@ -95,11 +98,11 @@ class Leaf:
 
 
 def name_leaves(fun: Function, args: Mapping[int, PyTree], kwargs: Mapping[str, PyTree]) -> list[str]:
-    """What the user calls each leaf of the arguments: parameter name and tree path.
+    """Returns the name of each leaf of the arguments: parameter name and tree path.
 
     Args:
-        fun: The function that they are passed to.
-        args: The positional arguments by position, those that are static left out.
+        fun: The function that takes the arguments.
+        args: The positional arguments by position, without static ones.
         kwargs: The keyword arguments.
     """
     names = parameter_names(fun, args)
@@ -109,7 +112,7 @@ def name_leaves(fun: Function, args: Mapping[int, PyTree], kwargs: Mapping[str, 
 
 
 def parameter_names(fun: Function, positions: Iterable[int]) -> dict[int, str]:
-    """The name of the parameter at each position; ``argument 0`` and so on where there is no telling."""
+    """Returns the name of the parameter at each position, or ``argument 0`` and so on if it is unknown."""
     parameters = _parameters(fun) or []
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     variadic = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
@@ -131,12 +134,12 @@ def _parameters(fun: Function) -> list[inspect.Parameter] | None:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The arguments that an option such as ``donate_argnums`` is about, however they are passed.
+    """The arguments that an option such as ``donate_argnums`` selects, however they are passed.
 
     Attributes:
-        given: The positions that the user wrote; negative ones count from the end of a call's arguments.
-        positions: Those, and the positions of the parameters that the user named.
-        names: The names that the user wrote, and those of the parameters at the given positions.
+        given: The positions that the user wrote. Negative ones count from the end of a call's arguments.
+        positions: ``given``, plus the positions of the parameters that the user named.
+        names: The names that the user wrote, plus the names of the parameters at the given positions.
         aliases: The position and the name of each parameter that has both.
     """
 
@@ -148,11 +151,17 @@ class Chosen:
 
 @_jax.api_boundary
 def choose(which: str, fun: Function, argnums: int | Iterable[int], argnames: str | Iterable[str]) -> Chosen:
-    """Checks ``<which>_argnums`` and ``<which>_argnames``, and completes each by the other.
+    """Checks ``<which>_argnums`` and ``<which>_argnames``, and completes each of them from the other.
+
+    Args:
+        which: ``static_broadcasted`` or ``donate``.
+        fun: The user's function.
+        argnums: The positions.
+        argnames: The names.
 
     Raises:
-        OptionTypeError: a position is no int, or a name no string.
-        ArgumentNameError: the function has no parameter of such a name.
+        OptionTypeError: A position is not an int, or a name is not a string.
+        ArgumentNameError: The function has no such parameter.
     """
     numbers = argnums if isinstance(argnums, Iterable) else (argnums,)
     positions = tuple(as_int(f"{which}_argnums", position) for position in numbers)
@@ -193,7 +202,7 @@ def _as_names(which: str, argnames: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def takes_position(fun: Function, position: int) -> bool:
-    """Whether a function may have a positional argument there; yes where there is no telling."""
+    """Whether a function accepts a positional argument at this position. True if its signature is unknown."""
     parameters = _parameters(fun)
     return parameters is None or _takes(parameters, position)
 
@@ -224,7 +233,7 @@ def _refuse_unknown_names(
 
 
 def one_replica_type(aval: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
-    """The type of one replica's part of a mapped array."""
+    """Returns the type of one replica's part of a mapped array."""
     if axis is None:
         return aval
     shape = (*aval.shape[:axis], *aval.shape[axis + 1 :])
@@ -239,21 +248,21 @@ def match_in_axes(
     static: Collection[int | str],
     leaves: Sequence[Leaf],
 ) -> tuple[list[int | None], PyTreeDef]:
-    """The mapped axis of each leaf of the arguments, as a non-negative position, and how those of one replica nest.
+    """Returns the mapped axis of each argument leaf, non-negative, and the tree structure of one replica's arguments.
 
-    As in ``jax.pmap``, ``in_axes`` has an entry for a static argument, too, which is not used; and where the function
-    has static arguments, entries may be left over.
+    As in ``jax.pmap``, ``in_axes`` has an unused entry for each static argument. If the function has static arguments,
+    ``in_axes`` may have more entries than the call has arguments.
 
     Args:
-        spec: ``in_axes``: one axis for all positional arguments, or a tuple with an entry for each.
-        args: The positional arguments by position, those that are static left out.
+        spec: ``in_axes``: one axis for all positional arguments, or a tuple with one entry for each.
+        args: The positional arguments by position, without static ones.
         kwargs: The keyword arguments, which are always mapped along axis 0.
-        names: What the user calls each positional argument, static ones included.
+        names: The name of each positional argument, including static ones.
         static: The positions of the function's static arguments, and the names of those passed by name.
         leaves: The leaves of both.
 
     Raises:
-        AxisSpecError: ``in_axes`` is no prefix of the arguments, or a leaf lacks its mapped axis.
+        AxisSpecError: ``in_axes`` is not a prefix of the arguments, or a leaf does not have its mapped axis.
     """
     in_axes = spec.tree
     per_argument = isinstance(in_axes, tuple | list)
@@ -279,7 +288,7 @@ def match_in_axes(
 
 
 def _entries(called: str, in_axes: Sequence[PyTree], names: Mapping[int, str], static: Collection[int | str]) -> str:
-    """Which entry of ``in_axes`` belongs to which argument, where it has too few and some arguments are static."""
+    """Reports which entry of ``in_axes`` belongs to which argument, for too few entries and static arguments."""
     lines, dynamic = [], [i for i in names if i not in static]
     for i, name in names.items():
         entry = f"in_axes[{i}] is {in_axes[i]!r}" if i < len(in_axes) else "no entry"
@@ -295,7 +304,7 @@ def _entries(called: str, in_axes: Sequence[PyTree], names: Mapping[int, str], s
 
 
 def match_out_axes(spec: Spec, out: PyTree, size: int) -> tuple[list[int | None], PyTreeDef]:
-    """The mapped axis of each leaf of the result, as a non-negative position, and how those of all replicas nest.
+    """Returns the mapped axis of each result leaf, non-negative, and the tree structure of all replicas' results.
 
     Args:
         spec: ``out_axes``.
@@ -303,7 +312,7 @@ def match_out_axes(spec: Spec, out: PyTree, size: int) -> tuple[list[int | None]
         size: The number of replicas.
 
     Raises:
-        AxisSpecError: ``out_axes`` is no prefix of the result, or a leaf cannot have that axis.
+        AxisSpecError: ``out_axes`` is not a prefix of the result, or an axis is out of range for a leaf.
     """
     axes, whole = broadcast_prefix("out_axes", "the result", spec.tree, out, lambda own, axis: all_of(own, axis, size))
     paths = jax.tree_util.tree_leaves_with_path(out)
@@ -314,18 +323,17 @@ def match_out_axes(spec: Spec, out: PyTree, size: int) -> tuple[list[int | None]
 def broadcast_prefix(
     which: str, what: str, spec: PyTree, tree: PyTree, mapped: OfOne
 ) -> tuple[list[int | None], PyTree]:
-    """The axis in a prefix tree for each leaf of ``tree``.
+    """Broadcasts a prefix tree of axes to the leaves of ``tree``.
 
     Args:
         which: ``in_axes`` or ``out_axes``.
-        what: What the tree is.
+        what: The name of the tree, for error messages.
         spec: The prefix tree.
         tree: The tree.
-        mapped: For what has rules of its own for ``vmap``, given its entry: the axis of each leaf of it, and what the
-            map makes of it.
+        mapped: From a value of a vmappable type and its entry: the axis of each leaf, and the value after mapping.
 
     Returns:
-        The axes, and the tree with what the map makes of such values in their places.
+        The axis of each leaf, and the tree with each vmappable value replaced by its value after mapping.
     """
     axes: list[int | None] = []
     values: list[PyTree] = []
@@ -356,7 +364,7 @@ def broadcast_prefix(
 
 
 def _prefix_faults(where: str, spec: PyTree, tree: PyTree) -> list[str]:
-    """Where a specification does not nest as the tree that it is about."""
+    """Reports where a specification and the tree differ in structure."""
     if is_none(spec) or (ours := _jax.one_level(spec)) is None:
         return []
     theirs = _jax.one_level(tree)
@@ -378,17 +386,17 @@ def _kind(tree: PyTree) -> str:
 
 
 def normalize(which: str, role: str, axes: Axes, leaves: Sequence[Leaf], *, extra: int) -> list[int | None]:
-    """Counts negative axes from the end.
+    """Replaces negative axes by non-negative ones.
 
     Args:
         which: ``in_axes`` or ``out_axes``.
-        role: What a leaf is.
-        axes: One entry a leaf.
+        role: ``argument`` or ``result``, for error messages.
+        axes: One entry per leaf.
         leaves: The leaves.
-        extra: How many axes more than the leaf the mapped array has.
+        extra: How many more axes the mapped array has than the leaf.
 
     Raises:
-        AxisSpecError: naming every leaf that lacks its axis.
+        AxisSpecError: A leaf does not have its axis. The message names each of them.
     """
     faults, normal = [], list[int | None]()
     for axis, leaf in zip(axes, leaves, strict=True):
@@ -412,8 +420,8 @@ def normalize(which: str, role: str, axes: Axes, leaves: Sequence[Leaf], *, extr
 
 
 def _by_argument(mapped: Sequence[tuple[Leaf, int, int]]) -> list[str]:
-    """The sizes of the mapped axes: one line for each array, or, of many, one for all alike of one argument."""
-    if len(mapped) <= MOST - 1:  # and one for axis_size
+    """Lists the sizes of the mapped axes: one line per array; if there are many, one line per argument and size."""
+    if len(mapped) <= MOST - 1:  # one line is for axis_size
         return [f"{leaf}: axis {axis} has size {size}" for leaf, axis, size in mapped]
     alike: dict[tuple[str, int, int], list[Leaf]] = {}
     for leaf, axis, size in mapped:
@@ -426,15 +434,20 @@ def _by_argument(mapped: Sequence[tuple[Leaf, int, int]]) -> list[str]:
     ]
 
 
-#: Where the name of an argument ends, and the path in it begins.
+#: Matches the end of an argument's name, where its tree path begins.
 _ARGUMENT = re.compile(r"(?=[.\[])")
 
 
 def mapped_size(axes: Axes, leaves: Sequence[Leaf], axis_size: int | None) -> int:
-    """The number of replicas, which all mapped arguments and ``axis_size`` have to agree on.
+    """Returns the number of replicas. All mapped arguments and ``axis_size`` must agree on it.
+
+    Args:
+        axes: The mapped axis of each leaf.
+        leaves: The argument leaves.
+        axis_size: The number of replicas that the user gave, or None.
 
     Raises:
-        MappedSizeError: naming every argument with its shape, its mapped axis and its size.
+        MappedSizeError: The sizes differ. The message lists each argument with its shape, mapped axis and size.
     """
     mapped = [(leaf, axis, leaf.aval.shape[axis]) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
     sizes = {size for _, _, size in mapped} | ({axis_size} if axis_size is not None else set())

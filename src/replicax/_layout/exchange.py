@@ -1,8 +1,8 @@
-"""Which items devices hand each other, and how groups of replicas lie on devices: plain tables, computed in NumPy.
+"""Routing tables in NumPy: which items devices send each other, and which devices the groups of replicas are on.
 
-An *item* is what one collective moves as a whole, such as one lane's operand. Every device holds equally many, and
-the items of all devices are numbered through: item ``k`` of device ``d`` is number ``d · items + k``. A table has a
-row for each device.
+An *item* is the unit that one collective sends, for example the operand of one lane. All devices hold the same number
+of items. Items are numbered over all devices: item ``k`` of device ``d`` is number ``d * items + k``. A table has one
+row per device.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from replicax._layout.layout import LogicalAxis
 Table = NDArray[np.int64]
 DeviceGroups = tuple[tuple[int, ...], ...]
 
-#: In place of an item's number: zeros.
+#: The item number that stands for zeros.
 NOTHING = -1
 
 
 @dataclass(frozen=True, eq=False)
 class Shift:
-    """One permutation of devices, and what each of them sends along it.
+    """One permutation of devices, and the items that each device sends along it.
 
     Attributes:
-        pairs: The devices that send, and where to; every device sends once and receives once, at most.
-        send: ``(devices, width)``: which of its own items a device sends.
+        pairs: (source, destination) devices. Each device sends at most once and receives at most once.
+        send: ``(devices, width)`` int64: the indices of the device's own items that it sends.
     """
 
     pairs: tuple[tuple[int, int], ...]
@@ -38,13 +38,13 @@ class Shift:
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """How every device gets the items it wants, each sent once to each device that lacks it.
+    """How each device gets the items it needs. An item is sent once to each device that needs it.
 
     Attributes:
-        shifts: What devices send each other.
-        take: ``(devices, wanted)``: where a device finds what it wants among its own items, then those of each shift
-            in turn, then (if ``zeros``) one of zeros.
-        zeros: Whether any device wants zeros.
+        shifts: The permutations, in order.
+        take: ``(devices, wanted)`` int64: the index of each needed item in the concatenation of the device's own items,
+            the items of each shift, and (if ``zeros``) one item of zeros.
+        zeros: Whether any device needs zeros.
     """
 
     shifts: tuple[Shift, ...]
@@ -53,15 +53,15 @@ class Exchange:
 
 
 def exchange(wants: Table, items: int) -> Exchange:
-    """The exchange in which each device sends the least.
+    """Returns the exchange in which each device sends the fewest items.
 
-    What device a has for device b is one weighted edge. Edges are put together to permutations of devices, heavy
-    ones first and those of one rotation next to each other, so that a rotation stays one permutation; within a
-    permutation, a pair of devices takes part for as many items as it has.
+    The items that device a sends to device b are one weighted edge. Edges are grouped into permutations of devices:
+    heavy edges first, and edges of the same rotation next to each other, so that a rotation stays one permutation.
+    Within a permutation, a pair of devices participates for as many items as it has.
 
     Args:
-        wants: ``(devices, wanted)``: numbers of items, or :data:`NOTHING`.
-        items: How many items each device has.
+        wants: ``(devices, wanted)`` int64: item numbers, or :data:`NOTHING`.
+        items: The number of items that each device holds.
     """
     lacks = _lacking(wants, items)
     devices = len(wants)
@@ -71,17 +71,17 @@ def exchange(wants: Table, items: int) -> Exchange:
     for pairs in _matchings({pair: len(ids) for pair, ids in lacks.items()}, devices):
         sent = 0
         for count in sorted({len(lacks[pair]) for pair in pairs}):
-            taking_part = [pair for pair in pairs if len(lacks[pair]) >= count]
-            first, _ = taking_part[0]
-            send = np.tile(lacks[taking_part[0]][sent:count] - first * items, (devices, 1))
-            for src, dst in taking_part:
+            participants = [pair for pair in pairs if len(lacks[pair]) >= count]
+            first, _ = participants[0]
+            send = np.tile(lacks[participants[0]][sent:count] - first * items, (devices, 1))
+            for src, dst in participants:
                 ids = lacks[src, dst][sent:count]
                 send[src] = ids - src * items
                 known[dst].append(ids)
                 place[dst].append(np.arange(at, at + count - sent))
-            shifts.append(Shift(tuple(taking_part), send))
+            shifts.append(Shift(tuple(participants), send))
             at, sent = at + count - sent, count
-    take = np.full(wants.shape, at, np.int64)  # where the item of zeros lies
+    take = np.full(wants.shape, at, np.int64)  # index of the item of zeros
     for device, row in enumerate(wants):
         ids, places = np.concatenate(known[device]), np.concatenate(place[device])
         order = np.argsort(ids)
@@ -91,7 +91,7 @@ def exchange(wants: Table, items: int) -> Exchange:
 
 
 def _lacking(wants: Table, items: int) -> dict[tuple[int, int], Table]:
-    """For each pair of devices, the items that the second wants and the first has."""
+    """Returns, for each (source, destination) pair of devices, the items of the source that the destination needs."""
     lacks = {}
     for dst, row in enumerate(wants):
         ids = np.unique(row[row != NOTHING])
@@ -102,8 +102,8 @@ def _lacking(wants: Table, items: int) -> dict[tuple[int, int], Table]:
 
 
 def _matchings(weights: dict[tuple[int, int], int], devices: int) -> list[list[tuple[int, int]]]:
-    """Pairs of devices put together to permutations, first fit."""
-    sends, receives = [0] * devices, [0] * devices  # as bits: the permutations that a device sends or receives in
+    """Groups (source, destination) pairs into permutations of devices, first fit."""
+    sends, receives = [0] * devices, [0] * devices  # bit masks: permutations in which a device sends or receives
     matchings: dict[int, list[tuple[int, int]]] = {}
     for src, dst in sorted(weights, key=lambda pair: (-weights[pair], (pair[1] - pair[0]) % devices, pair)):
         taken = sends[src] | receives[dst]
@@ -115,17 +115,19 @@ def _matchings(weights: dict[tuple[int, int], int], devices: int) -> list[list[t
 
 
 def wants_of(axis: LogicalAxis, wants: Table, items: int) -> Table:
-    """What each device wants, given what each replica does; a padding lane wants what its replica wants.
+    """Converts the items that each replica needs to the items that each device needs.
+
+    A padding lane needs the items of the replica that it copies.
 
     Args:
         axis: The mapped axis.
-        wants: ``(replicas, wanted)``: numbers of the replicas' items, or :data:`NOTHING`.
-        items: How many items each replica has.
+        wants: ``(replicas, wanted)`` int64: numbers of the replicas' items, or :data:`NOTHING`.
+        items: The number of items that each replica holds.
 
     Returns:
-        ``(devices, lanes · wanted)``.
+        ``(devices, lanes * wanted)`` int64.
     """
-    if not axis.placement.padding_is_last:  # from numbers that go by replicas to those that go by slots
+    if not axis.placement.padding_is_last:  # renumber the items by slot instead of by replica
         owner, item = np.divmod(wants, items)
         wants = np.where(wants == NOTHING, NOTHING, axis.placement.slot_of[owner] * items + item)
     return wants[axis.placement.replica_at].reshape(axis.devices, -1)
@@ -137,12 +139,12 @@ def wants_of(axis: LogicalAxis, wants: Table, items: int) -> Table:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """The groups of ``axis_index_groups``, which cover all replicas once.
+    """The groups of ``axis_index_groups``. They cover each replica exactly once.
 
     Attributes:
-        groups: The replicas of each group, in its order.
-        of: ``(replicas,)``: the group of each replica.
-        rank: ``(replicas,)``: its place in the group.
+        groups: The replicas of each group, in order.
+        of: ``(replicas,)`` int64: the group of each replica.
+        rank: ``(replicas,)`` int64: the replica's position in its group.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -151,17 +153,17 @@ class Groups:
 
     @property
     def members(self) -> Table:
-        """``(replicas, group)``: the members of each replica's group, which are equally many in all groups."""
+        """The members of each replica's group, as ``(replicas, group)``. All groups must have the same size."""
         return np.asarray(self.groups)[self.of]
 
     def padded_members(self) -> Table:
-        """``(replicas, largest group)``: the same for groups of any size, filled up with :data:`NOTHING`."""
+        """Returns the members of each replica's group as ``(replicas, largest group)``, padded with :data:`NOTHING`."""
         widest = max(map(len, self.groups))
         return np.array([[*group, *[NOTHING] * (widest - len(group))] for group in self.groups])[self.of]
 
 
 def groups(axis_index_groups: Sequence[Sequence[int]], size: int) -> Groups:
-    """The groups as tables; they have to cover ``range(size)`` once."""
+    """Converts groups to tables. The groups must cover ``range(size)`` exactly once."""
     of, rank = np.zeros(size, np.int64), np.zeros(size, np.int64)
     sizes = np.array([len(group) for group in axis_index_groups], np.int64)
     members = np.fromiter(chain.from_iterable(axis_index_groups), np.int64, size)
@@ -171,12 +173,12 @@ def groups(axis_index_groups: Sequence[Sequence[int]], size: int) -> Groups:
 
 
 def ranks(counts: Table) -> Table:
-    """0, 1, 2, … within each of several runs of these lengths, one after the other."""
+    """Returns 0, 1, 2, … for each of several consecutive runs with these lengths."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def device_groups(axis: LogicalAxis, split: Groups) -> DeviceGroups | None:
-    """The groups as groups of whole devices, lanes in order; None when they are none."""
+    """Returns the groups as groups of devices, or None if a group does not consist of full devices in lane order."""
     if axis.padding or any(len(group) % axis.lanes for group in split.groups):
         return None
     lane = np.arange(axis.lanes)
@@ -191,17 +193,17 @@ def device_groups(axis: LogicalAxis, split: Groups) -> DeviceGroups | None:
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """How a reduction over groups goes: each device reduces the lanes that it has of a group, a *segment* of them,
-    and devices that share a group reduce their segments.
+    """The plan of a reduction over groups. A *segment* is the lanes of one group on one device.
 
-    On every device the segments of shared groups come first. Groups that share no device can have the same segment.
+    Each device reduces its segments. Then the devices that share a group reduce the results. On every device, the
+    segments of shared groups come first. Groups that share no device can use the same segment number.
 
     Attributes:
-        lanes: ``(devices, segments · widest)``: the lanes of each segment, filled up with the number of lanes.
-        count: How many segments a device has.
-        shared: Runs of segments, as (start, stop), and the groups of devices that reduce them together.
-        own: ``(devices, lanes)``: the segment of each lane.
-        of: ``(devices, groups)``: the segment that a device has for a group, or :data:`NOTHING`.
+        lanes: ``(devices, segments * widest)`` int64: the lanes of each segment, padded with the number of lanes.
+        count: The number of segments on each device.
+        shared: Ranges of segments, as (start, stop), and the groups of devices that reduce them.
+        own: ``(devices, lanes)`` int64: the segment of each lane.
+        of: ``(devices, groups)`` int64: the device's segment for each group, or :data:`NOTHING`.
     """
 
     lanes: Table
@@ -212,7 +214,7 @@ class Segments:
 
 
 def segments(axis: LogicalAxis, split: Groups) -> Segments:
-    """The segments of every device."""
+    """Returns the segments of every device."""
     devices, many = axis.devices, len(split.groups)
     group_at = split.of[axis.placement.replica_at].reshape(devices, axis.lanes)
     group, device = np.divmod(np.unique(group_at * devices + np.arange(devices)[:, None]), devices)
@@ -234,7 +236,7 @@ def segments(axis: LogicalAxis, split: Groups) -> Segments:
 
 
 def _lanes_of(axis: LogicalAxis, own: Table, count: int) -> Table:
-    """``(devices, count · widest)``: the lanes of each segment, given the segment of each lane."""
+    """Returns the lanes of each segment, as ``(devices, count * widest)``, given the segment of each lane."""
     device, lane = np.divmod(axis.placement.slot_of, axis.lanes)
     segment = device * count + own[device, lane]
     sizes = np.bincount(segment, minlength=axis.devices * count)
@@ -247,10 +249,14 @@ def _lanes_of(axis: LogicalAxis, own: Table, count: int) -> Table:
 def _shared_segments(
     touched: Mapping[int, tuple[int, ...]], devices: int
 ) -> tuple[dict[int, int], tuple[tuple[int, int, DeviceGroups], ...]]:
-    """The segment of each group that lies on several devices, first fit; and the runs of like segments."""
-    slots: list[dict[int, tuple[int, ...]]] = []  # each: group -> the devices that it lies on
-    taken: list[int] = []  # as bits: the devices of each slot
-    begin: dict[tuple[int, ...], int] = {}  # before it, no slot is free for a group on these devices
+    """Assigns a segment to each group that is on several devices, first fit.
+
+    Returns:
+        The segment of each group, and the ranges of segments with the same groups of devices.
+    """
+    slots: list[dict[int, tuple[int, ...]]] = []  # for each segment: group -> its devices
+    taken: list[int] = []  # bit mask of the devices of each segment
+    begin: dict[tuple[int, ...], int] = {}  # the first segment that may be free on these devices
     for g, on in touched.items():
         bits, k = sum(1 << d for d in on), begin.get(on, 0)
         while k < len(slots) and taken[k] & bits:

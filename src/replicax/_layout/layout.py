@@ -1,4 +1,4 @@
-"""Where N replicas lie on D devices: plain values, computed without tracing anything."""
+"""The layout of N replicas on D devices: plain values, computed without tracing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from replicax._layout.placement import Placement
 
 @dataclass(frozen=True)
 class LaneAxis:
-    """The name of the lanes of a mapped axis; no collective of the user's can have it."""
+    """The ``vmap`` axis name of the lanes of a mapped axis. It is not equal to any name that the user can write."""
 
     of: Hashable
     level: int = 0
@@ -27,17 +27,17 @@ class LaneAxis:
 
 @dataclass(frozen=True)
 class LogicalAxis:
-    """A mapped axis of the user's, and the axes that it lies on.
+    """A mapped axis of the user, and the device and lane axes that implement it.
 
     Attributes:
-        name: What the user named.
+        name: The user's name.
         size: The number of replicas, N.
         devices: The number of devices, D'.
-        lanes: The number of replicas that each device runs, L.
-        device_axis: The mesh axis of size D', or None when D' is 1.
-        lane_axis: The vmapped axis of size L, or None when L is 1.
-        placement: Which replica each of a device's lanes runs.
-        level: How many maps it is nested in; axes of one name at different levels are different axes.
+        lanes: The number of lanes on each device, L.
+        device_axis: The mesh axis of size D', or None if D' is 1.
+        lane_axis: The vmapped axis of size L, or None if L is 1.
+        placement: The replica that each slot runs.
+        level: The number of enclosing maps. Axes with the same name at different levels are different axes.
     """
 
     name: Hashable
@@ -51,22 +51,22 @@ class LogicalAxis:
 
     @property
     def padding(self) -> int:
-        """How many lanes exist only to fill devices."""
+        """The number of padding slots."""
         return self.placement.padding
 
     @property
     def physical(self) -> tuple[tuple[Hashable, int], ...]:
-        """The axes that it lies on, with their sizes: its lanes, then its devices, each if it has any."""
+        """The lane axis and the device axis, with their sizes; None values are left out."""
         axes = ((self.lane_axis, self.lanes), (self.device_axis, self.devices))
         return tuple((name, size) for name, size in axes if name is not None)
 
 
 @dataclass(frozen=True)
 class DeviceAxis:
-    """An axis of the mesh that the maps of one level lie on.
+    """The mesh axis for the maps of one level.
 
     Attributes:
-        name: Its name; None where there is but one device.
+        name: Its name; None if it has one device.
         size: The number of devices along it.
     """
 
@@ -74,16 +74,16 @@ class DeviceAxis:
     size: int
 
 
-#: The mapped axes in scope, by the user's names.
+#: The mapped axes in scope, by the user's name.
 LogicalAxes = Mapping[Hashable, LogicalAxis]
 
 
 class Scope(LogicalAxes):
-    """The mapped axes that a program may name, each hiding an outer one of its name.
+    """The mapped axes that a program may name. An inner axis shadows an outer axis of the same name.
 
     Args:
         axes: The axes, from the outermost map to the innermost.
-        levels: The mesh axes for the maps inside, outermost first; maps further inside are lanes alone.
+        levels: The mesh axes for nested maps, outermost first. Maps at deeper levels have lanes only.
     """
 
     def __init__(self, axes: Sequence[LogicalAxis], levels: Sequence[DeviceAxis] = ()) -> None:
@@ -101,31 +101,31 @@ class Scope(LogicalAxes):
         return len(self._by_name)
 
     def enter(self, name: Hashable, size: int) -> Scope:
-        """The scope inside a map over ``size`` replicas."""
+        """Returns the scope inside a nested map over ``size`` replicas."""
         where, *rest = self.levels or [DeviceAxis(None, 1)]
         inner = _axis(name, size, where.size, -(-size // where.size), where.name, len(self.axes))
         return Scope((*self.axes, inner), rest)
 
     @property
     def physical(self) -> dict[Hashable, int]:
-        """All lanes and devices that the axes lie on, hidden ones and those of maps inside too, with their sizes."""
+        """All lane and device axes, with their sizes. Includes those of shadowed axes and of nested maps."""
         axes = {name: size for axis in self.axes for name, size in axis.physical}
         return axes | {level.name: level.size for level in self.levels if level.name is not None}
 
     @property
     def copies(self) -> tuple[Hashable, ...]:
-        """The mesh axes for maps inside: all devices along them run the same program out here."""
+        """The mesh axes for nested maps. All devices along them run the same program outside of the nested maps."""
         return tuple(level.name for level in self.levels if level.name is not None)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """N replicas on a mesh of D' devices, L lanes each: replica r is lane ``r % L`` of device ``r // L``.
+    """N replicas on a mesh of D' devices with L lanes each: replica r is lane ``r % L`` of device ``r // L``.
 
     Attributes:
-        axis: The mapped axis, and its device and lane axes.
-        mesh: The devices: D' along the first axis, and those of maps inside along further ones.
-        inner: The mesh axes of maps inside, outermost first.
+        axis: The mapped axis, with its device and lane axes.
+        mesh: The devices: D' along the first axis, and those for nested maps along the further axes.
+        inner: The mesh axes for nested maps, outermost first.
     """
 
     axis: LogicalAxis
@@ -139,37 +139,43 @@ class Layout:
 
     @property
     def padded_size(self) -> int:
-        """D' · L: the length of a mapped axis once every device has all its lanes."""
+        """The number of slots, D' * L: the length of a mapped axis after padding."""
         return self.axis.placement.slots
 
     @property
     def scope(self) -> Scope:
-        """The mapped axes of the program: the map's own."""
+        """The mapped axes in scope of the program: only the map's own axis."""
         return Scope([self.axis], self.inner)
 
     def spec(self, axis: int | None, inner: Splits = ()) -> PartitionSpec:
-        """How an array mapped along ``axis`` (None: broadcast) is split.
+        """Returns the ``PartitionSpec`` of an array mapped along ``axis``.
 
         Args:
-            axis: The mapped axis.
-            inner: Which further axes of the array are split over which mesh axes of maps inside.
+            axis: The mapped axis; None for an array that is not mapped.
+            inner: Further dimensions of the array, with the mesh axes of nested maps over which they are split.
         """
         split = {} if axis is None else {axis: self.mesh.axis_names[0]}
         split |= dict(inner)
         return PartitionSpec(*(split.get(k) for k in range(max(split, default=-1) + 1)))
 
     def sharding(self, axis: int | None, inner: Splits = ()) -> NamedSharding:
-        """Where a padded array mapped along ``axis`` lies: lanes in order, L on each device."""
+        """Returns the sharding of a padded array mapped along ``axis``: lanes in order, L on each device."""
         return NamedSharding(self.mesh, self.spec(axis, inner))
 
     def result_sharding(self, axis: int | None, inner: Splits = (), *, on_mesh: bool = False) -> NamedSharding:
-        """Where a result of N rows lies; with ``on_mesh`` on the layout's own mesh, and so whole where it is padded.
+        """Returns the sharding of a result of N rows.
 
-        JAX has no uneven sharding. When D' divides N the rows lie where they were computed. Otherwise they are split
-        into as many equal parts as both N and D' allow, g = gcd(N, D'), and each part lies on D'/g devices: the most
-        even spread there is, on the same devices, so that a next call needs no transfer from the host and no copy
-        between device sets. (N = 14 on 4 devices: 2 parts of 7, each on 2 devices; a prime N: whole on each, and
-        still split along a mesh axis, of size 1, by which one tells its rows from a result without a mapped axis.)
+        JAX has no uneven sharding. If D' divides N, each row stays on the device that computes it. Otherwise the rows
+        are split into g = gcd(N, D') equal parts, and each part is replicated on D'/g devices. This is the most even
+        split on the same devices, so the next call needs no transfer from the host and no copy between device sets.
+        Examples: 14 rows on 4 devices become 2 parts of 7 rows, each on 2 devices. If N is prime, each device has all
+        rows; the mapped axis is then split over a mesh axis of size 1, to distinguish it from a result without a mapped
+        axis.
+
+        Args:
+            axis: The mapped axis; None for a result that is not mapped.
+            inner: Further dimensions of the result, with the mesh axes of nested maps over which they are split.
+            on_mesh: Whether the result must be on the layout's own mesh. If so, a padded result is replicated.
         """
         parts = math.gcd(self.size, self.axis.devices)
         if not self.axis.padding:
@@ -181,16 +187,16 @@ class Layout:
         return NamedSharding(mesh, PartitionSpec(*[None] * axis, name))
 
 
-#: Axes of an array, each with the mesh axis that it is split over.
+#: Dimensions of an array, each with the mesh axis over which it is split.
 Splits = Sequence[tuple[int, Hashable]]
 
 
 def mesh_axis_name(name: Hashable) -> str:
-    """What the mesh calls the axis: the user's own name where it is one word, since XLA has to read it, too."""
+    """Returns the name of the mesh axis: the user's name if it is an identifier, because XLA parses it too."""
     return name if isinstance(name, str) and name.isidentifier() else "replicas"
 
 
-#: The maps inside a program by level: for each level, outermost first, the names and sizes of the maps at it.
+#: The nested maps of a program: for each level, outermost first, the names and sizes of the maps.
 Nesting = Sequence[Sequence[tuple[Hashable, int]]]
 
 
@@ -203,22 +209,22 @@ def layout(
     avoid_user_names: bool = False,
     nesting: Nesting = (),
 ) -> Layout:
-    """The layout of ``size`` replicas on ``devices``.
+    """Returns the layout of ``size`` replicas on ``devices``.
 
-    Each device runs L = ceil(N / D) lanes, on the smallest number of devices, D' = ceil(N / L), that this takes.
-    What is left of the devices goes to the maps inside: floor(D / D') for each replica's first level, and so on.
+    Each device runs L = ceil(N / D) lanes, on the smallest sufficient number of devices, D' = ceil(N / L). The other
+    devices are for nested maps: floor(D / D') for the first level of each replica, and so on.
 
-    With ``use_all_devices`` all D devices take part, however many of them only pad: what an outer ``jit`` records has
-    one set of devices, and there maps of different sizes have to meet.
+    With ``use_all_devices``, all D devices participate, even if some have only padding. An outer ``jit`` has one set of
+    devices, so maps of different sizes inside it must use the same devices.
 
     Args:
         name: The user's name of the mapped axis.
         size: The number of replicas, N.
-        devices: The devices that may be used.
-        use_all_devices: Whether all have to be.
-        avoid_user_names: Whether the mesh axes leave the user's names alone, which an enclosing ``vmap`` may have as
-            well, and would take for its own.
-        nesting: The maps inside.
+        devices: The available devices.
+        use_all_devices: Whether all devices must be used.
+        avoid_user_names: Whether mesh axes must not have the user's names. An enclosing ``vmap`` may bind the same
+            name, and would capture it.
+        nesting: The nested maps.
     """
     levels = [[(name, size)], *nesting]
     counts = (_factored if use_all_devices else _filled)([[n for _, n in level] for level in levels], len(devices))
@@ -235,12 +241,12 @@ def layout(
 
 
 def replicas_of(name: Hashable, size: int) -> LogicalAxis:
-    """A mapped axis that lies nowhere yet: that of a map inside, before the outer map is laid out."""
+    """Returns a mapped axis that is not on devices yet: the axis of a nested map before the outer map is laid out."""
     return _axis(name, size, 1, size, None, 0)
 
 
 def _filled(levels: Sequence[Sequence[int]], devices: int) -> list[int]:
-    """How many devices each level gets: as many as it has use for, from the outermost."""
+    """Returns the number of devices of each level: as many as it can use, outermost level first."""
     counts = []
     for sizes in levels:
         counts.append(max(-(-n // -(-n // devices)) for n in sizes))
@@ -249,9 +255,9 @@ def _filled(levels: Sequence[Sequence[int]], devices: int) -> list[int]:
 
 
 def _factored(levels: Sequence[Sequence[int]], devices: int) -> list[int]:
-    """How many devices each level gets of a number that has to be used up: so that each runs the fewest lanes.
+    """Returns the number of devices of each level if all must be used: the split with the fewest lanes per device.
 
-    Of splits with as few lanes, the one with more devices in outer levels.
+    Among splits with equally few lanes, the outer levels get more devices.
     """
     if len(levels) == 1:
         return [devices]

@@ -1,7 +1,7 @@
-"""Which replica each lane of each device runs, and which lanes are padding: a plain value, asked for by all others.
+"""The placement: which replica each lane of each device runs, and which lanes are padding.
 
-A *slot* is a lane of a device: slot s is lane ``s % lanes`` of device ``s // lanes``. Replicas lie on slots in their
-own order. The slots without a replica are padding, and copy a replica beside them.
+A *slot* is a lane of a device: slot s is lane ``s % lanes`` of device ``s // lanes``. Replicas are on slots in order.
+Slots without a replica are padding, and copy a neighbouring replica.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Slots = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Placement:
-    """Replicas on slots.
+    """The map from replicas to slots.
 
     Attributes:
         size: The number of replicas.
         devices: The number of devices.
-        lanes: The number of slots on each.
-        runs: The runs of slots that have replicas: the first slot of each, and how many replicas it has.
+        lanes: The number of slots on each device.
+        runs: The runs of slots with replicas: the first slot and the number of replicas of each run.
     """
 
     size: int
@@ -38,7 +38,7 @@ class Placement:
 
     @property
     def padding(self) -> int:
-        """How many slots have no replica."""
+        """The number of padding slots."""
         return self.slots - self.size
 
     @property
@@ -48,31 +48,31 @@ class Placement:
 
     @cached_property
     def slot_of(self) -> Slots:
-        """``(replicas,)``: the slot of each replica."""
+        """The slot of each replica, as ``(replicas,)`` int64."""
         return np.concatenate([np.arange(first, first + count) for first, count in self.runs])
 
     @cached_property
     def is_replica(self) -> NDArray[np.bool_]:
-        """``(slots,)``: whether a slot has a replica."""
+        """Whether each slot has a replica, as ``(slots,)`` bool."""
         real = np.zeros(self.slots, np.bool_)
         real[self.slot_of] = True
         return real
 
     @cached_property
     def replica_at(self) -> Slots:
-        """``(slots,)``: the replica that each slot runs; padding copies the one before it, or the first."""
+        """The replica that each slot runs, as ``(slots,)`` int64. Padding copies the previous replica, or replica 0."""
         return np.maximum(np.cumsum(self.is_replica) - 1, 0)
 
     @cached_property
     def devices_with_replicas(self) -> Slots:
-        """The devices that do not only pad."""
+        """The devices with at least one replica, as int64 indices."""
         return np.flatnonzero(self.is_replica.reshape(self.devices, self.lanes).any(1))
 
     @property
     def pieces(self) -> list[tuple[int, int, int]]:
-        """The slots in order, as rows of an array of all replicas: first row, rows, copies of the last one behind.
+        """The slots in order, as row ranges of an array of all replicas.
 
-        A first piece of no rows copies row 0.
+        Each range is (first row, number of rows, copies of its last row). A first range without rows copies row 0.
         """
         found, row = ([(0, 0, self.runs[0][0])] if self.runs[0][0] else []), 0
         ends = [first for first, _ in self.runs[1:]] + [self.slots]
@@ -83,5 +83,5 @@ class Placement:
 
 
 def placement(size: int, devices: int, lanes: int) -> Placement:
-    """Replicas on the first slots, and padding on the last."""
+    """Returns the placement with replicas on the first slots, and padding on the last ones."""
     return Placement(size, devices, lanes, ((0, size),))

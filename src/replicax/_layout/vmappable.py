@@ -1,4 +1,4 @@
-"""Arguments and results of types that say themselves what ``jax.vmap`` makes of them, such as sparse matrices."""
+"""Arguments and results of vmappable types: types with their own rules for ``jax.vmap``, such as sparse matrices."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from replicax.errors import AxisSpecError, NotAnArrayError
 
 
 def one_of(value: PyTree, spec: PyTree) -> tuple[list[int | None], PyTree]:
-    """What a replica gets of an argument: the mapped axis of each array in it, and the replica's own value.
+    """Returns the mapped axis of each array in an argument, and the value that one replica gets.
 
     Args:
         value: The argument.
         spec: Its entry in ``in_axes``.
 
     Raises:
-        AxisSpecError: the type does not know such an entry.
-        NotAnArrayError: the type computes on its arrays.
+        AxisSpecError: The type does not accept this entry.
+        NotAnArrayError: The rule of the type computes on its arrays.
     """
     into, _ = _jax.vmap_rules(type(value))
 
@@ -36,7 +36,7 @@ def one_of(value: PyTree, spec: PyTree) -> tuple[list[int | None], PyTree]:
 
 
 def all_of(own: PyTree, spec: PyTree, size: int) -> tuple[list[int | None], PyTree]:
-    """What becomes of the results of all replicas: where each array in them is mapped, and the whole value.
+    """Returns the mapped axis of each array in a result, and the value of all replicas.
 
     Args:
         own: The result of one replica.
@@ -44,8 +44,8 @@ def all_of(own: PyTree, spec: PyTree, size: int) -> tuple[list[int | None], PyTr
         size: The number of replicas.
 
     Raises:
-        AxisSpecError: as :func:`one_of`.
-        NotAnArrayError: likewise.
+        AxisSpecError: The type does not accept this entry.
+        NotAnArrayError: The rule of the type computes on its arrays.
     """
     _, back = _jax.vmap_rules(type(own))
 
@@ -61,7 +61,7 @@ def all_of(own: PyTree, spec: PyTree, size: int) -> tuple[list[int | None], PyTr
 def _mapped(
     which: str, value: PyTree, spec: PyTree, rule: Function, change: Function
 ) -> tuple[list[int | None], PyTree]:
-    """Follows what the rule of a type does to its arrays, and makes sure that it maps them and does no more."""
+    """Traces the rule of a type, and checks that the rule maps the arrays of a value and does nothing else."""
     leaves, tree = jax.tree.flatten(value)
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(_jax.typeof, leaves)]
     axes: list[int | None] = [None] * len(types)
@@ -95,7 +95,7 @@ def _check_order(
     tree: PyTreeDef,
     rule: Function,
 ) -> None:
-    """Makes sure that each array of the value that a rule returns is one that it was given, in the same order."""
+    """Checks that a rule returns exactly the arrays that it was given, in the same order."""
 
     def exchanging(*arrays: Array) -> list[Array]:
         given, put = arrays[: len(types)], arrays[len(types) :]

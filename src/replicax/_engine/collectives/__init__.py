@@ -1,4 +1,4 @@
-"""The collectives over a mapped axis: a file a family, and a registry that has an entry for each."""
+"""The collectives over a mapped axis: one file per family, and a registry with one entry per collective."""
 
 from replicax._engine.collectives.arguments import Names as Names
 from replicax._engine.collectives.gathers import all_gather as all_gather

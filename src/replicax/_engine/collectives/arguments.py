@@ -1,4 +1,4 @@
-"""The arguments of collectives, as JAX's primitives have them."""
+"""The arguments of collectives, in the form that JAX's primitives take."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Names = Sequence[Hashable]
 
 
 def as_names(axis_name: Names | Hashable) -> Names:
-    """The names of a collective that takes one or several."""
+    """Returns the axis names of a collective as a tuple."""
     return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
 def direct(axis: LogicalAxis | None) -> Hashable | None:
-    """The mesh axis on which JAX's own collective is right as it is: one replica a device, and no padding."""
+    """Returns the mesh axis for JAX's own collective: with one replica per device and no padding, no rule is needed."""
     return axis.device_axis if axis is not None and axis.lanes == 1 and not axis.padding else None
 
 
 def split_axes(logical: LogicalAxes, axes: Names) -> tuple[list[LogicalAxis], tuple[int, ...], tuple[Hashable, ...]]:
-    """The logical axes, the operand's own dimensions (where an inner vmap bound the name), and foreign axes."""
+    """Splits ``axes`` into logical axes, array dimensions (named axes of an inner ``vmap``), and other named axes."""
     ours = [logical[name] for name in axes if name in logical]
     positional = tuple(name for name in axes if isinstance(name, int))
     foreign = tuple(name for name in axes if name not in logical and not isinstance(name, int))
@@ -32,10 +32,16 @@ def split_axes(logical: LogicalAxes, axes: Names) -> tuple[list[LogicalAxis], tu
 
 
 def groups_of(primitive: str, axis_index_groups: IndexGroups, size: int, *, of_one_size: bool) -> Groups | None:
-    """The groups as tables; None where all replicas are one group.
+    """Converts ``axis_index_groups`` to tables. Returns None if all replicas are one group.
+
+    Args:
+        primitive: The name of the collective, for error messages.
+        axis_index_groups: The groups.
+        size: The number of replicas.
+        of_one_size: Whether all groups must have the same size.
 
     Raises:
-        CollectiveArgumentError: the groups do not cover all replicas once, or differ in size where they must not.
+        CollectiveArgumentError: The groups do not cover each replica exactly once, or differ in size and must not.
     """
     if axis_index_groups is None:
         return None
@@ -53,6 +59,6 @@ def groups_of(primitive: str, axis_index_groups: IndexGroups, size: int, *, of_o
 
 
 def shown(argument: Iterable[Iterable[int]]) -> str:
-    """Groups or pairs as a message has them."""
+    """Formats groups or pairs for an error message."""
     text = str([list(map(int, item)) for item in argument])
     return text if len(text) < 200 else f"{text[:197]}..."

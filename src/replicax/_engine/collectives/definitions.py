@@ -1,7 +1,7 @@
-"""What definitions have in common: a collective within each group of replicas, on the stacked operands of all.
+"""Common parts of definitions: a collective within each group of replicas, on the stacked operands of all replicas.
 
-Definitions are what JAX's documentation says of a collective, in the terms of NumPy (as ``jax.numpy``, so that the
-reference can be differentiated), and share no code with the rules: each is held against the other.
+A definition implements the documentation of JAX in NumPy terms. It uses ``jax.numpy``, so that it can be
+differentiated. Definitions share no code with the rules: tests compare the two.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from replicax._typing import IndexGroups
 
 
 def groups_in(size: int, axis_index_groups: IndexGroups) -> list[list[int]]:
-    """The replicas of each group."""
+    """Returns the replicas of each group."""
     return [list(range(size))] if axis_index_groups is None else [list(group) for group in axis_index_groups]
 
 
@@ -27,7 +27,14 @@ def in_each_group(
     axis_index_groups: IndexGroups,
     results: Callable[[jax.Array], Sequence[jax.Array] | jax.Array],
 ) -> jax.Array:
-    """The results for each member of each group, given the members' operands in order."""
+    """Returns the results of all replicas, as ``(replicas, ...)``.
+
+    Args:
+        size: The number of replicas.
+        x: ``(replicas, ...)``: the operands.
+        axis_index_groups: The groups; None for one group of all replicas.
+        results: From the operands of one group, in order, to the result of each member.
+    """
     rows: list[Any] = [None] * size
     for group in groups_in(size, axis_index_groups):
         for replica, result in zip(group, results(x[np.asarray(group)]), strict=True):

@@ -1,4 +1,4 @@
-"""What all replicas have, for each of them; and a sum of it, scattered among them."""
+"""``all_gather`` and ``psum_scatter``."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _gathered_rows(
 
 
 def wire_of_gather(axis: LogicalAxis, x: ShapeAndDtype, *, axis_index_groups: IndexGroups = None, **_: object) -> int:
-    """Each replica's operand, for all replicas of its group."""
+    """Counts the bytes of each replica's operand, sent to all replicas of its group."""
     lane = size_in_bytes(x)
     split = groups_of("all_gather", axis_index_groups, axis.size, of_one_size=True)
     if split is None:
@@ -78,15 +78,15 @@ def all_gather(
     tiled: bool,
     axis_index_groups: IndexGroups = None,
 ) -> Array:
-    """The group's operands along a new dimension, or (tiled) along an old one; padding is cut off."""
+    """Gathers the operands of the group along a new dimension, or an existing one if tiled. Drops padding rows."""
     names = as_names(axis_name)
     split = groups_of("all_gather", axis_index_groups, size_of(logical, names), of_one_size=True)
     axis = only_axis(logical, names)
     if (name := direct(axis)) is not None:
-        together = split and split.groups
-        # The transpose of an untiled one fails under vmap. Workaround: untiled_collectives.
+        index_groups = split and split.groups
+        # The transpose of an untiled all_gather fails under vmap. Workaround: untiled_collectives.
         x = x if tiled else lax.expand_dims(x, [all_gather_dimension])
-        return lax.all_gather(x, name, axis=all_gather_dimension, tiled=True, axis_index_groups=together)
+        return lax.all_gather(x, name, axis=all_gather_dimension, tiled=True, axis_index_groups=index_groups)
     if split is None:
         gathered = gather(logical, names, x)
     elif axis is not None and axis.device_axis is not None and (whole := device_groups(axis, split)) is not None:
@@ -98,13 +98,13 @@ def all_gather(
 
 
 def joined(x: Array, dimension: int) -> Array:
-    """``x`` with its first dimension laid out along another of the rest."""
+    """Merges the first dimension of ``x`` into dimension ``dimension`` of the rest."""
     x = jnp.moveaxis(x, 0, dimension)
     return x.reshape(*x.shape[:dimension], x.shape[dimension] * x.shape[dimension + 1], *x.shape[dimension + 2 :])
 
 
 def chunks(x: Array, dimension: int, count: int) -> Array:
-    """``x`` cut along a dimension into so many pieces, which are a new first dimension."""
+    """Splits ``x`` along ``dimension`` into ``count`` chunks, stacked along a new first dimension."""
     x = x.reshape(*x.shape[:dimension], count, x.shape[dimension] // count, *x.shape[dimension + 1 :])
     return jnp.moveaxis(x, dimension, 0)
 
@@ -161,10 +161,10 @@ def psum_scatter(
     tiled: bool,
     axis_index_groups: IndexGroups = None,
 ) -> Array:
-    """Of the sum over the group, this replica's slice along a dimension: the transpose of ``all_gather``.
+    """Returns this replica's slice of the sum over the group: the transpose of ``all_gather``.
 
     Raises:
-        CollectiveArgumentError: the operand is of truth values, which JAX has no sum of here.
+        CollectiveArgumentError: The operand is of dtype bool, for which JAX has no sum here.
     """
     if x.dtype == bool:
         raise CollectiveArgumentError("psum_scatter: JAX has no sum of bool here. Convert the operand to int32 first.")
@@ -172,9 +172,11 @@ def psum_scatter(
     split = groups_of("psum_scatter", axis_index_groups, size_of(logical, names), of_one_size=True)
     axis = only_axis(logical, names)
     if (name := direct(axis)) is not None:
-        together = split and split.groups
-        part = lax.psum_scatter(x, name, scatter_dimension=scatter_dimension, tiled=True, axis_index_groups=together)
-        # Untiled, JAX has no right rule for vmap. Workaround: untiled_collectives.
+        index_groups = split and split.groups
+        part = lax.psum_scatter(
+            x, name, scatter_dimension=scatter_dimension, tiled=True, axis_index_groups=index_groups
+        )
+        # JAX's batching rule for an untiled psum_scatter is wrong. Workaround: untiled_collectives.
         return part if tiled else lax.squeeze(part, [scatter_dimension])
     x = chunks(x, scatter_dimension, axis_size) if tiled else jnp.moveaxis(x, scatter_dimension, 0)
     if axis is not None:
@@ -189,14 +191,17 @@ def psum_scatter(
 
 
 def scatter_sum(axis: LogicalAxis, x: Array, whole: DeviceGroups | None) -> Array:
-    """Of the sum over the replicas of ``x``, whose first dimension is theirs, this replica's element.
+    """Returns this replica's row of the sum over replicas of ``x``, which has shape ``(replicas, ...)``.
 
-    The replicas are all, or those of the device's group of whole devices.
+    Args:
+        axis: The mapped axis.
+        x: ``(replicas, ...)``: one row for each replica of the group.
+        whole: The groups of devices; None for one group of all devices.
     """
     x = where_replica([axis], x)
     if axis.lane_axis is not None:
         x = lax.psum(x, axis.lane_axis)
-    if axis.padding:  # A padding lane gets what the replica gets that it copies.
+    if axis.padding:  # a padding lane gets the result of the replica that it copies
         x = primitives.pad_rows(x, 0, axis.placement)
     x = x.reshape(x.shape[0] // axis.lanes, axis.lanes, *x.shape[1:])
     if axis.device_axis is None:
@@ -205,7 +210,7 @@ def scatter_sum(axis: LogicalAxis, x: Array, whole: DeviceGroups | None) -> Arra
 
 
 def scatter_sum_over(logical: LogicalAxes, names: Names, x: Array) -> Array:
-    """The same along several axes as one."""
+    """Returns this replica's row of the sum over several axes, treated as one axis."""
     sizes = [size_of(logical, [name]) for name in names]
     x = x.reshape(*sizes, *x.shape[1:])
     for name in names:
@@ -214,7 +219,10 @@ def scatter_sum_over(logical: LogicalAxes, names: Names, x: Array) -> Array:
 
 
 def scatter_sum_over_segments(axis: LogicalAxis, x: Array, split: Groups) -> Array:
-    """The same for groups that share devices: a device sends one sum for each replica of its lanes' groups."""
+    """Returns this replica's row of the sum over its group, for groups that share devices.
+
+    A device sends one partial sum for each replica in the groups of its lanes.
+    """
     plan, size = segments(axis, split), x.shape[0]
     sums = over_segments(axis, block(axis, x), plan.lanes, plan.count, SUM)  # (segments, group, ...)
     items = sums.reshape(plan.count * size, *sums.shape[2:])
@@ -224,7 +232,14 @@ def scatter_sum_over_segments(axis: LogicalAxis, x: Array, split: Groups) -> Arr
 
 
 def sums_wanted(axis: LogicalAxis, split: Groups, plan: Segments, size: int) -> Table:
-    """``(slots, devices)``: the sums that each lane wants, of the items that devices have of their segments."""
+    """Returns the partial sums that each lane needs, as ``(slots, devices)`` item numbers.
+
+    Args:
+        axis: The mapped axis.
+        split: The groups.
+        plan: The segments of each device.
+        size: The number of replicas in each group.
+    """
     contributing = axis.placement.devices_with_replicas
     group, source = np.nonzero((plan.of[contributing] != NOTHING).T)
     counts = np.bincount(group, minlength=len(split.groups))

@@ -1,4 +1,4 @@
-"""A replica's own index."""
+"""``axis_index``."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def _every_index(size: int, **_: object) -> jax.Array:
     by_groups=True,
 )
 def axis_index(logical: LogicalAxes, *, axis_name: Names | Hashable) -> jax.Array:
-    """The replica's index along one axis, or along several as one, the last varying fastest."""
+    """Returns the replica's index along the given axes, treated as one axis. The last axis varies fastest."""
     return replica_index(logical, as_names(axis_name))

@@ -1,4 +1,4 @@
-"""Another replica's operand."""
+"""``ppermute`` and ``pbroadcast``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from replicax.errors import CollectiveArgumentError
 
 
 def result_of_permutation(params: Params, logical: LogicalAxes) -> Result:
-    """Replicas that receive nothing get zeros; where all receive, they have the same if they had the same."""
+    """Says whether the result of a permutation is equal in all replicas.
+
+    Replicas that receive nothing get zeros. If all replicas receive, an equal operand gives an equal result.
+    """
     axis = only_axis(logical, as_names(params["axis_name"]))
     return Result.AS_GIVEN if axis is not None and len(params["perm"]) == axis.size else Result.PER_REPLICA
 
@@ -50,7 +53,7 @@ def _wire_of_permutation(axis: LogicalAxis, x: ShapeAndDtype, *, perm: Sequence[
 )
 @moves_data
 def ppermute(logical: LogicalAxes, x: Array, *, axis_name: Names | Hashable, perm: Sequence[tuple[int, int]]) -> Array:
-    """Another replica's operand, or zeros; only what changes device travels."""
+    """Returns the operand of another replica, or zeros. Only data that changes device is sent."""
     names = as_names(axis_name)
     sources = permutation(perm, size_of(logical, names))
     if (name := direct(only_axis(logical, names))) is not None:
@@ -61,12 +64,12 @@ def ppermute(logical: LogicalAxes, x: Array, *, axis_name: Names | Hashable, per
 
 
 def permutation(perm: Sequence[tuple[int, int]], size: int) -> Table:
-    """``(replicas,)``: from which replica each receives, or :data:`NOTHING`.
+    """Returns the source of each replica, as ``(replicas,)``, or :data:`NOTHING` for a replica that receives nothing.
 
     As in JAX, a negative index counts from the end.
 
     Raises:
-        CollectiveArgumentError: an index is out of range, or sends or receives twice.
+        CollectiveArgumentError: An index is out of range, or is a source or destination twice.
     """
     try:
         flat = np.fromiter(map(operator.index, chain.from_iterable(perm)), np.int64)
@@ -107,7 +110,13 @@ def _wire_of_broadcast(axis: LogicalAxis, x: ShapeAndDtype, **_: object) -> int:
 @collective("pbroadcast", result=equal, definition=_row_of_source, wire=_wire_of_broadcast)
 @moves_data
 def pbroadcast(logical: LogicalAxes, x: Array, *, axis_name: Names | Hashable, source: int) -> Array:
-    """One replica's operand, for all: a sum in which the others are zero, as JAX defines it."""
+    """Returns the operand of replica ``source`` in all replicas.
+
+    As JAX defines it, this is a sum in which all other replicas contribute zero.
+
+    Raises:
+        CollectiveArgumentError: ``source`` is not the index of a replica.
+    """
     names = as_names(axis_name)
     size = size_of(logical, names)
     if not 0 <= source < size:

@@ -1,4 +1,4 @@
-"""Sums and extrema over replicas."""
+"""``psum``, ``pmax`` and ``pmin``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from replicax._typing import Array, IndexGroups, ShapeAndDtype
 
 
 def _of_rows(reduce: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The definition of a reduction: over the replicas, and the operand's own dimensions among ``axes``."""
+    """Returns the definition of a reduction over replicas, and over the array dimensions among ``axes``."""
 
     def definition(size: int, x: jax.Array, *, axes: Names, axis_index_groups: IndexGroups = None) -> jax.Array:
         over = (0, *(axis + 1 for axis in axes if isinstance(axis, int)))
@@ -43,7 +43,11 @@ def _wire_of_sum(axis: LogicalAxis, x: ShapeAndDtype, *, axes: Names, axis_index
 def _wire_of_extremum(
     axis: LogicalAxis, x: ShapeAndDtype, *, axes: Names, axis_index_groups: IndexGroups = None
 ) -> int:
-    """As that of a sum, but floats go as integers of at least 32 bits, and complex numbers are gathered."""
+    """Counts the bytes of a maximum or minimum.
+
+    They are the bytes of a sum, except that floats are sent as integers of at least 32 bits, and complex numbers are
+    gathered.
+    """
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         lane = size_in_bytes(x, [dim for dim in axes if isinstance(dim, int)])
         split = groups_of("pmax", axis_index_groups, axis.size, of_one_size=False)
@@ -67,7 +71,7 @@ def _wire_of_extremum(
 )
 @keeps_constants
 def psum(logical: LogicalAxes, x: Array, *, axes: Names, axis_index_groups: IndexGroups = None) -> Array:
-    """The sum over the replicas; padding lanes add nothing."""
+    """Returns the sum over the replicas. Padding lanes contribute zero."""
     if axis_index_groups is not None:
         return reduce_groups(logical, x, axes, axis_index_groups, SUM)
     ours, positional, foreign = split_axes(logical, axes)
@@ -78,18 +82,18 @@ def psum(logical: LogicalAxes, x: Array, *, axes: Names, axis_index_groups: Inde
 
 @collective("pmax", result=equal, definition=_of_rows(jnp.max), wire=_wire_of_extremum, by_groups=True)
 def pmax(logical: LogicalAxes, x: Array, *, axes: Names, axis_index_groups: IndexGroups = None) -> Array:
-    """The maximum over the replicas; a copy of a replica does not change it."""
+    """Returns the maximum over the replicas. Padding lanes are copies of a replica, so they do not change it."""
     return extremum(logical, x, axes, axis_index_groups, MAX)
 
 
 @collective("pmin", result=equal, definition=_of_rows(jnp.min), wire=_wire_of_extremum, by_groups=True)
 def pmin(logical: LogicalAxes, x: Array, *, axes: Names, axis_index_groups: IndexGroups = None) -> Array:
-    """The minimum over the replicas; a copy of a replica does not change it."""
+    """Returns the minimum over the replicas. Padding lanes are copies of a replica, so they do not change it."""
     return extremum(logical, x, axes, axis_index_groups, MIN)
 
 
 def extremum(logical: LogicalAxes, x: Array, axes: Names, axis_index_groups: IndexGroups, which: Reduction) -> Array:
-    """A maximum or minimum over the replicas."""
+    """Returns the maximum or minimum over the replicas."""
     if axis_index_groups is not None:
         return reduce_groups(logical, x, axes, axis_index_groups, which)
     ours, positional, foreign = split_axes(logical, axes)
@@ -100,7 +104,7 @@ def extremum(logical: LogicalAxes, x: Array, axes: Names, axis_index_groups: Ind
     between = tuple(name for name in names if name not in lanes)
     if lanes:
         x = which.named(x, lanes)
-    # XLA's CPU backend reduces complex numbers between devices by sums alone. Workaround: complex_extremes.
+    # For complex numbers, XLA's CPU backend only has sums between devices. Workaround: complex_extremes.
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         for name in between:
             x = which.local(lax.all_gather(x, name), axis=0)
@@ -111,9 +115,9 @@ def extremum(logical: LogicalAxes, x: Array, axes: Names, axis_index_groups: Ind
 def reduce_groups(
     logical: LogicalAxes, x: Array, names: Names, axis_index_groups: IndexGroups, which: Reduction
 ) -> Array:
-    """A reduction over groups; hidden from XLA, which folds that of a constant as if all groups were the first.
+    """Reduces over groups, behind an optimization barrier.
 
-    Workaround: constants_over_groups.
+    XLA folds a reduction of a constant as if all groups had the size of the first. Workaround: constants_over_groups.
     """
     hidden = lax.optimization_barrier
     x = x if which is SUM else without_derivative(which.name, x)
@@ -123,8 +127,10 @@ def reduce_groups(
 def _reduce_groups(
     logical: LogicalAxes, x: Array, names: Names, axis_index_groups: IndexGroups, which: Reduction
 ) -> Array:
-    """A reduction over groups of replicas, of any sizes: over the lanes that a device has of a group, then over the
-    devices that share it, each sending one lane's bytes for a group.
+    """Reduces over groups of replicas, of any sizes.
+
+    Each device first reduces its lanes of a group. Then the devices that share the group reduce their results; each
+    of them sends the bytes of one lane per group.
     """
     split = groups_of(which.name, axis_index_groups, size_of(logical, names), of_one_size=False)
     assert split is not None
@@ -144,25 +150,28 @@ def _reduce_groups(
 
 
 def _members(split: Groups, which: Reduction) -> Table:
-    """``(replicas, largest group)``: the members of each replica's group, filled up with what makes no difference."""
+    """Returns the members of each replica's group, as ``(replicas, largest group)``.
+
+    Rows are filled with :data:`NOTHING` for a sum, and with the first member for a maximum or minimum.
+    """
     members = split.padded_members()
     return members if which is SUM else np.where(members == NOTHING, members[:, :1], members)
 
 
 def over_segments(axis: LogicalAxis, lanes: Array, table: Table, count: int, which: Reduction) -> Array:
-    """``(count, ...)``: a reduction over each segment of a device's lanes.
+    """Reduces over each segment of a device's lanes. Returns ``(count, ...)``.
 
     Args:
         axis: The mapped axis.
-        lanes: ``(lanes, ...)``.
-        table: ``(devices, count · widest)``: the lanes of each segment, filled up with the number of lanes.
+        lanes: ``(lanes, ...)``: the values of the device's lanes.
+        table: ``(devices, count * widest)``: the lanes of each segment, filled with the number of lanes.
         count: The number of segments.
         which: The reduction.
     """
     fill = table == axis.lanes
     if which is SUM:
         lanes = with_zero(lanes) if fill.any() else lanes
-    else:  # the same lane once more, and any lane where a device has no part in a segment
+    else:  # fill with the segment's first lane, or with any lane if the device has no lane in the segment
         by_segment = table.reshape(-1, table.shape[1] // count)
         first = np.minimum(by_segment[:, :1], axis.lanes - 1)
         table = np.where(by_segment == axis.lanes, first, by_segment).reshape(table.shape)

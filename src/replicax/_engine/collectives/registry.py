@@ -1,13 +1,14 @@
-"""The collectives over a logical axis, each as a collective over its lanes and then one over its devices.
+"""The registry of collectives. Each rule is a collective over the lanes, then one over the devices.
 
-A rule takes the logical axes in scope, the operand as one replica sees it, and the parameters of JAX's primitive.
-It runs once per replica too: inside the ``vmap`` over lanes and the ``shard_map`` over devices, where the lane and
-device axes are bound. Lanes come first, so that the wire between devices carries the least.
+A rule takes the logical axes in scope, the operand of one replica, and the parameters of JAX's primitive. It is traced
+inside the ``vmap`` over lanes and the ``shard_map`` over devices, where the lane and device axes are bound. It reduces
+over lanes first, so that devices exchange as few bytes as possible.
 
-Padding lanes are exact copies of a replica, and every rule keeps them so: they get what that replica gets. What
-they contribute is masked, sliced off, or (where a copy cannot change the result, as in ``pmax``) harmless.
+Padding lanes are exact copies of a replica. Every rule keeps this invariant: a padding lane gets the result of the
+replica that it copies. Contributions of padding lanes are masked, sliced off, or harmless (a copy does not change a
+``pmax``).
 
-To add a collective, write its rule under :func:`collective`, in the file of its family: see CONTRIBUTING.
+To add a collective, decorate its rule with :func:`collective`, in the file of its family: see CONTRIBUTING.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from enum import Enum, auto
 from typing import Any, TypeVar
 
 from replicax import _jax
-from replicax._engine.blocks import narrow, on_data, unfolded, wide
+from replicax._engine.blocks import narrow, on_data, wide, without_folding
 from replicax._layout.layout import LogicalAxes, LogicalAxis
 from replicax._typing import Array, Function, Params, ShapeAndDtype
 from replicax.errors import UnsupportedCollectiveError
 
 
 class Result(Enum):
-    """What a collective's result is to the replicas along its axis."""
+    """Whether the result of a collective is equal in all replicas along its axis."""
 
-    EQUAL = auto()  #: the same for all
-    PER_REPLICA = auto()  #: each replica has its own
-    AS_GIVEN = auto()  #: the same for all if the operand is
+    EQUAL = auto()  #: equal in all replicas
+    PER_REPLICA = auto()  #: each replica has its own result
+    AS_GIVEN = auto()  #: equal in all replicas if the operand is
 
 
 ResultOf = Callable[[Params, LogicalAxes], Result]
@@ -39,23 +40,23 @@ ResultOf = Callable[[Params, LogicalAxes], Result]
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective: all that the engine, the reference and the messages know of it.
+    """One collective: all information that the engine, the reference and the messages need.
 
-    ``rule``, ``definition`` and ``wire`` take the parameters of the primitive by keyword. Of a parameter that the
-    rule does not name, nobody knows what it means: see :meth:`known`.
+    ``rule``, ``definition`` and ``wire`` take the parameters of the primitive by keyword. Parameters that the rule does
+    not name are checked: see :meth:`known`.
 
     Attributes:
-        primitives: JAX's primitives for it, those that only start it included.
-        awaited_by: JAX's primitives that wait for one that has been started, and return its result.
-        names: What users call it.
+        primitives: JAX's primitives for it, including those that only start it.
+        awaited_by: JAX's primitives that wait for a started collective, and return its result.
+        names: The names by which users call it.
         rule: ``rule(logical, *operands, **parameters)``: the result of one replica, on lanes and devices.
-        result: What the result is to the replicas, from the primitive's parameters and the logical axes.
-        definition: ``definition(size, *rows, **parameters)``: the same for all replicas at once, in the terms of
-            NumPy: of operands of shape ``(replicas, ...)`` results of such a shape. It shares no code with the rule.
-        wire: ``wire(axis, *operands, **parameters)``: the bytes that devices send each other, all together, where
-            the collective is over one mapped axis alone; of the operands it takes shape and dtype.
-        by_groups: Whether XLA carries it out among each group of devices by itself: the groups need not come at the
-            same time.
+        result: From the primitive's parameters and the logical axes: whether the result is equal in all replicas.
+        definition: ``definition(size, *rows, **parameters)``: the results of all replicas at once, in NumPy terms.
+            Operands and results have shape ``(replicas, ...)``. It shares no code with the rule.
+        wire: ``wire(axis, *operands, **parameters)``: the total bytes that devices send each other, for a collective
+            over one mapped axis. Operands need only a shape and a dtype.
+        by_groups: Whether XLA runs it separately in each group of devices, so that groups need not run it at the same
+            time.
     """
 
     primitives: tuple[str, ...]
@@ -69,35 +70,35 @@ class Collective:
 
     @property
     def called(self) -> str:
-        """What a sentence about it begins with."""
+        """The name of the collective at the beginning of a sentence."""
         first, *others = self.names
         return f"{first}, or {' or '.join(others)}," if others else first
 
     @functools.cached_property
     def parameters(self) -> frozenset[str] | None:
-        """The parameters that the rule names; None if it takes whatever there is."""
+        """The parameters that the rule names; None if it accepts any."""
         takes = inspect.signature(self.rule).parameters.values()
         if any(p.kind is p.VAR_KEYWORD for p in takes):
             return None
         return frozenset(p.name for p in takes if p.kind is p.KEYWORD_ONLY)
 
     def on_lanes(self, logical: LogicalAxes, operands: Sequence[Array], params: Params) -> Array:
-        """The result, as one replica sees it."""
+        """Returns the result of one replica."""
         return self.rule(logical, *operands, **self.known(params))
 
     def on_rows(self, size: int, rows: Sequence[Array], params: Params) -> Array:
-        """The results of all replicas by the definition."""
+        """Returns the results of all replicas, from the definition."""
         return self.definition(size, *rows, **self.known(params))
 
     def bytes_sent(self, axis: LogicalAxis, operands: Sequence[ShapeAndDtype], params: Params) -> int:
-        """How many bytes devices send each other."""
+        """Returns the number of bytes that devices send each other."""
         return self.wire(axis, *operands, **self.known(params))
 
     def known(self, params: Params) -> dict[str, Any]:
-        """The parameters without those that the rule does not name, which must be None or False.
+        """Drops the parameters that the rule does not name. Their values must be None or False.
 
         Raises:
-            UnsupportedCollectiveError: a parameter of a later JAX says something.
+            UnsupportedCollectiveError: A parameter of a later JAX version has another value.
         """
         named = self.parameters
         if named is None:
@@ -112,13 +113,13 @@ class Collective:
         return {name: value for name, value in params.items() if name in named}
 
 
-#: The collectives that replicax has, by the name of JAX's primitive.
+#: The supported collectives, by the name of JAX's primitive.
 REGISTRY: dict[str, Collective] = {}
 
-#: JAX's primitives that wait for a collective that has been started.
+#: JAX's primitives that wait for a started collective.
 AWAITING: set[str] = set()
 
-#: Why JAX itself has no meaning for a collective in a mapped function, by the name of the primitive.
+#: Collectives that JAX does not support in a mapped function: the reason, by the name of the primitive.
 REFUSED: dict[str, str] = {}
 
 Rule = TypeVar("Rule", bound=Function)
@@ -134,17 +135,17 @@ def collective(
     by_groups: bool = False,
     sums: bool = False,
 ) -> Callable[[Rule], Rule]:
-    """Registers a rule, with all else that there is to know about a collective: see :class:`Collective`.
+    """Registers a rule, with all other information about the collective: see :class:`Collective`.
 
     Args:
         primitives: The names of JAX's primitives.
-        result: What the result is to the replicas: :func:`equal`, :func:`per_replica`, or a function of your own.
-        definition: What all replicas together compute.
+        result: Whether the result is equal in all replicas: :func:`equal`, :func:`per_replica`, or another function.
+        definition: The results of all replicas at once.
         wire: The bytes that devices send each other.
-        names: What users call it; by default, as the first primitive.
+        names: The names by which users call it; by default the first primitive.
         awaited_by: The names of the primitives that wait for it.
-        by_groups: Whether groups of devices need not come at the same time.
-        sums: Whether it adds up numbers, and so whether those of four bits have to travel as bytes: see :func:`wide`.
+        by_groups: Whether groups of devices need not run it at the same time.
+        sums: Whether it adds numbers. If so, 4-bit integers are sent as bytes: see :func:`wide`.
     """
 
     def register(rule: Rule) -> Rule:
@@ -166,12 +167,12 @@ def collective(
 
 
 def refuse(*primitives: str, because: str) -> None:
-    """Registers primitives that JAX itself has no meaning for in a mapped function, with what to write instead."""
+    """Registers primitives that JAX does not support in a mapped function, with a remedy for the error message."""
     REFUSED.update(dict.fromkeys(primitives, because))
 
 
 def unsupported(primitive: str, axes: Sequence[Hashable]) -> UnsupportedCollectiveError:
-    """What is raised for a primitive that is not in the registry."""
+    """Returns the error for a primitive that is not in the registry."""
     names = sorted({name for entry in REGISTRY.values() for name in entry.names})
     reason = REFUSED.get(primitive, "Express the exchange with those, for example with all_gather and indexing.")
     return UnsupportedCollectiveError(
@@ -181,23 +182,23 @@ def unsupported(primitive: str, axes: Sequence[Hashable]) -> UnsupportedCollecti
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What entries are made of
+# Parts of entries
 
 
 def equal(params: Params, logical: LogicalAxes) -> Result:
-    """All replicas have the same result, and with groups each group its own."""
+    """The result is equal in all replicas. With groups, it is equal only within each group."""
     del logical
     return Result.EQUAL if params.get("axis_index_groups") is None else Result.PER_REPLICA
 
 
 def per_replica(params: Params, logical: LogicalAxes) -> Result:
-    """Every replica has a result of its own."""
+    """Each replica has its own result."""
     del params, logical
     return Result.PER_REPLICA
 
 
 def _in_bytes(rule: Function, bits: int) -> Function:
-    """A rule for operands of any dtype: those of no more ``bits`` go as bytes, and so does what is made of them."""
+    """Wraps a rule to convert integer operands of at most ``bits`` bits to bytes, and its result back."""
 
     @functools.wraps(rule)
     def carrying(logical: LogicalAxes, *operands: Array, **params: Any) -> Array:
@@ -208,7 +209,7 @@ def _in_bytes(rule: Function, bits: int) -> Function:
 
 
 def moves_data(rule: Rule) -> Rule:
-    """A rule that only moves data moves the data of random keys, too."""
+    """Wraps a rule that only moves data, so that it also accepts typed PRNG keys."""
 
     @functools.wraps(rule)
     def moving(logical: LogicalAxes, x: Array, **params: Any) -> Array:
@@ -218,10 +219,10 @@ def moves_data(rule: Rule) -> Rule:
 
 
 def keeps_constants(rule: Rule) -> Rule:
-    """A rule that sums, or whose transpose does, in a form that XLA survives: see :func:`unfolded`."""
+    """Wraps a rule that sums, or whose transpose sums, with an optimization barrier: see :func:`without_folding`."""
 
     @functools.wraps(rule)
     def unfolding(logical: LogicalAxes, x: Array, **params: Any) -> Array:
-        return unfolded(rule(logical, unfolded(x), **params))
+        return without_folding(rule(logical, without_folding(x), **params))
 
     return unfolding  # type: ignore[return-value]

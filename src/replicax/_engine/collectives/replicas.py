@@ -1,4 +1,4 @@
-"""Which lanes are replicas and which are padding, and what all replicas have in common."""
+"""Which lanes are replicas and which are padding, and values that are equal in all replicas."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from replicax import _jax
-from replicax._engine.blocks import any_lane, lane_position
+from replicax._engine.blocks import as_unbatched, lane_position
 from replicax._layout.layout import LogicalAxis
 from replicax._typing import Array
 
 
 def is_replica(axis: LogicalAxis) -> jax.Array:
-    """False in a padding lane."""
+    """Returns False in a padding lane, else True."""
     position = lane_position(axis)
     if axis.placement.padding_is_last:
         return position < axis.size
@@ -24,16 +24,15 @@ def is_replica(axis: LogicalAxis) -> jax.Array:
 
 
 def physical(axes: Sequence[LogicalAxis]) -> tuple[Hashable, ...]:
-    """The lanes and devices of every axis.
+    """Returns the names of the lane and device axes of each mapped axis.
 
-    JAX reduces over a vmapped axis before it reduces over a mesh axis named in the same collective, so that devices
-    send one lane's bytes.
+    JAX reduces over a vmapped axis before a mesh axis of the same collective. So devices send the bytes of one lane.
     """
     return tuple(name for axis in axes for name, _ in axis.physical)
 
 
 def where_replica(axes: Sequence[LogicalAxis], x: Array) -> Array:
-    """``x``, and zero in padding lanes."""
+    """Returns ``x``, with zeros in padding lanes."""
     for axis in axes:
         if axis.padding:
             x = lax.select(jnp.broadcast_to(is_replica(axis), x.shape), x, jnp.zeros_like(x))
@@ -41,25 +40,24 @@ def where_replica(axes: Sequence[LogicalAxis], x: Array) -> Array:
 
 
 def any_replica(axes: Sequence[LogicalAxis], x: Array) -> Array:
-    """Whether a truth value holds in any replica."""
+    """Whether a bool is True in any replica."""
     names = physical(axes)
     return lax.pmax(x.astype(jnp.int32), names) > 0 if names else x
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def equal_value(axis: LogicalAxis, x: Array) -> Array:
-    """``x``, which is equal in all replicas; its derivative falls to all of them in equal parts.
+    """Returns ``x``, which is equal in all replicas. Each replica gets an equal part of its cotangent.
 
-    ``any_lane`` is enough where the sum of the parts is all that counts, which a reverse rule of the user's may not
-    heed.
+    Use ``as_unbatched`` instead if only the sum of the parts matters. A user's reverse rule may depend on each part.
     """
-    return any_lane(axis, x)
+    return as_unbatched(axis, x)
 
 
 def _equal_tangent(axis: LogicalAxis, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    with _jax.axis_env(dict(axis.physical)):  # JAX calls this when vmap and shard_map have long returned
+    with _jax.axis_env(dict(axis.physical)):  # JAX calls this after vmap and shard_map have returned
         total = lax.psum(where_replica([axis], tangents[0]), physical([axis]))
-        return any_lane(axis, primals[0]), (total / axis.size).astype(total.dtype)
+        return as_unbatched(axis, primals[0]), (total / axis.size).astype(total.dtype)
 
 
 equal_value.defjvp(_equal_tangent)

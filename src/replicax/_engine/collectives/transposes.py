@@ -1,4 +1,4 @@
-"""Pieces of what each replica has, for each other."""
+"""``all_to_all`` and ``ragged_all_to_all``."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def all_to_all(
     axis_index_groups: IndexGroups,
     tiled: bool,
 ) -> Array:
-    """The group's pieces for this replica, cut along one dimension and laid out along another.
+    """Returns the chunks of the group for this replica, split along one dimension and concatenated along another.
 
-    JAX's primitive is always tiled; where the user's call is not, JAX adds and removes the dimensions around it.
+    JAX's primitive is always tiled. For an untiled call, JAX adds and removes the dimensions around it.
 
     Raises:
-        CollectiveArgumentError: an axis counts from the end, and JAX 0.10 has added dimensions in the wrong place:
+        CollectiveArgumentError: An axis is negative. JAX 0.10 then adds dimensions in the wrong place:
             https://github.com/jax-ml/jax/pull/38998. Workaround: axes_from_the_end.
     """
     if not tiled and min(split_axis, concat_axis) < 0:
@@ -92,13 +92,13 @@ def all_to_all(
 
 
 def pieces(logical: LogicalAxes, names: Names, x: Array, split: Groups | None) -> Array:
-    """``(group, ...)``: what each member has for this replica.
+    """Returns the chunk that each member of the group has for this replica, as ``(group, ...)``.
 
     Args:
         logical: The mapped axes.
-        names: The axes of the collective.
-        x: ``(group, ...)``: what this replica has for each member.
-        split: The groups, or None for one.
+        names: The axis names of the collective.
+        x: ``(group, ...)``: this replica's chunk for each member.
+        split: The groups; None for one group of all replicas.
     """
     axis = only_axis(logical, names)
     if axis is not None:
@@ -110,9 +110,15 @@ def pieces(logical: LogicalAxes, names: Names, x: Array, split: Groups | None) -
 
 
 def pieces_between_devices(axis: LogicalAxis, x: Array, whole: DeviceGroups | None) -> Array:
-    """The same for all replicas, or for groups of whole devices: one exchange of lanes' pieces between devices."""
+    """Returns the same as :func:`pieces` for groups of full devices, with one exchange between devices.
+
+    Args:
+        axis: The mapped axis.
+        x: ``(group, ...)``: this replica's chunk for each member.
+        whole: The groups of devices; None for one group of all devices.
+    """
     rest = x.shape[1:]
-    if axis.padding:  # A padding lane gets what the replica gets that it copies.
+    if axis.padding:  # a padding lane gets the result of the replica that it copies
         x = primitives.pad_rows(x, 0, axis.placement)
     devices = x.shape[0] // axis.lanes
     x = block(axis, x).reshape(axis.lanes, devices, axis.lanes, *rest)  # from lanes, to devices, to lanes
@@ -126,7 +132,7 @@ def pieces_between_devices(axis: LogicalAxis, x: Array, whole: DeviceGroups | No
 def all_to_all_devices(
     x: Array, name: Hashable, split_axis: int, concat_axis: int, split: DeviceGroups | None
 ) -> Array:
-    """JAX's collective over devices, or over groups of them."""
+    """Calls JAX's ``all_to_all`` over all devices, or over groups of devices."""
     if split is None:
         return lax.all_to_all(x, name, split_axis, concat_axis, tiled=True)
     return primitives.grouped_all_to_all(x, name, split_axis, concat_axis, split)
@@ -144,7 +150,7 @@ def _ragged_rows(
     axis_index_groups: IndexGroups = None,
     **_: object,
 ) -> jax.Array:
-    """JAX's definition, one slice after the other."""
+    """Implements JAX's definition, one slice at a time."""
     del received
     rows, row = list(output), jnp.arange(output.shape[1])
     for group in groups_in(size, axis_index_groups):
@@ -186,12 +192,15 @@ def ragged_all_to_all(
     axis_name: Names | Hashable,
     axis_index_groups: IndexGroups,
 ) -> Array:
-    """``output`` with the rows that the group sends this replica.
+    """Returns ``output``, overwritten with the rows that the group sends to this replica.
 
-    How many rows go where is known only when the program runs, so that every replica's whole operand goes to each
-    device of its group, and each replica picks its rows. A later slice covers an earlier one, as in JAX's definition.
+    The number of rows for each replica is known only at run time. So each device of a group receives the full operand
+    of every member, and each replica selects its rows. A later slice overwrites an earlier one, as in JAX's definition.
+
+    Raises:
+        CollectiveArgumentError: The number of slices is not a multiple of the size of the group.
     """
-    del recv_sizes  # what the senders call send_sizes
+    del recv_sizes  # equal to send_sizes of the senders
     names = as_names(axis_name)
     size = size_of(logical, names)
     split = groups_of("ragged_all_to_all", axis_index_groups, size, of_one_size=True)

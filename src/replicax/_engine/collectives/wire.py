@@ -1,6 +1,6 @@
-"""What crosses between devices, in bytes: of all devices together, for a collective over one mapped axis.
+"""The bytes that all devices together send each other, for a collective over one mapped axis.
 
-A reduction counts what devices put into it, one lane's operand each, however a backend then goes about it.
+For a reduction, each device counts as sending one lane's operand, whatever algorithm the backend uses.
 """
 
 from __future__ import annotations
@@ -14,33 +14,42 @@ from replicax._typing import ShapeAndDtype
 
 
 def size_in_bytes(x: ShapeAndDtype, without: Sequence[int] = ()) -> int:
-    """The bytes of an operand of one replica, with some of its dimensions reduced; no number has less than one."""
+    """Returns the bytes of one replica's operand, without the dimensions in ``without``.
+
+    Each number counts as at least one byte.
+    """
     rest = [length for dim, length in enumerate(x.shape) if dim not in without]
     return math.prod(rest) * int(x.dtype.itemsize)
 
 
 def nothing(axis: LogicalAxis, *operands: object, **params: object) -> int:
-    """Of what each device knows by itself."""
+    """Returns 0: devices do not communicate."""
     del axis, operands, params
     return 0
 
 
 def reduced(axis: LogicalAxis, lane: int) -> int:
-    """Each device puts as many bytes into a reduction of all devices."""
+    """Returns the bytes of a reduction over all devices, to which each device contributes ``lane`` bytes."""
     return axis.devices * lane if axis.devices > 1 else 0
 
 
 def gathered(axis: LogicalAxis, lane: int, whole: DeviceGroups | None = None) -> int:
-    """Each device sends that much of each of its lanes to all others, or to those of its group of whole devices."""
+    """Returns the bytes if each device sends ``lane`` bytes of each of its lanes to all devices of its group.
+
+    Args:
+        axis: The mapped axis.
+        lane: The bytes of one lane.
+        whole: The groups of devices; None for one group of all devices.
+    """
     counts = [axis.devices] if whole is None else map(len, whole)
     return sum(devices * (devices - 1) for devices in counts) * axis.lanes * lane
 
 
 def sent(plan: Exchange) -> int:
-    """How many items devices send each other."""
+    """Returns the number of items that devices send each other."""
     return sum(len(shift.pairs) * shift.send.shape[1] for shift in plan.shifts)
 
 
 def fetched(axis: LogicalAxis, wants: Table, items: int = 1) -> int:
-    """How many items devices send each other, so that each replica has what it wants: see ``fetch``."""
+    """Returns the number of items that devices send each other so that each replica has its items: see ``fetch``."""
     return sent(exchange(wants_of(axis, wants, items), axis.lanes * items))

@@ -1,6 +1,6 @@
-"""Primitives of the engine's own, each with JAX's rules for it.
+"""The engine's own primitives, each with its rules for JAX's transformations.
 
-A primitive is here where no combination of JAX's operations has the meaning, or the derivative, that a map needs.
+A primitive is here if no combination of JAX's operations has the meaning, or the derivative, that a map needs.
 """
 
 from replicax._engine.primitives.devices import equal_parts as equal_parts

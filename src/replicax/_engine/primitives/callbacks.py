@@ -1,4 +1,4 @@
-"""Primitives for callbacks into Python, with JAX's rules for them; a door to what is not public in JAX."""
+"""Primitives for callbacks into Python, with their rules for JAX's transformations. Uses non-public JAX."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from replicax._jax.interpreters import ad, ad_util, batching, callback, core, de
 from replicax._jax.interpreters import linear_util as lu
 from replicax._typing import Array, ArrayLike, Aval, Function, PyTree
 
-#: Runs a jaxpr on constants, arguments and the number of an earlier failure; the results, and the number after it.
+#: Runs a jaxpr on constants, arguments and the number of an earlier failure. Returns the results and the new number.
 Run = Callable[[Jaxpr, Sequence[ArrayLike], Sequence[ArrayLike], Array], tuple[list[Array], Array]]
 
 _NUMBER = core.ShapedArray((), np.dtype("int32"))
@@ -38,24 +38,24 @@ def is_callback(eqn: Equation) -> bool:
 
 
 def is_ordered(eqn: Equation) -> bool:
-    """Whether the equation asks for its calls to be made in one order: with ``ordered=True``."""
+    """Whether the equation is a callback with ``ordered=True``."""
     return is_callback(eqn) and any("Ordered" in type(effect).__name__ for effect in eqn.effects)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A callback that a failure goes through
+# A callback that takes and returns a failure number
 
 
 def guarded(eqn: Equation, args: Sequence[ArrayLike], failed: Array, name: str) -> tuple[list[Array], Array]:
-    """Records a callback that takes the number of an earlier failure and gives that of its own: see ``_failures``.
+    """Records a callback that takes the number of an earlier failure and returns its own: see ``_engine.failures``.
 
-    Nothing but the rewriter can run it, with :func:`call`.
+    Only the rewriter can run it, with :func:`call`.
 
     Args:
-        eqn: The callback's equation.
+        eqn: The equation of the callback.
         args: Its operands.
-        failed: The number of the earlier failure.
-        name: What the user calls the mapped function.
+        failed: The number of the earlier failure, int32.
+        name: The name of the user's function, for error messages.
     """
     *results, failed = _guarded_p.bind(failed, *args, eqn=eqn, name=name)
     return results, failed
@@ -77,7 +77,7 @@ def is_guarded(eqn: Equation) -> bool:
 
 
 def callback_of(eqn: Equation) -> tuple[Callable[..., Sequence[ArrayLike]], tuple[Aval, ...], bool]:
-    """What a callback's equation calls, on flat arguments; the types of its results; and whether it has an effect."""
+    """Returns the function that a callback's equation calls, its result types, and whether it has a side effect."""
     if eqn.primitive.name in ("pure_callback", "io_callback"):
         return eqn.params["callback"], tuple(eqn.params["result_avals"]), eqn.primitive.name == "io_callback"
 
@@ -89,7 +89,7 @@ def callback_of(eqn: Equation) -> tuple[Callable[..., Sequence[ArrayLike]], tupl
 
 
 def call(eqn: Equation, function: Callable[..., Sequence[ArrayLike]], args: Sequence[ArrayLike]) -> list[Array]:
-    """Binds a callback's equation with another function, which takes these arguments and returns one number more."""
+    """Binds a callback's equation with another function, which takes ``args`` and returns one extra int32."""
     if eqn.primitive.name not in ("pure_callback", "io_callback"):
         return list(_effect_p.bind(*args, function=function))
     types = (*eqn.params["result_avals"], _NUMBER)
@@ -98,11 +98,11 @@ def call(eqn: Equation, function: Callable[..., Sequence[ArrayLike]], args: Sequ
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A call of Python for its effect, which returns a number
+# A callback for its side effect, which returns an int32
 
 
 def effect(function: Function, *args: Array) -> None:
-    """Calls ``function`` for its effect, wherever a ``jax.debug.callback`` may be called."""
+    """Calls ``function`` for its side effect. Allowed wherever ``jax.debug.callback`` is allowed."""
     _effect_p.bind(*args, function=lambda *args: (function(*args), np.int32(0))[1:])
 
 
@@ -113,13 +113,13 @@ _effect_p.multiple_results = True
 @_effect_p.def_effectful_abstract_eval  # type: ignore[untyped-decorator]
 def _effect_type(*avals: Aval, function: Function) -> tuple[list[Aval], set[object]]:
     del avals, function
-    return [_NUMBER], {debugging.debug_effect}  # which loops, branches, derivatives and checkpoints allow
+    return [_NUMBER], {debugging.debug_effect}  # loops, branches, derivatives and checkpoints allow this effect
 
 
 def _effect_batched(
     args: Sequence[Array], dims: Sequence[int | None], *, function: Function
 ) -> tuple[list[Array], list[int]]:
-    """One call for each row, in order."""
+    """Calls the function once for each row, in order."""
     rows = [jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True) if d is not None]
 
     def one(rows: Sequence[Array]) -> list[Array]:
@@ -166,14 +166,20 @@ mlir.register_lowering(_effect_p, _effect_lowered, cacheable=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Functions with derivative rules of the user's
+# Functions with derivative rules of the user
 
 
 def bind_custom(eqn: Equation, args: Sequence[ArrayLike], failed: Array, run: Run) -> tuple[list[Array], Array]:
-    """Binds a ``custom_jvp`` or ``custom_vjp`` function whose program or rules call back, failures going through it.
+    """Binds a ``custom_jvp`` or ``custom_vjp`` function that contains callbacks, with a failure number passed through.
 
-    The number of a failure is its last operand and its last result, and has no derivative. A reverse rule has no
-    result of its own that could carry one, so that a callback in it raises where it is.
+    The failure number is the last operand and the last result, and has no derivative. A reverse rule has no result that
+    could carry the number, so a callback in it raises at once.
+
+    Args:
+        eqn: The equation.
+        args: Its operands.
+        failed: The number of an earlier failure, int32.
+        run: Runs a jaxpr with guarded callbacks.
     """
     params = eqn.primitive.get_bind_params(eqn.params)
     primal, *rules = params["subfuns"]
@@ -201,13 +207,13 @@ def bind_custom(eqn: Equation, args: Sequence[ArrayLike], failed: Array, run: Ru
 
 
 def _with_number(role: str, rule: lu.WrappedFun, failed: Array, run: Run) -> Function:
-    """A derivative rule of such a function, which takes one operand more and gives one result more.
+    """Wraps a derivative rule of such a function: it takes and returns an extra failure number.
 
     Args:
         role: ``"jvp"``, ``"fwd"`` or ``"bwd"``.
         rule: The rule.
         failed: The number of the earlier failure.
-        run: Runs the rule's program.
+        run: Runs the program of the rule.
     """
 
     def traced(args: Sequence[Array], number: Array) -> tuple[list[Array], Array]:
@@ -221,7 +227,7 @@ def _with_number(role: str, rule: lu.WrappedFun, failed: Array, run: Run) -> Fun
         half = len(results) // 2
         return [*results[:half], number, *results[half:], np.zeros((), jax.dtypes.float0)]
 
-    def fwd(*flat: Array) -> list[Array]:  # each operand, and whether it is differentiated
+    def fwd(*flat: Array) -> list[Array]:  # JAX passes each operand, then whether it is differentiated
         results, number = traced(flat[:-2], flat[-2])
         return [*results, number]
 
@@ -232,22 +238,22 @@ def _with_number(role: str, rule: lu.WrappedFun, failed: Array, run: Run) -> Fun
 
 
 def forward_rule(eqn: Equation, sizes: Mapping[Hashable, int]) -> Jaxpr | None:
-    """The program that JAX runs in place of a ``custom_jvp`` or ``custom_vjp`` function that it differentiates.
+    """Traces the forward rule of a ``custom_jvp`` or ``custom_vjp`` function. Returns None if tracing raises.
 
-    None where it cannot be traced: it will not run then, either.
+    A rule that cannot be traced cannot run later either.
 
     Args:
         eqn: The equation.
-        sizes: The mapped axes in scope.
+        sizes: The mapped axes in scope, with their sizes.
     """
     try:
         with axis_env(sizes):
             return next(rule_jaxprs(eqn))
-    except Exception:  # a rule of the user's may raise anything
+    except Exception:  # a user's rule may raise anything
         return None
 
 
-_no_tangent_p = core.Primitive("no_tangent")  # JAX gives every result of a custom_vjp a tangent
+_no_tangent_p = core.Primitive("no_tangent")  # drops the tangent that JAX gives every result of a custom_vjp
 _no_tangent_p.def_impl(lambda x: x)
 _no_tangent_p.def_abstract_eval(lambda x: x)
 batching.defvectorized(_no_tangent_p)

@@ -1,4 +1,4 @@
-"""Between a program that all devices along a mesh axis run alike and one that differs between them."""
+"""Conversions between values that are equal on all devices of a mesh axis and values that differ between them."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ from replicax._jax.interpreters import ad, batching, core, mlir, parallel, slici
 from replicax._typing import Array, Aval, AxisName, Function
 
 # ---------------------------------------------------------------------------------------------------------------
-# Between a program that all devices along a mesh axis run alike and one that differs between them
+# Conversions between equal values and per-device values
 #
-# Out here a value is equal on all of them, and so is its cotangent. Inside each device has its own part of the
-# whole, and of the cotangent too. JAX has the same pairs, each the other's transpose, where shard_map checks types.
+# In the outer program, a value and its cotangent are equal on all devices. In a nested map, each device has its own
+# part of the value and of the cotangent. share and total are transposes of each other, and so are own_part and
+# join_parts. JAX has the same pairs in shard_map with check_vma=True.
 
 
 def share(x: Array, axis: AxisName) -> Array:
-    """Each device's own ``x``, which is equal on all; its cotangent is their sum."""
+    """Converts ``x``, equal on all devices, to a per-device value. Its cotangent is summed over the devices."""
     return _share_p.bind(x, axis=axis)
 
 
 def total(x: Array, axis: AxisName) -> Array:
-    """The sum over the devices, equal on all."""
+    """Returns the sum over the devices, equal on all of them."""
     return _total_p.bind(x, axis=axis)
 
 
 def own_part(x: Array, axis: AxisName, dim: int) -> Array:
-    """This device's part along ``dim`` of ``x``, which is equal on all."""
+    """Returns this device's part along ``dim`` of ``x``, which is equal on all devices."""
     return _own_part_p.bind(x, axis=axis, dim=dim)
 
 
 def join_parts(x: Array, axis: AxisName, dim: int) -> Array:
-    """All devices' parts, one after the other along ``dim``, equal on all."""
+    """Concatenates the parts of all devices along ``dim``. The result is equal on all devices."""
     return _join_parts_p.bind(x, axis=axis, dim=dim)
 
 
 def equal_parts(x: Array, axis: AxisName) -> Array:
-    """``x``, which every device has found alike; its cotangent goes to the first."""
+    """Returns ``x``, which has the same value on all devices. Its cotangent goes to the first device."""
     return _equal_parts_p.bind(x, axis=axis)
 
 
@@ -48,14 +49,14 @@ def _slice_of_device(x: Array, *, axis: AxisName, dim: int) -> Array:
 
 
 def _between(name: str, impl: Function, transposed: Function, *, factor: int = 0) -> core.Primitive:
-    """A primitive that maps one array, over one mesh axis.
+    """Creates a primitive from one array to one array, over one mesh axis.
 
     Args:
-        name: Its name.
-        impl: What it does, in terms of JAX's functions.
-        transposed: Its transpose, likewise.
-        factor: 1 if the dimension ``dim`` of the result is that of the operand times the number of devices, -1 if it
-            is that divided by it.
+        name: The name of the primitive.
+        impl: Its implementation, in terms of JAX's functions.
+        transposed: Its transpose, in terms of JAX's functions.
+        factor: 1 if dimension ``dim`` of the result is that of the operand times the number of devices, -1 if divided
+            by the number of devices, 0 if equal.
     """
     primitive = core.Primitive(name)
 

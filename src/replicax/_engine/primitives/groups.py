@@ -1,4 +1,4 @@
-"""All to all over groups of devices."""
+"""``all_to_all`` over groups of devices."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from replicax._jax.interpreters import ad, batching, core, mlir, parallel
 from replicax._typing import Array, AxisName
 
 # ---------------------------------------------------------------------------------------------------------------
-# All to all over groups
+# all_to_all over groups
 
 
 def grouped_all_to_all(
     x: Array, axis: AxisName, split_axis: int, concat_axis: int, device_groups: tuple[tuple[int, ...], ...]
 ) -> Array:
-    """``lax.all_to_all`` (tiled) over groups of a mesh axis, which JAX's own refuses under any ``vmap``.
+    """Calls a tiled ``lax.all_to_all`` over groups of a mesh axis. JAX's own primitive refuses groups under ``vmap``.
 
     Workaround: all_to_all_over_groups.
     """

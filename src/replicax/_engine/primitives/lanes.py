@@ -1,4 +1,4 @@
-"""The lanes of a device, one and all of them, and the rows that pad them."""
+"""Primitives on the lanes of a device: one lane's row of an array, batching over lanes, and padding rows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from replicax._layout.placement import Placement
 from replicax._typing import Array, Aval, AxisName
 
 # ---------------------------------------------------------------------------------------------------------------
-# One lane and all
+# Lanes
 
 
 def own_lane(x: Array, axis: AxisName) -> Array:
-    """Element ``i`` of ``x`` in lane ``i`` of a vmapped axis, as long as the first dimension of ``x``.
+    """Returns row ``i`` of ``x`` in lane ``i`` of a vmapped axis. ``x`` has shape ``(lanes, ...)``.
 
-    ``vmap`` only names the dimension, where an index by ``lax.axis_index`` would be a gather.
+    Under ``vmap`` this only renames a dimension. Indexing by ``lax.axis_index`` would be a gather.
     """
     return _own_lane_p.bind(x, axis=axis)
 
@@ -44,7 +44,7 @@ batching.fancy_primitive_batchers[_own_lane_p] = _own_lane_batched
 
 
 def each_lane(x: Array, axis: AxisName) -> Array:
-    """``x``, which ``vmap`` takes to differ along the axis from here on, whether it does or not."""
+    """Returns ``x`` as a value that ``vmap`` tracks as batched along ``axis``, even if it is equal in all lanes."""
     return _each_lane_p.bind(x, axis=axis)
 
 
@@ -74,9 +74,9 @@ batching.fancy_primitive_batchers[_each_lane_p] = _each_lane_batched
 
 
 def pad_rows(x: Array, dim: int, placement: Placement) -> Array:
-    """``x``, which has a row for each replica along ``dim``, with one for each slot: padding has copies.
+    """Pads ``x`` along ``dim`` from one row per replica to one row per slot. Padding rows are copies.
 
-    The copies give no cotangent back: not even a NaN, from a slope of infinity times a cotangent of zero.
+    The cotangents of padding rows are dropped. Adding them could give NaN: an infinite slope times a zero cotangent.
     """
     return _pad_rows_p.bind(x, dim=dim, placement=placement)
 

@@ -1,4 +1,4 @@
-"""A map over a named axis inside a replica of another, as one equation."""
+"""A map inside a replica of another map, as one equation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from replicax._jax.interpreters import ad, ad_util, batching, core, parallel
 from replicax._typing import Array, ArrayLike, Atom, Aval, Axes, AxisName, PyTreeDef
 
 # ---------------------------------------------------------------------------------------------------------------
-# Maps inside maps
+# Nested maps
 
 
 def nested_map(
@@ -38,18 +38,18 @@ def nested_map(
     in_axes: Axes,
     out_axes: Axes,
 ) -> list[Array]:
-    """Records a map over a named axis, inside a replica of another, as one equation.
+    """Records a map over a named axis, inside a replica of another map, as one equation.
 
-    JAX's transformations of it are recorded likewise, so that what the outer map is lowered from still tells which
-    part is mapped. Nothing but the rewriter can run it.
+    JAX's transformations of the equation record a ``nested_map`` too, so the rewriter still sees which part of the
+    program is mapped. Only the rewriter can run it under a trace.
 
     Args:
-        jaxpr: The program of one replica; it closes over nothing.
-        args: The arguments, with the mapped axes in them.
-        name: The axis.
+        jaxpr: The program of one replica, without closed-over arrays.
+        args: The arguments, including their mapped axes.
+        name: The name of the mapped axis.
         size: The number of replicas.
         in_axes: The mapped axis of each argument.
-        out_axes: The mapped axis of each result; None for what is equal in all replicas.
+        out_axes: The mapped axis of each result; None for a result that is equal in all replicas.
     """
     params = {"name": name, "size": size, "in_axes": tuple(in_axes), "out_axes": tuple(out_axes)}
     return list(_nested_map_p.bind(*args, jaxpr=jaxpr, **params))
@@ -68,7 +68,7 @@ def is_nested_map(eqn: Equation) -> bool:
 
 
 def nesting(jaxpr: Jaxpr) -> list[list[tuple[AxisName, int]]]:
-    """The maps in a program by level, outermost first: the axes and sizes of those at each level."""
+    """Returns the nested maps in a program by level, outermost first: the axis names and sizes at each level."""
     levels: list[dict[tuple[AxisName, int], None]] = []
     seen: set[tuple[int, int]] = set()
 
@@ -110,9 +110,9 @@ def _nested_map_jvp(
     size: int,
     **axes: Axes,
 ) -> tuple[list[Array], list[Array | ad_util.Zero]]:
-    """Two maps: one of the results and of what their derivative needs, and a linear one of the tangents.
+    """Differentiates with two maps: one computes the results and the residuals, one applies the linear map to tangents.
 
-    What the derivative needs of the arguments as they are is taken from them, and not given back by each replica.
+    A residual that is an argument is read from the arguments. Replicas do not return it.
     """
     in_axes, out_axes = axes["in_axes"], axes["out_axes"]
     moving = [i for i, t in enumerate(tangents) if type(t) is not ad_util.Zero]
@@ -148,15 +148,15 @@ def _nested_map_jvp(
 def _linearized(
     jaxpr: Jaxpr, moving: Sequence[int], sizes: Mapping[AxisName, int]
 ) -> tuple[Jaxpr, list[Array], PyTreeDef]:
-    """A program that gives, after its results, what their derivative by some of the arguments needs.
+    """Linearizes a program. The returned program computes its results, followed by the residuals.
 
     Args:
         jaxpr: The program.
-        moving: The positions of those arguments.
-        sizes: The mapped axis that it may communicate over.
+        moving: The positions of the arguments that are differentiated.
+        sizes: The mapped axis in scope, with its size.
 
     Returns:
-        The program, its constants, and how what the derivative needs nests, as a function of tangents.
+        The program, its constants, and the tree structure of the residuals: a linear function of tangents.
     """
     pushforward: list[PyTreeDef] = []
 
@@ -181,10 +181,10 @@ def _tangent_type(x: Array) -> Aval:
 
 
 class _Residuals:
-    """What the linear map of a derivative needs: arguments of the first map, and further results of it.
+    """The residuals of a linearized nested map: its arguments, or extra results of it.
 
     Attributes:
-        jaxpr: The first map, without the results that are arguments.
+        jaxpr: The linearized program, without results that are arguments.
         out_axes: The mapped axes of the residuals among its results.
         axes: The mapped axes of all residuals.
     """
@@ -200,7 +200,7 @@ class _Residuals:
         self.jaxpr = with_results(jaxpr, [*body(jaxpr).outvars[:outs], *own])
 
     def values(self, results: Sequence[Array]) -> list[Array]:
-        """The residuals, given the further results of the first map."""
+        """Returns the residuals, given the extra results of the linearized map."""
         further = iter(results)
         return [next(further) if k is None else self._args[k] for k in self._from]
 
@@ -213,7 +213,7 @@ def _nested_map_transposed(
     size: int,
     **axes: Axes,
 ) -> list[Array | None]:
-    """A map of the cotangents; that of an argument which every replica has got whole is the sum over them."""
+    """Maps over the cotangents. The cotangent of an unmapped argument is summed over the replicas."""
     in_axes, out_axes = axes["in_axes"], axes["out_axes"]
     linear = [i for i, x in enumerate(args) if ad.is_undefined_primal(x)]
     known = [i for i in range(len(args)) if i not in linear]
@@ -247,7 +247,7 @@ def _nested_map_transposed(
 
 
 def _share(ct: Array, axis: int | None, size: int, aval: Aval) -> Array:
-    """A replica's cotangent of a result; of one that is equal in all replicas it is an equal part."""
+    """Returns one replica's cotangent of a result. A result that is equal in all replicas gives each an equal part."""
     return as_type((ct / size if axis is None else ct).astype(aval.dtype), aval)
 
 
@@ -261,7 +261,7 @@ def _nested_map_batched(
     size: int,
     **axes: Axes,
 ) -> tuple[list[Array], list[int | None]]:
-    """A map of the batched program; a name that the map hides is not the ``vmap``'s inside it."""
+    """Maps the batched program. If the ``vmap`` has the same axis name, the nested map shadows it."""
     args = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
     in_axes = [a if d is None or a is None else a + 1 for a, d in zip(axes["in_axes"], dims, strict=True)]
     if axis_data.name == name:
@@ -284,7 +284,7 @@ def _nested_map_batched(
 def _nested_map_run(
     *args: Array, jaxpr: Jaxpr, name: AxisName, size: int, in_axes: Axes, out_axes: Axes
 ) -> list[Array]:
-    """What is known while the outer map is traced."""
+    """Runs a nested map on concrete values, while the outer map is traced."""
     run_all = jax.vmap(lambda *own: run(jaxpr, own), in_axes, list(out_axes), axis_size=size, axis_name=name)
     return list(run_all(*args))
 
@@ -292,7 +292,7 @@ def _nested_map_run(
 def _nested_map_checked(
     _: object, *atoms: Atom, jaxpr: Jaxpr, name: AxisName, size: int, **axes: Axes
 ) -> tuple[list[Aval], set[object]]:
-    """For ``jax_enable_checks``, which checks every jaxpr that is made."""
+    """Checks the jaxpr, for ``jax_enable_checks``."""
     with axis_env({name: size}):
         core.check_jaxpr(body(jaxpr))
     avals = [atom.aval for atom in atoms]

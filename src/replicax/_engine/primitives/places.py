@@ -1,4 +1,4 @@
-"""Where arrays lie, and what their types say of it."""
+"""Primitives that move arrays between devices, and that change the shardings in their types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from replicax._jax import (
 from replicax._jax.interpreters import ad, batching, core, mlir
 from replicax._typing import Array, ArrayLike, Aval
 
-#: Where an array lies; None for wherever that is.
+#: The sharding of an array; None for any sharding.
 Where: TypeAlias = jax.sharding.Sharding | None
 W = TypeVar("W", bound=Where)
 
@@ -23,9 +23,9 @@ W = TypeVar("W", bound=Where)
 
 
 def move(x: Array, here: Where, there: Where) -> Array:
-    """``jax.device_put`` to a sharding, which under a ``vmap`` splits the dimensions that it is about.
+    """Calls ``jax.device_put``. Under ``vmap``, the sharding still applies to the original dimensions.
 
-    The cotangent goes back to ``here``. None stays where it is.
+    The cotangent is moved back to ``here``. With None, the array or cotangent is not moved.
     """
     return _move_p.bind(x, here=here, there=there)
 
@@ -45,7 +45,7 @@ def _move_batched(
 
 
 def _with_dimension(where: W, dim: int) -> W:
-    """The sharding of an array with one dimension more, which is not split."""
+    """Returns the sharding of an array with one extra dimension, which is not split."""
     if not isinstance(where, jax.sharding.NamedSharding):
         return where
     spec = [*where.spec, *[None] * (dim - len(where.spec))]
@@ -63,7 +63,7 @@ def _move_back(ct: Array, x: ad.UndefinedPrimal, *, here: Where, there: Where) -
 
 
 def _not_moved(ctx: mlir.LoweringRuleContext, x: mlir.ir.Value, **_: object) -> list[mlir.ir.Value]:
-    """What is compiled has one set of devices."""
+    """Lowers to a no-op: a compiled program has one set of devices."""
     del ctx
     return [x]
 
@@ -76,7 +76,7 @@ mlir.register_lowering(_move_p, _not_moved)
 
 
 def pin(x: Array, where: jax.sharding.NamedSharding) -> Array:
-    """``lax.with_sharding_constraint`` that holds under a ``vmap``, too, where JAX leaves the new dimension to XLA."""
+    """Calls ``lax.with_sharding_constraint``. Under ``vmap`` the new dimension is not split; JAX leaves it to XLA."""
     return _pin_p.bind(x, where=where)
 
 
@@ -105,22 +105,22 @@ mlir.register_lowering(_pin_p, mlir.lower_fun(_pinned, multiple_results=False))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Arrays whose types say how they are split
+# Explicit sharding types
 
 
 def split_over(x: ArrayLike) -> jax.sharding.NamedSharding | None:
-    """How the type of ``x`` says that it is split, where its mesh has ``Explicit`` axes."""
+    """Returns the sharding in the type of ``x`` if its mesh has ``Explicit`` axes, else None."""
     where = getattr(core.typeof(x), "sharding", None)
     explicit = where is not None and jax.sharding.AxisType.Explicit in where.mesh.axis_types
     return where if explicit else None
 
 
 class SplitBatchError(Exception):
-    """The axis that an enclosing ``vmap`` adds is to be split over an axis of a mesh."""
+    """The batch axis of an enclosing ``vmap`` is split over a mesh axis."""
 
 
 def refuse_split_batches() -> None:
-    """Raises a :class:`SplitBatchError` under a ``vmap`` with ``spmd_axis_name``, or of what is typed as split."""
+    """Raises :class:`SplitBatchError` under a ``vmap`` with ``spmd_axis_name``, or over an explicitly sharded axis."""
     trace: Any = core.trace_ctx.trace
     while trace is not None:
         if isinstance(trace, batching.BatchTrace):
@@ -131,9 +131,9 @@ def refuse_split_batches() -> None:
 
 
 def retype(x: Array, where: jax.sharding.NamedSharding | None) -> Array:
-    """``x`` with a type that says it is split like that; with None, one that says nothing.
+    """Returns ``x`` with the given sharding in its type; with None, without any sharding.
 
-    The types of a mesh of the user's and those of a map's own do not go together.
+    JAX does not combine types on the user's mesh with types on the mesh of a map.
     """
     plain = getattr(core.typeof(x), "sharding", None)
     if plain is None or (where is None and plain.mesh.empty):
