@@ -21,8 +21,8 @@ FEW_CPU_THREADS_HANG = tuple(map(int, jaxlib_version.__version__.split(".")[:2])
 #: Workaround: taken_arrays.
 TAKEN_ARRAYS_CRASH = jax.__version_info__ < (0, 11, 2)
 
-#: JAX 0.10 has one class for jaxprs with constants and one for jaxprs without; from 0.11 on there is one class for both.
-Closed: Any = vars(extend_core)["ClosedJaxpr"]  # an alias of the one class from 0.11 on; not typed as exported
+#: JAX 0.10 has one class for jaxprs with constants and one for jaxprs without; JAX 0.11 has one class for both.
+Closed: Any = vars(extend_core)["ClosedJaxpr"]  # not typed as exported from 0.11 on
 Open: Any = extend_core.Jaxpr
 
 
