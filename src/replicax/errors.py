@@ -6,9 +6,9 @@ for the same fault (or ``jax.vmap``, if ``jax.pmap`` has no such error), so exis
     ReplicaxError
     ├── OptionError                                            an option of pmap, or of another function, is invalid
     │   ├── OptionTypeError                TypeError           an option has the wrong type
-    │   ├── AxisSpecTypeError              TypeError           in_axes or out_axes contains something other than an int or None
-    │   ├── AxisSpecError                  ValueError          in_axes or out_axes does not match the arguments or results
-    │   ├── ArgumentNameError              ValueError          an option names a parameter that the function does not have
+    │   ├── AxisSpecTypeError              TypeError           an entry of in_axes or out_axes is not an int or None
+    │   ├── AxisSpecError                  ValueError          in_axes or out_axes does not match the arrays
+    │   ├── ArgumentNameError              ValueError          an option names a parameter that does not exist
     │   ├── NotAFunctionError              TypeError           the object passed to pmap is not callable
     │   ├── DevicesError                   ValueError          devices is empty, has duplicates or mixes platforms
     │   ├── UnknownBackendError            RuntimeError        this installation of JAX has no such backend
@@ -17,7 +17,7 @@ for the same fault (or ``jax.vmap``, if ``jax.pmap`` has no such error), so exis
     ├── ArgumentError                                          the arguments of a call are invalid
     │   ├── MappedSizeError                ValueError          the arguments do not agree on one number of replicas
     │   ├── NotAnArrayError                TypeError           an argument or a result is not an array
-    │   │   └── UnconvertedArrayError      ValueError          a value needs a conversion: a masked array, or __jax_array__
+    │   │   └── UnconvertedArrayError      ValueError          a masked array, or an object with __jax_array__
     │   ├── UnsupportedDtypeError          TypeError           XLA cannot pad the dtype of an argument or a result
     │   ├── NumberTooLargeError            OverflowError       an int does not fit into the dtype that JAX gives it
     │   ├── DeletedArrayError              RuntimeError        an array was donated or deleted, or is donated twice
