@@ -403,7 +403,7 @@ def normalize(which: str, role: str, axes: Axes, leaves: Sequence[Leaf], *, extr
             "Map an axis that the array has, or write None in in_axes to pass an argument whole to every replica, as "
             "in in_axes=(0, None)."
             if which == "in_axes"
-            else "The map inserts the mapped axis into the result. Write a position from 0 up to the rank of the result."
+            else "pmap inserts the mapped axis into each result. Write a position from 0 up to the rank of the result."
         )
         raise AxisSpecError(
             report(

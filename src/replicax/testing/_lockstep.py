@@ -145,7 +145,7 @@ class _Interpreter:
         if len(subs) == 1:  # jit, remat, custom_jvp, custom_vjp
             return self.closed(subs[0], args)
         raise UnsupportedCollectiveError(
-            f"lockstep has no definition of {eqn.primitive.name} with a collective inside. Use jax.vmap as the reference."
+            f"lockstep does not support a collective inside {eqn.primitive.name}. Use jax.vmap as the reference."
         )
 
     def communicates(self, jaxpr: _jax.Jaxpr) -> bool:
