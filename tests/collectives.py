@@ -185,9 +185,9 @@ CONTEXTS = {
 }
 
 NO_DERIVATIVE = "JAX has no derivative of pmax and pmin"
-ONLY_SCALARS = "JAX's derivative of pbroadcast takes scalars alone (it fills an array with an array)"
+ONLY_SCALARS = "JAX's derivative of pbroadcast supports only scalars"
 SWAPPED_SHAPE = "JAX's reverse derivative of an untiled all_to_all between two axes has a wrong shape; write tiled=True"
-GROUPS_FORGOTTEN = "JAX's reverse derivative of ragged_all_to_all forgets the groups"
+GROUPS_FORGOTTEN = "JAX's reverse derivative of ragged_all_to_all ignores the groups"
 
 #: The cells that JAX itself refuses while it traces or differentiates, and what it says.
 REFUSED = (

@@ -168,7 +168,7 @@ def test_references_that_a_function_closes_over_are_refused():
 
 
 def test_a_reference_as_a_result_is_refused():
-    with pytest.raises(replicax.NotAnArrayError, match=r"result\['a'\] is a reference to an array.*value is ref\["):
+    with pytest.raises(replicax.NotAnArrayError, match=r"result\['a'\] is a reference to an array.*value with ref\["):
         pmap(lambda x: {"a": jax.new_ref(x)})(rows(8))
 
 
@@ -265,7 +265,7 @@ def test_axes_that_a_sparse_matrix_cannot_have(call, says):
 
 
 def test_axes_for_the_arrays_of_a_sparse_matrix():
-    with pytest.raises(replicax.AxisSpecTypeError, match=r"in_axes\[0\] is a BCOO, where one int stands for all of it"):
+    with pytest.raises(replicax.AxisSpecTypeError, match=r"in_axes\[0\] is a BCOO: write one int for the whole object"):
         pmap(lambda m: m, in_axes=(jax.tree.map(lambda _: 0, matrices(8)),))
 
 
@@ -317,14 +317,12 @@ def test_a_type_with_specifications_of_its_own():
         pair = Pair(rows(n, 4), right)
         options = {"in_axes": (inside, 0), "out_axes": (outside, 0)}
         same(pmap(fun, **options)(pair, rows(n)), jax.vmap(fun, **options)(pair, rows(n)))
-    with pytest.raises(
-        replicax.AxisSpecError, match=r"in_axes has <.*Sides.*>, of type Sides, for an array\. Write an"
-    ):
+    with pytest.raises(replicax.AxisSpecError, match=r"in_axes has <.*Sides.*> of type Sides for an array\. Write an"):
         pmap(fun, in_axes=(0, Sides(0, 0)))(rows(n), rows(n))
 
 
 def test_a_type_whose_rule_computes_is_refused():
-    with pytest.raises(replicax.NotAnArrayError, match=r"Doubled has for jax\.vmap computes.*Pass its arrays"):
+    with pytest.raises(replicax.NotAnArrayError, match=r"jax\.vmap rule of Doubled computes.*Pass the arrays"):
         pmap(lambda x: x.left)(Doubled(rows(8), rows(8)))
 
 
@@ -352,10 +350,10 @@ def test_devices_that_do_not_go_together_are_explained(run):
     fewer = mapped(np.arange(1.0, 13.0))
     with pytest.raises(ValueError, match="Received incompatible devices") as caught:
         run(mapped, fewer)
-    assert f"test_accepted.py:{line} (shared, mapped by replicax.pmap, which takes all of its 8" in str(caught.value)
+    assert f"test_accepted.py:{line} (shared, mapped by replicax.pmap, which uses all of its 8" in str(caught.value)
     assert str(caught.value).endswith(
-        " devices under jit. To pass what a map has left on fewer, map all with the same devices, as in pmap(f, "
-        "devices=jax.devices()[:6]); or pass replicax.fetch(x))"
+        " devices under jit. To pass an array that is on fewer devices, call all maps with the same devices, as in "
+        "pmap(f, devices=jax.devices()[:6]); or pass replicax.fetch(x))"
     )
     run(mapped, replicax.fetch(fewer))
     on_six = pmap(shared, "i", devices=jax.devices()[:6])
@@ -363,7 +361,7 @@ def test_devices_that_do_not_go_together_are_explained(run):
 
 
 def test_devices_that_do_not_go_together_for_a_map_on_all():
-    with pytest.raises(ValueError, match=r"the same devices, as many as the smallest of them uses; or pass"):
+    with pytest.raises(ValueError, match=r"the same devices, as many as the smallest map uses; or pass"):
         jax.jit(lambda x: pmap(jnp.sin)(x[:8]))(pmap(jnp.cos)(np.ones(12)))
 
 

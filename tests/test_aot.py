@@ -106,7 +106,7 @@ def test_donated_arguments_are_taken(n):
         assert not other.is_deleted()
         if isinstance(state, jax.Array):
             assert state.is_deleted(), place
-            with pytest.raises(replicax.DeletedArrayError, match="s has no buffer any more: it was donated"):
+            with pytest.raises(replicax.DeletedArrayError, match="s was donated to an earlier call, or deleted"):
                 compiled(state, other)
 
 
@@ -174,14 +174,14 @@ def test_a_compiled_program_is_not_transformed():
     x = table(8)
     compiled = pmap(lambda x: 2 * x).lower(x).compile()
     for transformed in (jax.jit(compiled), jax.vmap(compiled), jax.grad(lambda x: compiled(x).sum())):
-        with pytest.raises(replicax.AheadOfTimeError, match=r"x is a value of that[\s\S]*Call the map there"):
+        with pytest.raises(replicax.AheadOfTimeError, match=r"x is a tracer[\s\S]*Call the map there"):
             transformed(x)
     in_jit = jax.jit(lambda y: y + compiled(x).sum())  # x is known before the program runs
     np.testing.assert_allclose(in_jit(np.float32(1)), 1 + 2 * x.sum(), rtol=1e-5)
 
 
 def test_where_nothing_can_be_compiled_ahead():
-    with pytest.raises(replicax.AheadOfTimeError, match="closes over a value of an enclosing jit"):
+    with pytest.raises(replicax.AheadOfTimeError, match="closes over a tracer of an enclosing jit"):
         jax.jit(lambda y: pmap(lambda x: x + y).lower(table(8)) and y)(1.0)
     with pytest.raises(replicax.AheadOfTimeError, match="is inside another map"):
         pmap(lambda x: pmap(lambda y: y).trace(x) and x)(table(8))

@@ -288,7 +288,7 @@ EXPLAINED = {
     ),
     "under jit": (
         lambda call: under_jit(call, {"a": rows(8, 2)}, 1, w=rows(8)),
-        "it is called inside a transformation such as jit, grad or vmap, and was by itself",
+        "it is called inside a transformation such as jit, grad or vmap, and was eagerly",
     ),
 }  # fmt: skip
 
@@ -306,11 +306,11 @@ def test_a_recompile_explains_itself(case, caplog):
     assert mapped.explain_cache_miss({"a": rows(8, 2)}, 1, w=rows(8)) == "<lambda> has not been compiled before."
     mapped({"a": rows(8, 2)}, 1, w=rows(8))
     assert mapped.explain_cache_miss({"a": rows(8, 2) + 1}, 1, w=jnp.ones(8, np.float32)) == (
-        "<lambda> is compiled already for such a call."
+        "<lambda> is already compiled for such a call."
     )
     explanation = call(mapped.explain_cache_miss)
     headline, *differences = explanation.split("\n")
-    assert headline == "<lambda> is compiled anew. This is what differs from the call that it was compiled for:"
+    assert headline == "<lambda> needs a new compilation. Differences to the call that it was compiled for:"
     assert differences[0] == f"  * {why}"
     assert len(differences) == 1, differences
     with caplog.at_level(logging.WARNING, "replicax"):
@@ -333,7 +333,7 @@ def test_the_closest_call_explains():
     for x, y in ((rows(8, 2), 1.0), (rows(8, 3), rows(7)), (rows(4, 4), 1)):
         mapped(x, y)
     explanation = mapped.explain_cache_miss(rows(8, 4), rows(7))
-    assert "the closest of the 3 kinds of call" in explanation
+    assert "the closest of the 3 calls" in explanation
     assert explanation.endswith(":\n  * x is float32[8,4], and was float32[8,3]")
     explanation = mapped.explain_cache_miss(rows(8, 2), 2)
     assert explanation.endswith(":\n  * y is int32[] (weakly typed), and was float32[] (weakly typed)")

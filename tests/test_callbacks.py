@@ -190,9 +190,9 @@ def test_a_device_calls_back_no_more_after_a_failure():
 @pytest.mark.parametrize(
     ("returned", "what"),
     [
-        (lambda x: np.ones(3, np.float32), r"its result 0 is float32\[3\], and result_shape_dtypes says float32\[\]"),
-        (lambda x: np.int32(1), r"its result 0 is int32\[\], and result_shape_dtypes says float32\[\]"),
-        (lambda x: (x, x), "it returned 2 results, and result_shape_dtypes has 1"),
+        (lambda x: np.ones(3, np.float32), r"result 0 of the callback is float32\[3\], but .* says float32\[\]"),
+        (lambda x: np.int32(1), r"result 0 of the callback is int32\[\], but result_shape_dtypes says float32\[\]"),
+        (lambda x: (x, x), "the callback returned 2 results, but result_shape_dtypes has 1"),
     ],
 )
 def test_a_callback_that_returns_what_it_did_not_promise(returned, what):
@@ -378,7 +378,7 @@ UNVECTORIZED = {
         jnp.int32(x) % 3, [lambda: x, lambda: 2 * x, lambda: io_callback(c, NUMBER, x)]
     ),
     "jax.lax.while_loop": lambda c, x: lax.while_loop(lambda s: io_callback(c, NUMBER, s) < 20, lambda s: s + 1, x),
-    "jax.lax.while_loop, which": lambda c, x: lax.while_loop(
+    "jax.lax.while_loop that": lambda c, x: lax.while_loop(
         lambda s: s < 20, lambda s: s + io_callback(lambda s: np.float32(1), NUMBER, s), x
     ),
 }

@@ -95,7 +95,7 @@ FAULTS = {
     "no arguments": (call(lambda: 1), replicax.MappedSizeError, ValueError, ["called without arrays", "axis_size"]),
     "two bits, padded": (
         call(lambda x: x, jnp.zeros(13, "int2")),
-        replicax.UnsupportedDtypeError, TypeError, ["13 replicas", "int2", "on 7 devices of 2 each", "int8"],
+        replicax.UnsupportedDtypeError, TypeError, ["13 replicas", "int2", "on 7 devices, 2 per device", "int8"],
     ),
     "an empty axis": (
         call(add, np.ones((0, 2)), np.ones((0,))),
@@ -110,7 +110,7 @@ FAULTS = {
     ),
     "replicate into none": (
         lambda: replicax.replicate(x8, 0),
-        replicax.MappedSizeError, ValueError, ["replicate into 0 copies", "at least 1"],
+        replicax.MappedSizeError, ValueError, ["replicate: axis_size", "at least 1, got 0"],
     ),
     "a mapped scalar": (
         call(add, x8, 3.0),
@@ -127,12 +127,12 @@ FAULTS = {
         call(add, x8, x8, in_axes=(0, -2)), replicax.AxisSpecError, ValueError, ["right of shape (8,): axis -2"],
     ),
     "in_axes of another length": (
-        call(add, x8, x8, in_axes=(0,)), replicax.AxisSpecError, ValueError, ["in_axes=(0,) is of length 1", "2 pos"],
+        call(add, x8, x8, in_axes=(0,)), replicax.AxisSpecError, ValueError, ["in_axes=(0,) has length 1", "2 pos"],
     ),
     "in_axes of another structure": (
         call(add, x8, {"w": x8}, in_axes=(0, {"v": 0})),
         replicax.AxisSpecError, ValueError,
-        ["in_axes does not fit the tuple of arguments", "in_axes[1] is a dict with the keys 'v', for what is a dict w"],
+        ["in_axes does not match the tuple of arguments", "in_axes[1] is a dict with the keys 'v', but should match a"],
     ),
     "in_axes no int": (
         call(add, x8, x8, in_axes=(0, {"w": 1.5, "v": "a"})),
@@ -147,7 +147,7 @@ FAULTS = {
     "out_axes of another structure": (
         call(lambda x: (x, x), x8, out_axes=(0, 0, 0)),
         replicax.AxisSpecError, ValueError,
-        ["out_axes does not fit the result", "out_axes is a tuple of length 3, for what is a tuple of length 2"],
+        ["out_axes does not match the result", "is a tuple of length 3, but should match a tuple of length 2"],
     ),
     "out_axes out of range": (
         call(lambda x: {"a": x, "b": [x]}, x8, out_axes=2),
@@ -171,20 +171,20 @@ FAULTS = {
     "a masked array": (
         call(add, {"a": np.ma.masked_array(x8, x8 > 5), "b": "text"}, x8),
         replicax.UnconvertedArrayError, ValueError,
-        ["left['a'] is a masked array of NumPy's", "left['b'] is of type str: 'text'", "x.filled(0)"],
+        ["left['a'] is a NumPy masked array", "left['b'] is of type str: 'text'", "x.filled(0)"],
     ),
     "an object with __jax_array__": (
         call(add, x8, {"w": Converts()}),
         replicax.UnconvertedArrayError, TypeError,
-        ["right['w'] is of type Converts, which has a __jax_array__", "converted by jax.numpy.asarray(x)"],
+        ["right['w'] is of type Converts, which has __jax_array__", "by jax.numpy.asarray(x)"],
     ),
     "a result that is a masked array": (
         call(lambda x: {"bad": np.ma.masked_array(x8)}, x8),
-        replicax.UnconvertedArrayError, ValueError, ["result['bad'] is a masked array", "x.filled(0)"],
+        replicax.UnconvertedArrayError, ValueError, ["result['bad'] is a NumPy masked array", "x.filled(0)"],
     ),
     "shard a masked array": (
         lambda: replicax.shard([x8, np.ma.masked_array(x8)]),
-        replicax.UnconvertedArrayError, ValueError, ["shard takes arrays", "tree[1] is a masked array", "x.filled(0)"],
+        replicax.UnconvertedArrayError, ValueError, ["shard needs", "tree[1] is a NumPy masked", "x.filled(0)"],
     ),
     "fetch an object with __jax_array__": (
         lambda: replicax.fetch({"w": Converts()}),
@@ -192,7 +192,7 @@ FAULTS = {
     ),
     "a compiled program called with a masked array": (
         lambda: pmap(add).lower(x8, x8).compile()(x8, np.ma.masked_array(x8)),
-        replicax.AheadOfTimeError, TypeError, ["Argument 'right' compiled with float32[8]: it is a masked array"],
+        replicax.AheadOfTimeError, TypeError, ["Argument 'right' compiled with float32[8]: it is a NumPy masked array"],
     ),
     "a compiled program called with many other types": (
         lambda: pmap(lambda xs: xs).lower([x8] * 30).compile()([x4] * 30),
@@ -220,10 +220,10 @@ FAULTS = {
     ),
     "a device twice": (
         lambda: pmap(add, devices=[jax.devices()[0]] * 2)(x8, x8),
-        replicax.DevicesError, ValueError, ["stands in it 2 times"],
+        replicax.DevicesError, ValueError, ["appears 2 times"],
     ),
     "no device": (
-        call(add, x8, x8, devices=[0, 1]), replicax.DevicesError, ValueError, ["devices[0] is 0, which is no device"],
+        call(add, x8, x8, devices=[0, 1]), replicax.DevicesError, ValueError, ["devices[0] is 0, which is not a dev"],
     ),
     "an unknown backend": (
         call(add, x8, x8, backend="abacus"), replicax.UnknownBackendError, RuntimeError, ["backend='abacus'", "'cpu'"],
@@ -250,12 +250,12 @@ FAULTS = {
     ),
     "groups": (
         call(lambda x: lax.psum(x, "i", axis_index_groups=[[0, 1, 2, 3], [4, 5, 6]]), x8, axis_name="i"),
-        replicax.CollectiveArgumentError, ValueError, ["psum: axis_index_groups=[[0, 1, 2, 3], [4, 5, 6]]", "the 8"],
+        replicax.CollectiveArgumentError, ValueError, ["psum: axis_index_groups=[[0, 1, 2, 3], [4, 5, 6]]", "0 to 7"],
     ),
     "an array donated before": (
         lambda: donated_before(pmap(lambda state: state + 1, donate_argnums=0)),
         replicax.DeletedArrayError, RuntimeError,
-        ["state has no buffer any more: it was donated to an earlier call, or deleted", "x + 0"],
+        ["state was donated to an earlier call, or deleted", "x + 0"],
     ),
     "an array donated and passed twice": (
         lambda: passed_twice(pmap(add, donate_argnums=0)),
@@ -263,11 +263,11 @@ FAULTS = {
     ),
     "an array deleted by the user": (
         lambda: pmap(add)(deleted(), x8),
-        replicax.DeletedArrayError, RuntimeError, ["left has no buffer any more", "or deleted"],
+        replicax.DeletedArrayError, RuntimeError, ["left was donated to an earlier call, or deleted"],
     ),
     "an array deleted by the user, warm": (
         lambda: warm(pmap(add), lambda: (on_devices(), x8), (deleted(), x8)),
-        replicax.DeletedArrayError, RuntimeError, ["left has no buffer any more", "or deleted"],
+        replicax.DeletedArrayError, RuntimeError, ["left was donated to an earlier call, or deleted"],
     ),
     "an array donated and passed twice, warm": (
         lambda: warm(pmap(add, donate_argnums=0), lambda: (on_devices(), on_devices()), [on_devices()] * 2),
@@ -275,15 +275,15 @@ FAULTS = {
     ),
     "fetch what was deleted": (
         lambda: replicax.fetch({"a": deleted(), "b": x8}),
-        replicax.DeletedArrayError, RuntimeError, ["fetch cannot read", "tree['a'] has no buffer any more"],
+        replicax.DeletedArrayError, RuntimeError, ["fetch cannot read", "tree['a'] was donated or deleted"],
     ),
     "unreplicate what was deleted": (
         lambda: replicax.unreplicate([x8, deleted()]),
-        replicax.DeletedArrayError, RuntimeError, ["unreplicate cannot read", "tree[1] has no buffer any more"],
+        replicax.DeletedArrayError, RuntimeError, ["unreplicate cannot read", "tree[1] was donated or deleted"],
     ),
     "local_replicas of what was deleted": (
         lambda: replicax.local_replicas(deleted()),
-        replicax.DeletedArrayError, RuntimeError, ["local_replicas cannot read", "tree has no buffer any more"],
+        replicax.DeletedArrayError, RuntimeError, ["local_replicas cannot read", "tree was donated or deleted"],
     ),
     "an int too large": (
         call(add, x8, [1, 2**40] * 4, in_axes=(0, None)),
@@ -291,7 +291,7 @@ FAULTS = {
     ),
     "no name in a collective": (
         call(lambda x: lax.psum(x, None), x8),
-        replicax.UnboundAxisError, NameError, ["was given axis_name=None", "psum(x, 'i')", "axis_name='i'"],
+        replicax.UnboundAxisError, NameError, ["got axis_name=None", "psum(x, 'i')", "axis_name='i'"],
     ),
     "static arguments that cannot be compared": (
         lambda: warm(pmap(add, static_broadcasted_argnums=1), lambda: (x8, Incomparable()), (x8, Incomparable())),
@@ -300,10 +300,10 @@ FAULTS = {
     "a donated position that the function lacks": (
         call(add, x8, x8, donate_argnums=(0, 5)),
         replicax.ArgumentNameError, ValueError,
-        ["donate_argnums=(0, 5) names position 5", "takes 2 positional", "from 0 to 1"],
+        ["donate_argnums=(0, 5) contains position 5", "takes 2 positional", "from 0 to 1"],
     ),
     "a negative donated position that the function lacks": (
-        call(add, x8, x8, donate_argnums=-3), replicax.ArgumentNameError, ValueError, ["names position -3"],
+        call(add, x8, x8, donate_argnums=-3), replicax.ArgumentNameError, ValueError, ["contains position -3"],
     ),
     "one size against a tree of many": (
         call(lambda p, x: x, {f"w{i}": x8 for i in range(160)}, np.ones(12)),
@@ -323,7 +323,7 @@ FAULTS = {
         replicax.NestedMapError, ValueError, ["Nested pmap with explicit devices argument", "outermost"],
     ),
     "axis_size no int": (
-        call(add, x8, x8, axis_size="8"), replicax.OptionTypeError, TypeError, ["axis_size must be an int, and is '8'"],
+        call(add, x8, x8, axis_size="8"), replicax.OptionTypeError, TypeError, ["axis_size must be an int, got '8'"],
     ),
     "argnums no int": (
         call(add, x8, x8, donate_argnums="left"), replicax.OptionTypeError, TypeError, ["donate_argnums must be"],
@@ -336,7 +336,7 @@ FAULTS = {
         call(add, axis_name=["i"]), replicax.OptionTypeError, TypeError, ["axis_name must be hashable"],
     ),
     "axis_name an int": (
-        call(add, axis_name=0), replicax.OptionTypeError, TypeError, ["axis_name is 0", "psum(x, 0)", "such as a str"],
+        call(add, axis_name=0), replicax.OptionTypeError, TypeError, ["must not be an int, got 0", "psum(x, 0)"],
     ),
     "axis_name unhashable within": (
         call(add, axis_name=("i", ["j"])), replicax.OptionTypeError, TypeError, ["axis_name must be hashable"],
@@ -344,15 +344,15 @@ FAULTS = {
     "a name that the function lacks": (
         call(add, static_broadcasted_argnames=("left", "middle")),
         replicax.ArgumentNameError, ValueError,
-        ["static_broadcasted_argnames names what add has no", "* 'middle'", "'left', 'right'"],
+        ["static_broadcasted_argnames must name parameters of add", "* 'middle'", "'left', 'right'"],
     ),
     "a donated name that the function lacks": (
         call(lambda: 1, donate_argnames="state"),
-        replicax.ArgumentNameError, ValueError, ["donate_argnames names", "* 'state'", "Its parameters are none"],
+        replicax.ArgumentNameError, ValueError, ["donate_argnames must name", "* 'state'", "has no parameters"],
     ),
     "argnames no string": (
         call(add, donate_argnames=["left", 1]),
-        replicax.OptionTypeError, TypeError, ["donate_argnames must be the name", "has 1 in it", "donate_argnums"],
+        replicax.OptionTypeError, TypeError, ["donate_argnames must be a str", "got 1 of type int", "donate_argnums"],
     ),
     "static and donated by name": (
         call(add, static_broadcasted_argnames="right", donate_argnums=1),
@@ -376,7 +376,7 @@ FAULTS = {
     ),
     "a compiled program under jit": (
         lambda: jax.jit(pmap(add).lower(x8, x8).compile())(x8, x8),
-        replicax.AheadOfTimeError, TypeError, ["add is compiled", "left is a value", "right is a value"],
+        replicax.AheadOfTimeError, TypeError, ["add is a compiled", "left is a tracer", "right is a tracer"],
     ),
     "lowered inside another map": (
         lambda: pmap(lambda x: pmap(add).lower(x, x))(np.ones((4, 4))),
@@ -386,7 +386,7 @@ FAULTS = {
         call(add, x8, x8, static_broadcasted_argnums=-5), replicax.StaticArgumentError, ValueError, ["argument -5"],
     ),
     "shard over no devices": (
-        lambda: replicax.shard(x8, devices=[0]), replicax.DevicesError, ValueError, ["which is no device"],
+        lambda: replicax.shard(x8, devices=[0]), replicax.DevicesError, ValueError, ["which is not a device"],
     ),
     "shard what is no array": (
         lambda: replicax.shard({"a": np.array(["x"] * 8)}), replicax.NotAnArrayError, TypeError, ["tree['a'] is a"],
@@ -400,8 +400,8 @@ FAULTS = {
     "local_replicas of a tracer": (
         lambda: jax.jit(replicax.local_replicas)(x8), replicax.NotAnArrayError, TypeError, ["tree is of type"],
     ),
-    "no function at all": (lambda: pmap(None), replicax.NotAFunctionError, TypeError, ["was given None"]),
-    "no function": (lambda: pmap(3), replicax.NotAFunctionError, TypeError, ["was given 3, of type int"]),
+    "no function at all": (lambda: pmap(None), replicax.NotAFunctionError, TypeError, ["must be callable, got None"]),
+    "no function": (lambda: pmap(3), replicax.NotAFunctionError, TypeError, ["must be callable, got 3 of type int"]),
     "shard that does not divide": (
         lambda: replicax.shard({"a": np.ones((10, 2)), "b": np.float32(1)}, 4),
         replicax.MappedSizeError, ValueError, ["tree['a'] of shape (10, 2)", "tree['b'] of shape ()", "4 equal parts"],
@@ -418,7 +418,7 @@ FAULTS = {
         lambda: (jax.devices(), replicax.simulate_devices(3)),
         replicax.SimulationError, RuntimeError, ["simulate_devices(3)", "8 device(s) of platform 'cpu'"],
     ),
-    "zero devices": (lambda: replicax.simulate_devices(0), replicax.SimulationError, RuntimeError, ["at least one"]),
+    "zero devices": (lambda: replicax.simulate_devices(0), replicax.SimulationError, RuntimeError, ["at least 1"]),
 }  # fmt: skip
 
 INTERNAL = re.compile(

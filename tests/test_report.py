@@ -55,7 +55,7 @@ def test_groups_of_replicas_on_several_devices():
     text = picture(double(14, devices=jax.devices()[:4]))
     expected = [("0–6", "0 2 4 … 12"), ("0–6", "0 2 4 … 12"), ("7–13", "14 16 18 … 26"), ("7–13", "14 16 18 … 26")]
     assert [row[1:] for row in rows(text)] == expected
-    assert "Each device holds 7 replicas, and each replica lies on 2 devices." in text
+    assert "Each device holds 7 replicas, and each replica is on 2 devices." in text
 
 
 def test_one_device():
@@ -163,7 +163,7 @@ def test_tree_is_refused():
 
 
 def test_traced_array_is_refused():
-    with pytest.raises(replicax.NotAnArrayError, match=r"y is being traced, .* Call show_replicas outside jit"):
+    with pytest.raises(replicax.NotAnArrayError, match=r"y is a tracer: .* Call show_replicas outside jit"):
         jax.jit(picture)(np.zeros(3))
 
 
@@ -171,4 +171,4 @@ def test_traced_array_is_refused():
 def test_missing_axis_is_refused(shape, axis):
     with pytest.raises(replicax.AxisSpecError) as error:
         picture(np.zeros(shape), axis=axis)
-    assert f"replicas along axis {axis}, and y of shape {shape} has none there. Pass what" in str(error.value)
+    assert f"at least one replica along axis {axis}, but y has shape {shape}. Pass a result" in str(error.value)

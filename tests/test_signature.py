@@ -219,7 +219,7 @@ def test_a_mapped_function_is_copied_and_pickled_without_its_programs():
 
 
 def test_a_mapped_function_is_no_base_class():
-    with pytest.raises(TypeError, match="MappedFunction is no base class"):
+    with pytest.raises(TypeError, match="MappedFunction cannot be subclassed"):
         type("Mine", (type(pmap(triple)),), {})
 
 

@@ -57,8 +57,8 @@ def leaked():
     return kept[0]
 
 
-MASKED = UnconvertedArrayError, "is a masked array of NumPy's"
-CONVERTED = UnconvertedArrayError, "x is of type ConvertibleByJax, which has a __jax_array__"
+MASKED = UnconvertedArrayError, "is a NumPy masked array"
+CONVERTED = UnconvertedArrayError, "x is of type ConvertibleByJax, which has __jax_array__"
 
 #: Those that are refused: like which plain arguments they look to C++, the class of the error, and what it says.
 REFUSED = {
@@ -178,5 +178,5 @@ def test_a_masked_array_that_is_donated_or_called_by_name(d):
         for call in (lambda x, fun=fun: fun(x), lambda x, fun=fun: fun(x=x)):
             for _ in range(3):
                 call(ROWS)
-            with pytest.raises(UnconvertedArrayError, match="x is a masked array of NumPy's"):
+            with pytest.raises(UnconvertedArrayError, match="x is a NumPy masked array"):
                 call(masked)

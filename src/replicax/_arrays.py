@@ -1,4 +1,4 @@
-"""Trees of arrays that lie one replica beside the other: made, split and read without a gather."""
+"""Functions that create, shard and read pytrees of arrays with a leading replica axis."""
 
 from __future__ import annotations
 
@@ -24,22 +24,25 @@ Tree = TypeVar("Tree")
 
 
 def replicate(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Device] | None = None) -> Tree:
-    """One copy of every array for each replica, spread over the devices.
+    """Copies every array once per replica, sharded over the devices.
 
-    What ``jax.device_put_replicated`` was for: a state to start training from. Each device gets the array once and
-    makes the copies for its own replicas, so no device ever holds all of them.
+    Replaces ``jax.device_put_replicated``, for example for the initial training state. Each device receives the
+    array once and copies it for its own replicas, so no device ever holds all copies.
 
     Args:
-        tree: A pytree of arrays and scalars of any shapes ``(...)``.
-        axis_size: The number of replicas; that of the devices when None.
-        devices: The devices; all of them when None.
+        tree: A pytree of arrays and scalars of any shape ``(...)`` and dtype.
+        axis_size: The number of replicas; the number of devices when None.
+        devices: The devices; all devices when None.
 
     Returns:
-        The same tree, its arrays of shape ``(replicas, ...)``, lying where :func:`pmap` would put results.
+        The same pytree with ``jax.Array`` leaves of shape ``(replicas, ...)`` and the same dtypes, sharded as results
+        of :func:`pmap`.
 
     Raises:
-        NotAnArrayError: naming every leaf that is no array.
+        NotAnArrayError: lists every leaf that is not an array.
+        OptionTypeError: ``axis_size`` is not an int, or ``devices`` is not a list.
         MappedSizeError: ``axis_size`` is less than 1.
+        DevicesError: ``devices`` is empty, contains a non-device or a duplicate, or mixes platforms.
 
     Example:
         >>> import numpy as np, replicax
@@ -50,7 +53,9 @@ def replicate(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax
     if axis_size is None:
         axis_size = len(jax.devices() if devices is None else check_devices(devices))
     if as_int("axis_size", axis_size) < 1:
-        raise MappedSizeError(f"replicate into {axis_size} copies: axis_size is the number of replicas, at least 1.")
+        raise MappedSizeError(
+            f"replicate: axis_size is the number of replicas and must be at least 1, got {axis_size}."
+        )
     return pmap(_identity, in_axes=None, axis_size=axis_size, devices=devices)(tree)
 
 
@@ -59,21 +64,25 @@ def _identity(tree: Tree) -> Tree:
 
 
 def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Device] | None = None) -> Tree:
-    """Splits the leading axis of every array into one part for each replica.
+    """Splits the leading axis of every array into one equal part per replica.
 
-    What a batch needs before :func:`pmap`: each device is sent its own part alone.
+    Prepares a batch for :func:`pmap`. Each device receives only its own part.
 
     Args:
-        tree: A pytree of arrays of shapes ``(batch, ...)``, of batch sizes that ``axis_size`` divides.
-        axis_size: The number of replicas; that of the devices when None.
-        devices: The devices; all of them when None.
+        tree: A pytree of arrays of shape ``(batch, ...)`` and any dtype. ``axis_size`` must divide each batch size.
+        axis_size: The number of replicas; the number of devices when None.
+        devices: The devices; all devices when None.
 
     Returns:
-        The same tree, its arrays of shape ``(replicas, batch // replicas, ...)``, spread over the devices.
+        The same pytree with ``jax.Array`` leaves of shape ``(replicas, batch // replicas, ...)`` and the same dtypes,
+        sharded over the devices.
 
     Raises:
-        MappedSizeError: naming every array whose leading axis does not divide, or that has none; or ``axis_size`` is
-            less than 1.
+        NotAnArrayError: lists every leaf that is not an array.
+        OptionTypeError: ``axis_size`` is not an int, or ``devices`` is not a list.
+        MappedSizeError: lists every array that has no leading axis, or whose leading axis is not divisible by
+            ``axis_size``; or ``axis_size`` is less than 1.
+        DevicesError: ``devices`` is empty, contains a non-device or a duplicate, or mixes platforms.
 
     Example:
         >>> import numpy as np, replicax
@@ -84,7 +93,7 @@ def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Dev
     devices = tuple(jax.devices()) if devices is None else check_devices(devices)
     size = len(devices) if axis_size is None else as_int("axis_size", axis_size)
     if size < 1:
-        raise MappedSizeError(f"shard into {size} parts: axis_size is the number of replicas, at least 1.")
+        raise MappedSizeError(f"shard: axis_size is the number of replicas and must be at least 1, got {size}.")
     paths = jax.tree_util.tree_leaves_with_path(tree)
     faults = [
         f"tree{keystr(path)} of shape {np.shape(x)}" for path, x in paths if np.ndim(x) < 1 or np.shape(x)[0] % size
@@ -94,13 +103,13 @@ def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Dev
             report(
                 f"shard cannot split these arrays into {size} equal parts along their leading axis:",
                 faults,
-                "Drop or repeat some rows, or choose an axis_size that divides the batch.",
+                "Drop or repeat some rows, or choose an axis_size that divides the batch size.",
             )
         )
     where = layout("replicas", size, devices).result_sharding(0)
 
     def place(x: ArrayLike) -> jax.Array:
-        # Of a NumPy array a copy, since JAX may alias its memory.
+        # JAX may alias the memory of a NumPy array, so copy it.
         own = x if isinstance(x, jax.Array) else np.array(x)
         return jax.device_put(own.reshape(size, own.shape[0] // size, *own.shape[1:]), where)
 
@@ -109,17 +118,19 @@ def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Dev
 
 
 def unreplicate(tree: Tree) -> Tree:
-    """The first replica's arrays, read on the device where they lie.
+    """Returns the arrays of the first replica, without a gather.
 
     Args:
-        tree: A pytree of arrays of shapes ``(replicas, ...)``.
+        tree: A pytree of arrays of shape ``(replicas, ...)`` and any dtype.
 
     Returns:
-        The same tree, its arrays of shapes ``(...)``; a ``jax.Array`` stays on the first replica's device.
+        The same pytree with leaves of shape ``(...)`` and the same dtypes. A ``jax.Array`` stays on the device of the
+        first replica.
 
     Raises:
-        AxisSpecError: naming every leaf that has no leading axis, or none of its replicas in this process.
-        DeletedArrayError: naming every array without a buffer.
+        NotAnArrayError: lists every leaf that is not an array.
+        AxisSpecError: lists every leaf that has no leading axis or an empty one.
+        DeletedArrayError: lists every array that was donated or deleted.
 
     Example:
         >>> import numpy as np, replicax
@@ -146,19 +157,21 @@ _first = jax.jit(lambda blocks: [block[0] for block in blocks])
 
 
 def local_replicas(tree: Tree) -> list[Tree]:
-    """Each replica's arrays, of the replicas that lie on this process' devices, without a gather.
+    """Returns one pytree per replica on this process's devices, without a gather.
 
     Args:
-        tree: A pytree of arrays of shapes ``(replicas, ...)``.
+        tree: A pytree of arrays of shape ``(replicas, ...)`` and any dtype.
 
     Returns:
-        One tree for each replica, in order, of NumPy arrays of shapes ``(...)`` (NumPy scalars for ``()``), read
-        device by device, on a CPU without a copy. PRNG keys, which NumPy has no type for, stay ``jax.Array``.
+        A list with one pytree per replica, in order. Its leaves are NumPy arrays of shape ``(...)`` and the same
+        dtypes (NumPy scalars for shape ``()``). On a CPU they are not copied. PRNG keys stay ``jax.Array``, because
+        NumPy has no dtype for them.
 
     Raises:
-        AxisSpecError: naming every leaf that has no leading axis.
-        DeletedArrayError: naming every array without a buffer.
-        MappedSizeError: the leaves differ in their number of replicas.
+        NotAnArrayError: lists every leaf that is not an array.
+        AxisSpecError: lists every leaf that has no leading axis or an empty one.
+        DeletedArrayError: lists every array that was donated or deleted.
+        MappedSizeError: the leaves have different numbers of replicas.
 
     Example:
         >>> import numpy as np, replicax
@@ -172,29 +185,29 @@ def local_replicas(tree: Tree) -> list[Tree]:
         paths = jax.tree_util.tree_leaves_with_path(tree)
         raise MappedSizeError(
             report(
-                "local_replicas takes arrays with the same number of replicas along axis 0:",
+                "local_replicas needs arrays with the same number of replicas along axis 0; these differ:",
                 [f"tree{keystr(path)} of shape {np.shape(x)}" for path, x in paths],
-                "Read them one by one.",
+                "Call local_replicas once for each number of replicas.",
             )
         )
     return [jax.tree.unflatten(treedef, replica) for replica in zip(*rows, strict=True)]
 
 
 def fetch(tree: Tree) -> Tree:
-    """The arrays on the host, each part of them read once where it lies.
+    """Copies arrays to the host, each shard once.
 
-    What ``np.asarray`` does to each array, and ``jax.device_get`` to all; for many small ones in about half the time.
+    Same result as ``jax.device_get``; takes about half the time for many small arrays.
 
     Args:
-        tree: A pytree of arrays of any shapes ``(...)``, such as what :func:`pmap` returns.
+        tree: A pytree of arrays of any shape ``(...)`` and dtype, such as a result of :func:`pmap`.
 
     Returns:
-        The same tree, of NumPy arrays of the same shapes and dtypes, to be read and not written: on a CPU one that lies
-        whole on a device is not copied. PRNG keys, which NumPy has no type for, stay ``jax.Array``.
+        The same pytree with NumPy arrays of the same shapes and dtypes. Do not write to them: on a CPU, an array that
+        is whole on one device is not copied. PRNG keys stay ``jax.Array``, because NumPy has no dtype for them.
 
     Raises:
-        NotAnArrayError: naming every leaf that is no array.
-        DeletedArrayError: naming every array without a buffer.
+        NotAnArrayError: lists every leaf that is not an array.
+        DeletedArrayError: lists every array that was donated or deleted.
 
     Example:
         >>> import numpy as np, replicax
@@ -217,19 +230,19 @@ def _whole(x: ArrayLike, parts: Parts | None) -> ArrayLike:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Parts
+# Shards
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Which of an array's shards make up what this process has of it, each part once however many devices hold it.
+    """The distinct shards of an array that this process can address, each listed once even if several devices hold it.
 
     Attributes:
-        dims: The dimensions that it is split along.
-        numbers: The numbers of the shards, in order.
-        device: The device of the first.
-        keys: Whether the array is one of PRNG keys, which NumPy has no type for.
-        plain: Whether the parts are all of the array, split along one dimension at most.
+        dims: The sharded dimensions.
+        numbers: The indices of the distinct shards, in order of their position in the array.
+        device: The device of the first shard.
+        keys: Whether the array contains PRNG keys, which have no NumPy dtype.
+        plain: Whether the shards cover the array, and at most one dimension is sharded.
     """
 
     dims: tuple[int, ...]
@@ -240,11 +253,11 @@ class Parts:
 
     @property
     def have_rows(self) -> bool:
-        """Whether each part has all of its replicas' rows."""
+        """Whether each shard holds whole rows along axis 0."""
         return self.dims in ((), (0,))
 
 
-#: The parts of arrays by sharding and shape, which are few; reading shards one by one to find out costs more than them.
+#: Cache by sharding, shape and dtype: computing the parts costs more than reading the shards.
 _KNOWN: dict[Any, Parts] = {}
 
 
@@ -275,7 +288,7 @@ def _find_parts(x: jax.Array) -> Parts:
 
 
 def _parts_of_all(leaves: Sequence[ArrayLike]) -> list[Parts | None]:
-    """The parts of each array, None for what is on the host; copies that take time are started."""
+    """The parts of each array, None for a NumPy array or scalar. Starts asynchronous copies from accelerators."""
     found = [_parts(x) if _is_array(x) else None for x in leaves]
     for x, parts in zip(leaves, found, strict=True):
         if parts is not None and parts.device.platform != "cpu" and not parts.keys:
@@ -284,7 +297,7 @@ def _parts_of_all(leaves: Sequence[ArrayLike]) -> list[Parts | None]:
 
 
 def _rows(x: ArrayLike, parts: Parts | None) -> list[ArrayLike]:
-    """The rows of an array along axis 0 that this process has."""
+    """The rows along axis 0 that this process can address."""
     if parts is None or not parts.have_rows:
         return list(np.asarray(x))
     blocks = (x.addressable_data(k) for k in parts.numbers)
@@ -294,25 +307,30 @@ def _rows(x: ArrayLike, parts: Parts | None) -> list[ArrayLike]:
 
 
 def _is_array(x: object) -> bool:
-    """Whether it is a ``jax.Array``, which Python finds out slowly of all but the usual class."""
+    """Whether ``x`` is a ``jax.Array``. The comparison of types comes first, because ``isinstance`` is slow here."""
     return type(x) is cpp.ArrayImpl or isinstance(x, jax.Array)
 
 
 @_jax.api_boundary
 def check_arrays(caller: str, tree: PyTree, leaves: Sequence[object] | None = None) -> None:
-    """Refuses a tree (of these leaves, where they are known) that holds something without a value as an array.
+    """Checks that all leaves of a pytree are concrete arrays or scalars.
+
+    Args:
+        caller: The name of the public function, for the message.
+        tree: The pytree.
+        leaves: Its leaves, if they are already known.
 
     Raises:
-        NotAnArrayError: naming every such leaf.
+        NotAnArrayError: lists every leaf that is not a concrete array.
     """
     if all(map(_has_value, jax.tree.leaves(tree) if leaves is None else leaves)):
         return
     faults = {f"tree{keystr(path)}": x for path, x in jax.tree_util.tree_leaves_with_path(tree) if not _has_value(x)}
     if faults:
         raise no_arrays(
-            f"{caller} takes arrays that have values, and these have none:",
+            f"{caller} needs concrete arrays; these are not:",
             faults,
-            "Take out of the tree what is no array of numbers; under jit, map with pmap instead.",
+            "Remove everything that is not a numeric array from the tree. Under jit, use pmap instead.",
         )
 
 
@@ -323,21 +341,21 @@ def _has_value(x: object) -> bool:
 
 
 def _check_deleted(caller: str, tree: PyTree, leaves: Sequence[ArrayLike]) -> None:
-    """Refuses arrays without a buffer.
+    """Checks that no array was donated or deleted.
 
     Raises:
-        DeletedArrayError: naming each.
+        DeletedArrayError: lists every such array.
     """
     if any(_is_deleted(x) for x in leaves):
         raise DeletedArrayError(
             report(
                 f"{caller} cannot read these arrays:",
                 [
-                    f"tree{keystr(path)} has no buffer any more: it was donated, or deleted"
+                    f"tree{keystr(path)} was donated or deleted"
                     for path, x in jax.tree_util.tree_leaves_with_path(tree)
                     if _is_deleted(x)
                 ],
-                "Read the result of the call that an array was donated to.",
+                "Use the result of the call that the array was donated to.",
             )
         )
 
@@ -360,8 +378,8 @@ def _check_leading_axis(caller: str, tree: PyTree, leaves: Sequence[ArrayLike]) 
     if faults:
         raise AxisSpecError(
             report(
-                f"{caller} takes arrays whose leading axis is the replicas, and these have none:",
+                f"{caller} needs arrays of shape (replicas, ...); these have no such axis:",
                 faults,
-                "Pass what pmap or replicate returned.",
+                "Pass a result of pmap, shard or replicate.",
             )
         )

@@ -1,4 +1,4 @@
-"""Simulated devices: several CPU devices in one process, to write and test programs for many on a laptop."""
+"""Simulated devices: several CPU devices in one process, for development and tests on a laptop."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from replicax.errors import SimulationError
 
 
 def simulate_devices(count: int) -> None:
-    """Makes this process see ``count`` CPU devices, and no others.
+    """Makes JAX use ``count`` simulated CPU devices in this process, and no other devices.
 
-    They share the machine's cores: they show that a program is right, not how fast it would be on real devices.
-    Call it before JAX first looks for devices, that is, before the first array is made; an import is no harm. JAX then
-    gets the threads that so many devices need: see the README.
+    Simulated devices share the machine's cores: use them to test correctness, not speed. Call this function before
+    JAX initializes its backends, that is, before the first array is created. Importing JAX earlier is fine. JAX then
+    starts with enough threads for these devices: see ``docs/simulated-devices.md``.
 
     Args:
         count: The number of devices, at least 1.
 
     Raises:
-        SimulationError: JAX has started already, with other devices; or ``count`` is less than 1.
+        OptionTypeError: ``count`` is not an int.
+        SimulationError: JAX has already started with other devices, or ``count`` is less than 1.
 
     Example:
         >>> import replicax
@@ -27,7 +28,7 @@ def simulate_devices(count: int) -> None:
     """
     count = as_int("simulate_devices(count)", count)
     if count < 1:
-        raise SimulationError(f"simulate_devices({count}): there has to be at least one device.")
+        raise SimulationError(f"simulate_devices({count}): count must be at least 1. Write simulate_devices(8).")
     try:
         jax.config.update("jax_num_cpu_devices", count)
         jax.config.update("jax_platforms", "cpu")
@@ -36,7 +37,7 @@ def simulate_devices(count: int) -> None:
         if jax.default_backend() == "cpu" and jax.device_count() == count:
             return
         raise SimulationError(
-            f"simulate_devices({count}): JAX has already started in this process, with {started}, and cannot change "
-            f"them any more. Call simulate_devices before anything makes an array or asks for devices, best right "
-            f"after the imports (in a notebook: restart the kernel)."
+            f"simulate_devices({count}): JAX has already started in this process with {started}, and cannot change "
+            f"its devices any more. Call simulate_devices right after the imports, before the program creates an "
+            f"array or calls jax.devices() (in a notebook: restart the kernel)."
         ) from None

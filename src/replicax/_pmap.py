@@ -1,4 +1,4 @@
-"""``pmap``: what people call."""
+"""The public function ``pmap`` and the callable that it returns."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from replicax.errors import NotAFunctionError, OptionTypeError, StaticArgumentEr
 
 R = TypeVar("R")
 
-#: In place of a function, where pmap is called with options alone.
+#: Default of ``fun``: pmap was called with options only, as a decorator.
 _ABSENT: Any = object()
 
 
 @final
 class MappedFunction(PathTaker[R]):
-    """A function that runs once for each replica; what :func:`pmap` returns."""
+    """Callable returned by :func:`pmap`: runs the mapped function once per replica."""
 
-    __slots__ = ("__dict__", "_dispatcher", "_fun", "options")  # functools.wraps copies __dict__ alone
+    __slots__ = ("__dict__", "_dispatcher", "_fun", "options")  # slots, because functools.wraps copies __dict__
 
     def __init__(self, fun: Callable[..., R], options: Options) -> None:
         functools.update_wrapper(self, fun)
         for name in vars(MappedFunction).keys() & vars(self).keys() - {"__doc__", "__module__"}:
-            del vars(self)[name]  # an attribute of the function's own, such as "lower"
-        if not hasattr(fun, "__name__"):  # a functools.partial, say; what jax.pmap returns always has a name
+            del vars(self)[name]  # an attribute of the function must not hide a method, such as "lower"
+        if not hasattr(fun, "__name__"):  # such as a functools.partial; the callable of jax.pmap always has a name
             self.__name__ = self.__qualname__ = function_name(fun)
         self.options, self._fun, self._dispatcher = options, fun, dispatcher(fun, options)
         made = self._dispatcher
@@ -47,16 +47,18 @@ class MappedFunction(PathTaker[R]):
         return self if instance is None else types.MethodType(self, instance)
 
     def __init_subclass__(cls, **_: object) -> None:
-        raise TypeError("replicax.MappedFunction is no base class: what calls it is chosen for each object. Wrap it.")
+        raise TypeError(
+            "replicax.MappedFunction cannot be subclassed: each object sets its own __call__. Wrap it instead."
+        )
 
     def __copy__(self) -> MappedFunction[R]:
-        return self  # as Python copies functions
+        return self  # a function is its own copy in Python, too
 
     def __deepcopy__(self, memo: object) -> MappedFunction[R]:
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
-        return MappedFunction, (self._fun, self.options)  # and not the compiled programs
+        return MappedFunction, (self._fun, self.options)  # without the compiled programs
 
     def __repr__(self) -> str:
         name = self.options.axis_name
@@ -64,17 +66,18 @@ class MappedFunction(PathTaker[R]):
         return f"<replicax.pmap of {getattr(self._fun, '__qualname__', repr(self._fun))}{axis}>"
 
     def trace(self, *args: PyTree, **kwargs: PyTree) -> Traced:
-        """Traces the map for these arguments, without running, lowering or compiling it.
+        """Traces the map for these arguments, without lowering, compiling or running it.
 
         Args:
-            args: As in a call: arrays, or ``jax.ShapeDtypeStruct`` in their place.
-            kwargs: Likewise.
+            args: Positional arguments as in a call: arrays, or ``jax.ShapeDtypeStruct`` in their place.
+            kwargs: Keyword arguments, likewise.
 
         Returns:
             The traced program, with ``jaxpr``, ``out_info`` and ``lower()``.
 
         Raises:
-            AheadOfTimeError: the map is called inside another, or closes over a value of a transformation.
+            AheadOfTimeError: the map is inside another map, or closes over a tracer.
+            ReplicaxError: any error of a call with these arguments.
 
         Example:
             >>> import numpy as np, replicax
@@ -84,18 +87,19 @@ class MappedFunction(PathTaker[R]):
         return trace(self._dispatcher, self._fun, args, kwargs)
 
     def lower(self, *args: PyTree, **kwargs: PyTree) -> Lowered:
-        """Lowers the program for these arguments, without running or compiling it.
+        """Lowers the map for these arguments, without compiling or running it.
 
         Args:
-            args: As in a call: arrays, or ``jax.ShapeDtypeStruct`` in their place.
-            kwargs: Likewise.
+            args: Positional arguments as in a call: arrays, or ``jax.ShapeDtypeStruct`` in their place.
+            kwargs: Keyword arguments, likewise.
 
         Returns:
-            The lowered program, a ``jax.stages.Lowered``, whose ``as_text()`` is StableHLO, and whose ``compile()``
-            gives a ``jax.stages.Compiled`` that is called like the map itself.
+            The lowered program, a ``jax.stages.Lowered``. ``as_text()`` returns StableHLO. ``compile()`` returns a
+            ``jax.stages.Compiled`` that is called like the map.
 
         Raises:
-            AheadOfTimeError: the map is called inside another, or closes over a value of a transformation.
+            AheadOfTimeError: the map is inside another map, or closes over a tracer.
+            ReplicaxError: any error of a call with these arguments.
 
         Example:
             >>> import jax, numpy as np, replicax
@@ -106,14 +110,17 @@ class MappedFunction(PathTaker[R]):
         return self.trace(*args, **kwargs).lower()
 
     def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
-        """The shapes and dtypes of the result, without compiling or running anything.
+        """Computes the shapes and dtypes of the result, without compiling or running anything.
 
         Args:
-            args: As in a call: arrays that may lie anywhere, or ``jax.ShapeDtypeStruct`` in their place.
-            kwargs: Likewise.
+            args: Positional arguments as in a call: arrays, or ``jax.ShapeDtypeStruct`` in their place.
+            kwargs: Keyword arguments, likewise.
 
         Returns:
-            The result's tree, of ``jax.ShapeDtypeStruct``.
+            The result's pytree with ``jax.ShapeDtypeStruct`` leaves.
+
+        Raises:
+            ReplicaxError: any error of a call with these arguments.
 
         Example:
             >>> import jax, replicax
@@ -123,21 +130,24 @@ class MappedFunction(PathTaker[R]):
         return self._dispatcher.eval_shape(self._fun, args, kwargs)
 
     def clear_cache(self) -> None:
-        """Frees the programs compiled for this function, mapped with these options; the next call compiles anew."""
+        """Frees the programs compiled for this function with these options. The next call compiles again."""
         self._dispatcher.clear()
 
     def explain_cache_miss(self, *args: PyTree, **kwargs: PyTree) -> str:
-        """Whether a call with these arguments would be compiled anew, and which of them makes it so.
+        """Explains whether a call with these arguments needs a new compilation, and why.
 
-        JAX's own setting ``jax_explain_cache_misses`` logs the same, at level WARNING of the logger ``"replicax"``,
-        whenever a program is compiled.
+        With JAX's setting ``jax_explain_cache_misses``, the logger ``"replicax"`` logs the same text at level WARNING
+        for every compilation.
 
         Args:
-            args: As in a call: arrays, or ``jax.ShapeDtypeStruct`` in their place.
-            kwargs: Likewise.
+            args: Positional arguments as in a call: arrays, or ``jax.ShapeDtypeStruct`` in their place.
+            kwargs: Keyword arguments, likewise.
 
         Returns:
-            In what the call differs from the closest one that there is a program for.
+            The differences to the most similar call that is already compiled.
+
+        Raises:
+            ReplicaxError: any error of a call with these arguments.
 
         Example:
             >>> import numpy as np, replicax
@@ -146,7 +156,7 @@ class MappedFunction(PathTaker[R]):
             >>> mapped = replicax.pmap(double)
             >>> y = mapped(np.ones((8, 2), np.float32))
             >>> print(mapped.explain_cache_miss(np.ones((8, 3), np.float32)))
-            double is compiled anew. This is what differs from the call that it was compiled for:
+            double needs a new compilation. Differences to the call that it was compiled for:
               * x is float32[8,3], and was float32[8,2]
         """
         return self._dispatcher.explain(self._fun, args, kwargs)
@@ -201,43 +211,50 @@ def pmap(
 ) -> Any:
     """Maps a function over an axis of its arguments, in parallel on all devices.
 
-    You write the program of one replica. It is compiled once, every device runs it on its part of the arguments, at
-    the same time, and the replicas may talk through the collectives of ``jax.lax``. There may be any number of
-    replicas on any number of devices: ``pmap(f)`` computes what ``jax.vmap(f)`` computes.
+    You write the program of one replica. ``pmap`` compiles it once, and all devices run it in parallel, each on its
+    shard of the arguments. Replicas communicate with the collectives of ``jax.lax``. The number of replicas does not
+    depend on the number of devices: ``pmap(f)`` computes what ``jax.vmap(f)`` computes.
 
     Args:
-        fun: The program of one replica, on arrays, scalars and pytrees of them. Without it ``pmap`` returns a
-            decorator.
-        axis_name: A name of the mapped axis, any hashable but an int, for collectives such as
-            ``jax.lax.psum(x, axis_name)``.
-        in_axes: Which axis of each positional argument is mapped: an int (negative ones count from the end) for all
-            of them, or a tuple with an int, None, or a pytree prefix of those for each. An argument, or a part of
-            one, with None goes whole to every replica. Keyword arguments are always mapped along axis 0.
-        out_axes: Where the mapped axis goes in the result: an int, or a pytree prefix of the result. None stands for
-            a result that is the same in all replicas, and returns it once.
-        static_broadcasted_argnums: The positions of arguments that are compile-time constants: any hashable. Each
-            new value is compiled for anew. They have to be passed, by position or by name.
-        static_broadcasted_argnames: The names of such arguments, which may also be left out of a call where they
-            have a default value.
-        devices: The devices to use; all of the backend's when None. N replicas take up to all of them, and maps
-            inside ``fun`` share out the rest, so that only the outermost map may name any.
+        fun: The program of one replica. Its arguments and results are arrays, scalars and pytrees of them. Without
+            ``fun``, ``pmap`` returns a decorator.
+        axis_name: The name of the mapped axis, for collectives such as ``jax.lax.psum(x, axis_name)``. Any hashable
+            except an int.
+        in_axes: The mapped axis of each positional argument: one int for all arguments, or a tuple with one entry
+            per argument. An entry is an int, None, or a pytree prefix of ints and None. Negative ints count from the
+            end. An argument, or a subtree, with None is passed whole to every replica. Keyword arguments are always
+            mapped along axis 0.
+        out_axes: The position of the mapped axis in each result: an int, None, or a pytree prefix of the result. A
+            result with None must be equal in all replicas, and is returned once, without the mapped axis.
+        static_broadcasted_argnums: The positions of arguments that are compile-time constants. Their values must be
+            hashable, and each new value triggers a compilation. Every call must pass them, by position or by name.
+        static_broadcasted_argnames: The names of such arguments. A call may leave out one with a default value.
+        devices: The devices to use; all devices of the backend when None. Only the outermost map may set them: maps
+            inside ``fun`` run on the devices of the outer map.
         backend: The platform to use: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
-        axis_size: The number of replicas. Needed only if no argument is mapped.
-        donate_argnums: The positions of arguments whose buffers the program may reuse, however they are passed; the
-            caller can no longer read them. One that lies elsewhere is freed as soon as it has been moved.
+        axis_size: The number of replicas. Required only if no argument is mapped.
+        donate_argnums: The positions of arguments whose buffers the program may reuse, passed by position or by
+            name. The caller can no longer read them after the call. If an array has to be moved to other devices,
+            the original is freed after the move.
         donate_argnames: The names of such arguments.
 
     Returns:
-        ``fun`` for all replicas: it takes the arguments with the mapped axis in them, each a NumPy array, a scalar
-        or a ``jax.Array`` that may lie anywhere, and returns ``jax.Array`` with the mapped axis,
-        ``(replicas, ...)`` for ``out_axes=0``, spread over the devices. Replica r lies on device ``r // L``, where
-        each device runs L = ceil(N / D) replicas. JAX has no uneven sharding, so that when the D' = ceil(N / L)
-        devices do not divide N, a result is split into gcd(N, D') equal parts instead, each on D' / gcd(N, D')
-        of the devices.
+        A callable that runs ``fun`` for all N replicas. Its arguments have the mapped axis; each array is a NumPy
+        array, a scalar, or a ``jax.Array`` on any devices. Its results are ``jax.Array`` with the mapped axis, of
+        shape ``(replicas, ...)`` for ``out_axes=0``, sharded over the devices. Each of the D devices runs
+        L = ceil(N / D) replicas, and replica r runs on device ``r // L``. JAX has no uneven sharding: if the
+        D' = ceil(N / L) devices that are used do not divide N, a result is split into gcd(N, D') equal shards, each
+        on D' / gcd(N, D') devices.
 
     Raises:
-        ReplicaxError: one of its classes, also the builtin that ``jax.pmap`` raises, for a call that fits no
-            program: see :mod:`replicax.errors` for the tree.
+        NotAFunctionError: ``fun`` is not callable.
+        OptionTypeError: an option has the wrong type.
+        AxisSpecTypeError: ``in_axes`` or ``out_axes`` contains something other than an int or None.
+        ArgumentNameError: an option names a parameter that ``fun`` does not have.
+        DevicesError: ``devices`` is empty, contains a non-device or a duplicate, or mixes platforms.
+        StaticArgumentError: an argument is both static and donated.
+        ReplicaxError: a call of the returned callable is invalid. See :mod:`replicax.errors` for all classes; each
+            is also the builtin exception that ``jax.pmap`` raises for the same fault.
 
     Example:
         >>> import jax, jax.numpy as jnp, replicax
@@ -259,15 +276,18 @@ def pmap(
             donate_argnames=donate_argnames,
         )
     if not callable(fun):
-        raise NotAFunctionError(f"pmap maps a function, and was given {fun!r}, of type {type(fun).__name__}.")
+        raise NotAFunctionError(
+            f"The first argument of pmap must be callable, got {fun!r} of type {type(fun).__name__}. Write pmap(f), "
+            f"and pass the arguments of f to the callable that pmap returns."
+        )
     static = choose("static_broadcasted", fun, static_broadcasted_argnums, static_broadcasted_argnames)
     donated = choose("donate", fun, donate_argnums, donate_argnames)
     both: list[Any] = sorted({*static.names} & {*donated.names})
     both = both or sorted({*static.positions} & {*donated.positions})
     if both:
         raise StaticArgumentError(
-            f"The options for static arguments and those for donated arguments both name {both}: a static argument "
-            f"has no buffer to donate. Name each argument in one of the two."
+            f"The options for static arguments and the options for donated arguments both name {both}, but a static "
+            f"argument has no buffer to donate. Name each argument in only one of them."
         )
     options = Options(
         axis_name=ANONYMOUS if axis_name is None else _check_name(axis_name),
@@ -287,12 +307,12 @@ def _check_name(name: Hashable) -> Hashable:
         hash(name)
     except TypeError:
         raise OptionTypeError(
-            f"axis_name must be hashable, such as a string, and is {name!r:.60}, of type {type(name).__name__}."
+            f"axis_name must be hashable, got {name!r:.60} of type {type(name).__name__}. Use a string."
         ) from None
     if isinstance(name, int):
         raise OptionTypeError(
-            f"axis_name is {name!r}, and a collective would take that for a position in an array's shape, as in "
-            f"jax.lax.psum(x, {name!r}). Name the axis by anything else, such as a string."
+            f"axis_name must not be an int, got {name!r}: jax.lax.psum(x, {name!r}) would sum over a positional axis "
+            f"of the array. Use a string."
         )
     return name
 
@@ -300,4 +320,4 @@ def _check_name(name: Hashable) -> Hashable:
 def _check_type(which: str, value: object, kind: type | types.UnionType, what: str) -> Any:
     if isinstance(value, kind):
         return value
-    raise OptionTypeError(f"{which} must be {what}, and is {value!r:.60}, of type {type(value).__name__}.")
+    raise OptionTypeError(f"{which} must be {what}, got {value!r:.60} of type {type(value).__name__}.")

@@ -1,4 +1,4 @@
-"""What people see in a terminal: how an array lies over its devices."""
+"""Prints how an array is sharded over devices."""
 
 from __future__ import annotations
 
@@ -22,37 +22,35 @@ from replicax.errors import AxisSpecError, NotAnArrayError
 #: An array on devices or on the host.
 A = TypeVar("A", Array, HostArray)
 
-#: How many devices, replicas of a device (half as many when they are no scalars) and values of a replica are shown
-#: before the middle is left out.
+#: The maximum number of devices, of replicas per device (half of it for non-scalars) and of values per replica shown.
 DEVICES, REPLICAS, VALUES = 16, 4, 3
 
-#: Replicas that lie on the same devices have the same colour.
+#: Devices with the same replicas get the same colour.
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
-# A console that is no terminal may have an encoding that lacks what the picture is drawn with.
+# The encoding of a console may lack the drawing characters.
 ASCII = str.maketrans({"█": "#", "·": ".", "…": "...", "–": "-"})
 
-# A mesh that the user set (jax.set_mesh) refuses programs on a single one of its devices.
+# Under jax.set_mesh, JAX rejects a program on a single device of that mesh.
 NO_MESH = Mesh(np.empty((), object), ())
 
 
 def show_replicas(x: ArrayLike, name: str = "array", *, axis: int = 0, console: Console | None = None) -> None:
-    """Prints a picture of how an array lies over its devices: one row a device, with the replicas that it holds.
+    """Prints how an array is sharded: one row per device, with the replicas that the device holds.
 
-    Nothing is gathered: of each device that is shown, a few values are read, and nothing else leaves it.
+    Nothing is gathered: only the few printed values are copied from each device.
 
     Args:
-        x: An array of shape ``(replicas, ...)`` and any dtype: what :func:`pmap` returned, any other ``jax.Array``
-            (PRNG keys too), or a NumPy array, which lies on the host. In a program of several processes each shows
-            its own devices.
-        name: What the picture calls the array.
-        axis: The axis of the replicas, where that is not the first: as ``out_axes`` said.
-        console: Where to print, instead of stdout: ``rich.console.Console(file=...)`` for a file,
+        x: An array of shape ``(replicas, ...)`` and any dtype: a result of :func:`pmap`, any other ``jax.Array``
+            (PRNG keys, too), or a NumPy array. With several processes, each process prints its own devices.
+        name: The name of the array in the output.
+        axis: The replica axis: the ``out_axes`` of the map.
+        console: The console to print to, instead of stdout: ``rich.console.Console(file=...)`` for a file,
             ``Console(record=True)`` for HTML or SVG.
 
     Raises:
-        NotAnArrayError: ``x`` is not one array (but, say, a tree of them), or is being traced and lies nowhere yet.
-        AxisSpecError: ``x`` has no such axis, or no replica along it.
+        NotAnArrayError: ``x`` is not an array (a pytree, for example), or is a tracer.
+        AxisSpecError: ``x`` does not have this axis, or the axis has size 0.
 
     Example:
         >>> import numpy as np, replicax
@@ -87,18 +85,18 @@ def _plain(content: str, style: str = "") -> Text:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is to be shown
+# The shards
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one device holds of an array.
+    """The shard of an array on one device.
 
     Attributes:
-        place: What to call the device.
-        replicas: The replicas.
-        within: Which part of each replica, as an index; empty when it is all.
-        block: Their values, where they lie.
+        place: The name of the device.
+        replicas: The replicas in the shard.
+        within: The part of each replica in the shard, as an index; empty for whole replicas.
+        block: The shard.
     """
 
     place: str
@@ -108,7 +106,7 @@ class Part:
 
 
 def _parts(x: Array | HostArray, axis: int) -> list[Part]:
-    """This process' parts of an array, in the order of their replicas."""
+    """The addressable shards of an array, ordered by replica."""
     if not isinstance(x, jax.Array):
         return [Part("host", range(x.shape[axis]), "", x)]
     parts = [
@@ -124,7 +122,7 @@ def _parts(x: Array | HostArray, axis: int) -> list[Part]:
 
 
 def _within(index: Sequence[slice], shape: Sequence[int], axis: int) -> str:
-    # The index of a PRNG key's shard may go on into the words of the keys.
+    # The index of a PRNG key shard may also cover the words of the keys.
     bounds = [cut.indices(size)[:2] for cut, size in zip(index, shape, strict=False)]
     cuts = [":" if bound == (0, size) else "{}:{}".format(*bound) for bound, size in zip(bounds, shape, strict=True)]
     del cuts[axis]
@@ -132,7 +130,7 @@ def _within(index: Sequence[slice], shape: Sequence[int], axis: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The picture
+# The output
 
 
 def _headline(x: Array | HostArray, name: str, axis: int, devices: int) -> str:
@@ -142,29 +140,29 @@ def _headline(x: Array | HostArray, name: str, axis: int, devices: int) -> str:
 
 
 def _summary(parts: Sequence[Part], size: int, devices: int) -> str:
-    """What the rows have in common: JAX cuts an array into equal parts."""
+    """The last line. All shards of an array have the same shape in JAX, so one sentence describes all rows."""
     if not devices:
-        return "pmap sends each device its own part."
+        return "pmap copies to each device its own part."
     if not parts:
-        return "None of them is this process'."
+        return "No device of this process holds a part of it."
     each = len(parts[0].replicas)
     copies = devices * each // size
     if parts[0].within:
-        words = "Each device holds a part of each of its replicas."
+        words = "Each device holds a part of each replica in its row."
     elif each == size:
         words = f"{'Each' if devices > 1 else 'The'} device holds {'all ' * (size > 1)}{_count(size, 'replica')}."
     else:
         words = f"Each device holds {_count(each, 'replica')}" + (
-            f", and each replica lies on {copies} devices." if copies > 1 else "."
+            f", and each replica is on {copies} devices." if copies > 1 else "."
         )
-    return words if len(parts) == devices else f"{words} Shown are the {len(parts)} devices of this process."
+    return words if len(parts) == devices else f"{words} The table shows the {len(parts)} devices of this process."
 
 
 def _table(parts: Sequence[Part], size: int, axis: int, width: int, text: Callable[..., Text]) -> Table:
     table = Table("device", "replicas", "", box=box.ROUNDED)
     for column in table.columns:
         column.no_wrap = True
-    table.add_column("values", overflow="fold", min_width=6)  # never cut off: half a number reads as another number
+    table.add_column("values", overflow="fold", min_width=6)  # fold, because a truncated number is a wrong number
     groups = sorted({part.replicas.start for part in parts})
 
     def add(part: Part) -> None:
@@ -193,7 +191,7 @@ def _span(replicas: range) -> str:
 
 
 def _bar(replicas: range, size: int, width: int) -> str:
-    """The replicas among all of them, in at most ``width`` cells."""
+    """A bar of at most ``width`` cells that marks ``replicas`` among all replicas."""
     width = min(size, width)
     start = replicas.start * width // size
     stop = max(start + 1, replicas.stop * width // size)
@@ -221,11 +219,11 @@ def _elided(shown: Sequence[str], n: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A few values, read where they lie
+# Reading a few values
 
 
 def _few(block: A, axis: int) -> A:
-    """The first and the last values of the first and the last replicas of a block.
+    """The first and last values of the first and last replicas of a shard.
 
     Returns:
         An array of shape ``(shown replicas, shown values)``.
@@ -237,7 +235,7 @@ def _few(block: A, axis: int) -> A:
 
 
 def _few_there(block: jax.Array, axis: int) -> HostArray:
-    """Like :func:`_few`, on the device of the block: nothing else leaves it."""
+    """Runs :func:`_few` on the device of the shard, and copies only the result to the host."""
     with jax.set_mesh(NO_MESH):
         return jax.device_get(_few_jit(block, axis))
 
@@ -250,28 +248,28 @@ def _ends(n: int, limit: int) -> HostArray:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Faults
+# Validation
 
 
 def _check_array(x: object, name: str) -> None:
     if isinstance(x, jax.core.Tracer):
         raise NotAnArrayError(
-            f"{name} is being traced, and lies on no device yet: {x!r:.60}. Call show_replicas outside jit, grad and "
-            f"vmap, on what they return."
+            f"show_replicas needs a concrete array, but {name} is a tracer: {x!r:.60}. Call show_replicas outside "
+            f"jit, grad and vmap, on their results."
         )
     if not isinstance(x, jax.Array | np.ndarray):
         raise NotAnArrayError(
-            f"show_replicas shows one array, and {name} is of type {type(x).__name__}. Pass a jax.Array or a NumPy "
-            f"array; for all arrays of a tree, jax.tree.map(replicax.show_replicas, tree)."
+            f"show_replicas needs one array, but {name} is of type {type(x).__name__}. Pass a jax.Array or a NumPy "
+            f"array. For all arrays of a tree, write jax.tree.map(replicax.show_replicas, tree)."
         )
 
 
 def _check_axis(x: Array | HostArray, name: str, axis: int) -> int:
-    """The axis counted from the front."""
+    """The axis as a non-negative int."""
     axis = operator.index(axis)
     if not -x.ndim <= axis < x.ndim or not x.shape[axis]:
         raise AxisSpecError(
-            f"show_replicas shows replicas along axis {axis}, and {name} of shape {x.shape} has none there. Pass what "
-            f"pmap returned, and as axis its out_axes where that is not 0."
+            f"show_replicas needs at least one replica along axis {axis}, but {name} has shape {x.shape}. Pass a "
+            f"result of pmap, with axis equal to its out_axes."
         )
     return axis % x.ndim

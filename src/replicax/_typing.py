@@ -1,4 +1,4 @@
-"""Names for what goes through the package, as annotations have it."""
+"""Type aliases and protocols used in annotations."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import jax.typing
 import numpy as np
 
 # ---------------------------------------------------------------------------------------------------------------
-# What users pass and get
+# Arguments and results
 
-#: A tree of whatever the user nests: arrays, mostly, and before they are checked anything else. JAX has no type of it.
+#: A pytree of arrays; of any objects before validation. JAX has no type for it.
 PyTree: TypeAlias = Any
 
-#: The positional arguments of a call, and those by keyword.
+#: The positional and the keyword arguments of a call.
 Args: TypeAlias = tuple[PyTree, ...]
 Kwargs: TypeAlias = dict[str, PyTree]
 
-#: How a tree nests, and the way from its root to a leaf.
+#: The structure of a pytree, and the path from its root to a leaf.
 PyTreeDef: TypeAlias = jax.tree_util.PyTreeDef
 KeyPath: TypeAlias = jax.tree_util.KeyPath
 
-#: A function of trees.
+#: A function of pytrees.
 Function: TypeAlias = Callable[..., Any]
 
 # ---------------------------------------------------------------------------------------------------------------
 # Arrays and their types
 
-#: A value of a program. Those of a traced program are instances, too: the class of tracers is a subclass.
+#: A concrete array or a tracer.
 Array: TypeAlias = jax.Array
 
-#: An array, or what JAX takes for one: an array of NumPy's or a scalar.
+#: Anything that JAX accepts as an array: a ``jax.Array``, a NumPy array or a scalar.
 ArrayLike: TypeAlias = jax.typing.ArrayLike
 
-#: An array of NumPy's of any rank and dtype, in the memory of the host.
+#: A NumPy array of any rank and dtype.
 HostArray: TypeAlias = np.ndarray[Any, Any]
 
 Shape: TypeAlias = tuple[int, ...]
@@ -43,7 +43,7 @@ DType: TypeAlias = np.dtype[Any]
 
 
 class ShapeAndDtype(Protocol):
-    """An array, wherever it lies, or the type of one."""
+    """An array or its abstract value."""
 
     @property
     def shape(self) -> Shape:
@@ -51,11 +51,11 @@ class ShapeAndDtype(Protocol):
 
     @property
     def dtype(self) -> DType:
-        """The type of the numbers."""
+        """The element type."""
 
 
 class Aval(ShapeAndDtype, Protocol):
-    """The type of a value of a jaxpr, a ``ShapedArray`` of JAX's."""
+    """The abstract value of a jaxpr variable: a ``jax.core.ShapedArray``."""
 
     @property
     def ndim(self) -> int:
@@ -63,21 +63,21 @@ class Aval(ShapeAndDtype, Protocol):
 
     @property
     def weak_type(self) -> bool:
-        """Whether it comes from a scalar of Python's, and gives way to other dtypes."""
+        """Whether the dtype is weak, as that of a Python scalar is."""
 
     def update(self, **changed: object) -> Aval:
-        """The same type, but for what is given."""
+        """A copy with these attributes replaced."""
 
     def to_tangent_aval(self) -> Aval:
-        """The type of a tangent of such a value."""
+        """The abstract value of a tangent of this value."""
 
 
 class Atom(Protocol):
-    """An operand of an equation: a variable of the jaxpr, or a literal, which alone has a ``val``."""
+    """An operand of an equation: a jaxpr variable or a literal. Only a literal has a ``val``."""
 
     @property
     def aval(self) -> Aval:
-        """The type of the value."""
+        """The abstract value."""
 
     @property
     def val(self) -> ArrayLike:
@@ -87,14 +87,14 @@ class Atom(Protocol):
 # ---------------------------------------------------------------------------------------------------------------
 # Mapped axes and collectives
 
-#: What names a mapped axis, or an axis of a mesh.
+#: The name of a mapped axis or of a mesh axis.
 AxisName: TypeAlias = Hashable
 
-#: The mapped axis of each of several arrays; None for one that every replica gets whole.
+#: The mapped axis of each array; None for an array that is not mapped.
 Axes: TypeAlias = Sequence[int | None]
 
-#: ``axis_index_groups``: the replicas of each group; None for one group of all.
+#: ``axis_index_groups``: the replica indices of each group; None for a single group of all replicas.
 IndexGroups: TypeAlias = Sequence[Sequence[int]] | None
 
-#: The parameters of a primitive, each of a type of its own.
+#: The parameters of a primitive, by name.
 Params: TypeAlias = Mapping[str, Any]

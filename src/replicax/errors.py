@@ -1,75 +1,75 @@
 """The exception tree.
 
-Every error that replicax raises is a :class:`ReplicaxError` and also the builtin that ``jax.pmap`` (or, where that
-has none, ``jax.vmap``) raises for the same fault, so ``except`` clauses written for either keep working::
+Every error that replicax raises is a :class:`ReplicaxError`. It is also the builtin exception that ``jax.pmap`` raises
+for the same fault (or ``jax.vmap``, if ``jax.pmap`` has no such error), so existing ``except`` clauses keep working::
 
     ReplicaxError
-    ├── OptionError                                            what was asked of pmap, or of another function, cannot be
-    │   ├── OptionTypeError                TypeError           an option of pmap is of the wrong type
-    │   ├── AxisSpecTypeError              TypeError           in_axes or out_axes holds something that is no axis
-    │   ├── AxisSpecError                  ValueError          in_axes or out_axes does not fit
-    │   ├── ArgumentNameError              ValueError          an option names a parameter that the function lacks
-    │   ├── NotAFunctionError              TypeError           what was to be mapped is no function
-    │   ├── DevicesError                   ValueError          devices is empty, repeated or mixed
-    │   ├── UnknownBackendError            RuntimeError        no such backend here
-    │   ├── SimulationError                RuntimeError        simulate_devices after JAX has started
-    │   └── ReplicasError                  ValueError          compat cannot let the program see that many devices
-    ├── ArgumentError                                          the arguments of a call do not fit
-    │   ├── MappedSizeError                ValueError          the arguments do not say one number of replicas
-    │   ├── NotAnArrayError                TypeError           an argument or a result is no array
-    │   │   └── UnconvertedArrayError      ValueError          it has to be converted: a masked array, or __jax_array__
-    │   ├── UnsupportedDtypeError          TypeError           an argument or a result of a dtype that XLA cannot pad
-    │   ├── NumberTooLargeError            OverflowError       an int does not fit into the type that JAX gives it
-    │   ├── DeletedArrayError              RuntimeError        an array was donated, deleted, or is donated twice
+    ├── OptionError                                            an option of pmap, or of another function, is invalid
+    │   ├── OptionTypeError                TypeError           an option has the wrong type
+    │   ├── AxisSpecTypeError              TypeError           an entry of in_axes or out_axes is not an int or None
+    │   ├── AxisSpecError                  ValueError          in_axes or out_axes does not match the arrays
+    │   ├── ArgumentNameError              ValueError          an option names a parameter that does not exist
+    │   ├── NotAFunctionError              TypeError           the object passed to pmap is not callable
+    │   ├── DevicesError                   ValueError          devices is empty, has duplicates or mixes platforms
+    │   ├── UnknownBackendError            RuntimeError        this installation of JAX has no such backend
+    │   ├── SimulationError                RuntimeError        simulate_devices called after JAX has started
+    │   └── ReplicasError                  ValueError          compat cannot show the program that many devices
+    ├── ArgumentError                                          the arguments of a call are invalid
+    │   ├── MappedSizeError                ValueError          the arguments do not agree on one number of replicas
+    │   ├── NotAnArrayError                TypeError           an argument or a result is not an array
+    │   │   └── UnconvertedArrayError      ValueError          a masked array, or an object with __jax_array__
+    │   ├── UnsupportedDtypeError          TypeError           XLA cannot pad the dtype of an argument or a result
+    │   ├── NumberTooLargeError            OverflowError       an int does not fit into the dtype that JAX gives it
+    │   ├── DeletedArrayError              RuntimeError        an array was donated or deleted, or is donated twice
     │   ├── StaticArgumentError            ValueError          a static argument is missing, unhashable or donated
-    │   ├── AheadOfTimeError               TypeError           a compiled program called in a way that it cannot be
-    │   └── ShardsError                    ValueError          the shards of device_put_sharded do not fit together
-    ├── ProgramError                                           the mapped function does what no map can run
-    │   ├── UnboundAxisError               NameError           a collective over a name that no map binds
-    │   ├── UnsupportedCollectiveError     NotImplementedError a collective that replicax has no rule for
-    │   ├── CollectiveArgumentError        ValueError          a permutation, group or index that cannot be
+    │   ├── AheadOfTimeError               TypeError           a compiled program is called with unsuitable arguments
+    │   └── ShardsError                    ValueError          the shards of device_put_sharded do not match
+    ├── ProgramError                                           the mapped function does something a map cannot run
+    │   ├── UnboundAxisError               NameError           a collective names an axis that no map binds
+    │   ├── UnsupportedCollectiveError     NotImplementedError replicax has no rule for a collective
+    │   ├── CollectiveArgumentError        ValueError          a permutation, group or index is invalid
     │   ├── DivergentOutputError           ValueError          out_axes=None for a result that differs between replicas
-    │   ├── NestedMapError                 ValueError          what cannot run as a map inside a mapped function
-    │   ├── UnsupportedTransformationError NotImplementedError a vmap that splits its batch over a mesh, of a map
-    │   ├── OrderedCallbackError           ValueError          a callback with ordered=True, in a mapped function
+    │   ├── NestedMapError                 ValueError          a map inside a mapped function that cannot run there
+    │   ├── UnsupportedTransformationError NotImplementedError a vmap of a map that shards its batch over a mesh
+    │   ├── OrderedCallbackError           ValueError          a callback with ordered=True in a mapped function
     │   ├── UnsupportedCallbackError       NotImplementedError an io_callback where JAX cannot vectorize it
-    │   └── CallbackError                  RuntimeError        a callback of the user's raised an exception
+    │   └── CallbackError                  RuntimeError        a user callback raised an exception
     └── MismatchError                      AssertionError      replicax.testing found a difference
 """
 
 
 class ReplicaxError(Exception):
-    """The base of every error that replicax raises.
+    """Base class of every error that replicax raises.
 
     Attributes:
-        nameless: Whether it is about an argument whose name was not known where it was raised.
+        nameless: Whether the message lacks the name of an argument, because the name was not known at the raise.
     """
 
     nameless = False
 
 
 class OptionError(ReplicaxError):
-    """What was asked of ``pmap``, or of another function of the package, cannot be."""
+    """An option of ``pmap``, or of another function of the package, is invalid."""
 
 
 class ArgumentError(ReplicaxError):
-    """The arguments of a call do not fit."""
+    """The arguments of a call are invalid."""
 
 
 class ProgramError(ReplicaxError):
-    """The mapped function does what no map can run."""
+    """The mapped function does something that a map cannot run."""
 
 
 class MappedSizeError(ArgumentError, ValueError):
-    """The mapped arguments, and ``axis_size``, do not agree on one number of replicas, or name none."""
+    """The mapped arguments and ``axis_size`` give different numbers of replicas, none, or zero."""
 
 
 class AxisSpecError(OptionError, ValueError):
-    """``in_axes`` or ``out_axes`` does not fit the arguments or results, or names an axis that they lack."""
+    """``in_axes`` or ``out_axes`` does not match the arguments or results, or an array lacks that axis."""
 
 
 class AxisSpecTypeError(OptionError, TypeError):
-    """``in_axes`` or ``out_axes`` holds something that is neither an int nor None."""
+    """``in_axes`` or ``out_axes`` contains something other than an int or None."""
 
 
 class NotAnArrayError(ArgumentError, TypeError):
@@ -77,35 +77,35 @@ class NotAnArrayError(ArgumentError, TypeError):
 
 
 class UnconvertedArrayError(NotAnArrayError, ValueError):
-    """An argument is a masked array, or of a type with ``__jax_array__``: JAX takes neither as it is."""
+    """A value is a masked array or has ``__jax_array__``: JAX accepts neither without a conversion."""
 
 
 class UnsupportedDtypeError(ArgumentError, TypeError):
-    """An argument, or a result of the mapped function, is of a dtype that XLA cannot pad."""
+    """An argument, or a result of the mapped function, has a dtype that XLA cannot pad."""
 
 
 class NotAFunctionError(OptionError, TypeError):
-    """What was to be mapped cannot be called."""
+    """The object passed to ``pmap`` is not callable."""
 
 
 class NestedMapError(ProgramError, ValueError):
-    """A map inside a mapped function names devices, or is a ``jax.shard_map`` that cannot run as a map inside a map."""
+    """A map inside a mapped function sets ``devices``, or is a ``jax.shard_map`` that cannot run there."""
 
 
 class OptionTypeError(OptionError, TypeError):
-    """An option, such as ``axis_size`` or ``donate_argnums``, is of the wrong type."""
+    """An option, such as ``axis_size`` or ``donate_argnums``, has the wrong type."""
 
 
 class DeletedArrayError(ArgumentError, RuntimeError):
-    """An array's buffer is gone, because it was donated to an earlier call or deleted; or it is donated twice."""
+    """An array was donated to an earlier call or deleted, or is donated and passed twice in one call."""
 
 
 class NumberTooLargeError(ArgumentError, OverflowError):
-    """An int among the arguments does not fit into the type that JAX gives it."""
+    """An int argument does not fit into the dtype that JAX gives it."""
 
 
 class StaticArgumentError(ArgumentError, ValueError):
-    """A static argument is missing, unhashable or not comparable, or is to be donated too."""
+    """A static argument is missing, unhashable, not comparable, or also donated."""
 
 
 class ArgumentNameError(OptionError, ValueError):
@@ -113,11 +113,11 @@ class ArgumentNameError(OptionError, ValueError):
 
 
 class AheadOfTimeError(ArgumentError, TypeError):
-    """A compiled program was called with other arguments than it was compiled for, or inside a transformation."""
+    """A compiled program is called with arguments it was not compiled for, or inside a transformation."""
 
 
 class DevicesError(OptionError, ValueError):
-    """``devices`` is empty, holds something that is no device, one twice, or devices of several platforms."""
+    """``devices`` is empty, contains a non-device or a duplicate, or mixes platforms."""
 
 
 class UnknownBackendError(OptionError, RuntimeError):
@@ -129,15 +129,15 @@ class UnboundAxisError(ProgramError, NameError):
 
 
 class UnsupportedCollectiveError(ProgramError, NotImplementedError):
-    """A collective over a mapped axis that replicax has no rule for."""
+    """replicax has no rule for a collective over a mapped axis."""
 
 
 class UnsupportedTransformationError(ProgramError, NotImplementedError):
-    """A ``vmap`` of a map that is to split its batch over an axis of a mesh."""
+    """A ``vmap`` of a map asks to shard its batch over a mesh axis."""
 
 
 class CollectiveArgumentError(ProgramError, ValueError):
-    """A collective's permutation, groups or source do not fit the replicas."""
+    """A permutation, group or source of a collective does not match the replicas."""
 
 
 class DivergentOutputError(ProgramError, ValueError):
@@ -145,28 +145,28 @@ class DivergentOutputError(ProgramError, ValueError):
 
 
 class OrderedCallbackError(ProgramError, ValueError):
-    """A mapped function calls back into Python with ``ordered=True``, and nothing orders the calls of replicas."""
+    """A mapped function has a callback with ``ordered=True``; replicas run in parallel, without an order."""
 
 
 class UnsupportedCallbackError(ProgramError, NotImplementedError):
-    """An ``io_callback`` in a branch or loop that replicas of one device go through differently."""
+    """An ``io_callback`` in control flow that replicas on one device execute differently."""
 
 
 class CallbackError(ProgramError, RuntimeError):
-    """A callback of the user's raised an exception in a replica; JAX shows it as text in an error of its own."""
+    """A user callback raised an exception in a replica; JAX reports it as text in its own error."""
 
 
 class ShardsError(ArgumentError, ValueError):
-    """The shards of ``device_put_sharded`` are not one for each device, or differ in more than their values."""
+    """``device_put_sharded`` needs one shard per device, all with the same structure, shapes and dtypes."""
 
 
 class SimulationError(OptionError, RuntimeError):
-    """Devices cannot be simulated any more, because JAX has started already."""
+    """JAX has already started, so the number of simulated devices cannot change."""
 
 
 class ReplicasError(OptionError, ValueError):
-    """A number of devices that ``replicax.compat`` cannot let the program see, or not any more."""
+    """``replicax.compat`` cannot show the program that number of devices, or cannot change it any more."""
 
 
 class MismatchError(ReplicaxError, AssertionError):
-    """A program does not compute under ``pmap`` what it computes under the oracle."""
+    """A program computes something else under ``pmap`` than under the reference."""

@@ -44,9 +44,9 @@ def refuse_ordered(jaxpr: Jaxpr, name: str) -> None:
     if found is not None:
         what = {"io_callback": "jax.experimental.io_callback", "debug_print": "jax.debug.print"}
         raise OrderedCallbackError(
-            f"{name} calls {what.get(found.primitive.name, 'jax.debug.callback')} with ordered=True. Replicas run at "
-            f"the same time, and nothing orders their calls. Leave ordered out (calls of one replica come in the "
-            f"order of the program), and pass jax.lax.axis_index along to sort by."
+            f"{name} calls {what.get(found.primitive.name, 'jax.debug.callback')} with ordered=True, but replicas run "
+            f"in parallel, without an order between their callbacks. Leave ordered out. To sort the calls, pass "
+            f"jax.lax.axis_index(axis_name) to the callback."
         )
 
 

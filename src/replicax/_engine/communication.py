@@ -134,6 +134,6 @@ class Communication:
 def _repeated(eqn: Equation, name: Hashable) -> str:
     entry = REGISTRY.get(eqn.primitive.name)
     return (
-        f"{entry.called if entry else _jax.equation_name(eqn)} names the mapped axis {name!r} more than once, and a "
-        f"replica has one place along it. Name each axis once, as in {name!r} or ({name!r}, 'another')."
+        f"{entry.called if entry else _jax.equation_name(eqn)} names the mapped axis {name!r} more than once. Name "
+        f"each axis once, as in {name!r} or ({name!r}, 'another')."
     )

@@ -75,13 +75,15 @@ class Guarded:
         """
         arrays = [np.asarray(x) for x in given]
         if len(arrays) != len(self.results):
-            raise TypeError(f"it returned {len(arrays)} results, and result_shape_dtypes has {len(self.results)}")
+            raise TypeError(
+                f"the callback returned {len(arrays)} results, but result_shape_dtypes has {len(self.results)}"
+            )
         for k, (x, aval) in enumerate(zip(arrays, self.results, strict=True)):
             if x.dtype != aval.dtype and x.dtype.itemsize == 8 and np.can_cast(x.dtype, aval.dtype, "same_kind"):
                 arrays[k] = x = x.astype(aval.dtype)  # JAX converts 64-bit results in the same way
             if (x.shape, x.dtype) != ((*batch, *aval.shape), aval.dtype):
                 raise TypeError(
-                    f"its result {k} is {x.dtype}{list(x.shape)}, and result_shape_dtypes says "
+                    f"result {k} of the callback is {x.dtype}{list(x.shape)}, but result_shape_dtypes says "
                     f"{aval.dtype}{[*batch, *aval.shape]}"
                 )
         return arrays
@@ -135,7 +137,10 @@ def raise_failure(number: ArrayLike, *_: ArrayLike) -> None:
         return
     failure = _failures.get(failed)
     if failure is None:
-        raise CallbackError("A callback raised an exception, and so many others have since that it was not kept.")
+        raise CallbackError(
+            "A callback raised an exception. Its text is lost, because many more callbacks have failed since. Read "
+            "results sooner to see the first failure."
+        )
     text = text_of(failure.error)
     raised = failure.what.format(type(failure.error).__name__)
     raise CallbackError(f"{raised}: {text}" if text else raised).with_traceback(failure.error.__traceback__)

@@ -43,10 +43,10 @@ def _with_clear_errors(vectorized: OneReplica, axis: LogicalAxis, *blocks: Array
         for theirs, (where, instead) in UNVECTORIZED.items():
             if theirs in text_of(error):
                 raise UnsupportedCallbackError(
-                    f"The mapped function calls jax.experimental.io_callback in {where}. Here {axis.lanes} replicas "
-                    f"share a device, which runs them together and cannot make the calls of one alone. {instead}; or "
-                    f"use jax.pure_callback or jax.debug.callback, if a call too many does no harm; or map over no "
-                    f"more replicas than there are devices."
+                    f"The mapped function calls jax.experimental.io_callback in {where}. Here, each device runs "
+                    f"{axis.lanes} replicas, vectorized, and JAX cannot vectorize this callback. {instead}. Or use "
+                    f"jax.pure_callback or jax.debug.callback, if extra calls do no harm. Or map over at most as many "
+                    f"replicas as devices."
                 ).with_traceback(error.__traceback__) from None
         raise
 
@@ -54,13 +54,13 @@ def _with_clear_errors(vectorized: OneReplica, axis: LogicalAxis, *blocks: Array
 #: JAX's errors about callbacks with side effects under ``vmap``: where the callback is, and what to write instead.
 UNVECTORIZED = {
     "IO effect not supported in vmap-of-cond": (
-        "a branch of jax.lax.cond or jax.lax.switch, which replicas choose differently",
-        "Call it outside of the branch, and pass the choice along, as in io_callback(f, result, chosen, x)",
+        "a branch of jax.lax.cond or jax.lax.switch that replicas select differently",
+        "Call it outside the branch, and pass the predicate to it, as in io_callback(f, result, predicate, x)",
     ),
     "Unordered IO effects not supported in while_loop with batched predicate": (
-        "a jax.lax.while_loop, which replicas leave at different times",
-        "Write a loop with as many rounds for all, as jax.lax.fori_loop, and pass along whether a replica is still "
-        "in it, as in io_callback(f, result, goes_on, x)",
+        "a jax.lax.while_loop that replicas leave at different times",
+        "Use a jax.lax.fori_loop with the same number of iterations for all replicas, and pass to the callback whether "
+        "the replica is still active, as in io_callback(f, result, active, x)",
     ),
 }
 

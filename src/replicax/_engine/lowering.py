@@ -176,9 +176,10 @@ def _refuse_two_bits(dtypes: Sequence[DType], layout: Layout) -> None:
     found = sorted({dtype.name for dtype in dtypes if dtype.name in ("int2", "uint2")})
     if found and layout.axis.padding:
         raise UnsupportedDtypeError(
-            f"{layout.size} replicas of a function that takes or returns {' and '.join(found)}, on "
-            f"{layout.axis.devices} devices of {layout.axis.lanes} each: XLA cannot pad arrays of two bits. Convert "
-            f"them to int4 or int8, as in x.astype('int8'), or map over a number of replicas that the devices divide."
+            f"The mapped function takes or returns {' and '.join(found)}, and {layout.size} replicas on "
+            f"{layout.axis.devices} devices, {layout.axis.lanes} per device, need padding, but XLA cannot pad 2-bit "
+            f"arrays. Convert the arrays, as in x.astype('int8'), or use a number of replicas that is a multiple of "
+            f"the number of devices."
         )
 
 
@@ -242,8 +243,8 @@ def _advice(name: str, layout: Layout) -> str:
     """Returns text for JAX's error about arguments on other devices than the map, inside a traced program."""
     every = layout.mesh.size
     used = -(-layout.size // -(-layout.size // every))
-    which = f"as in pmap(f, devices=jax.devices()[:{used}])" if used < every else "as many as the smallest of them uses"
+    which = f"as in pmap(f, devices=jax.devices()[:{used}])" if used < every else "as many as the smallest map uses"
     return (
-        f"{name}, mapped by replicax.pmap, which takes all of its {every} devices under jit. To pass what a map has "
-        f"left on fewer, map all with the same devices, {which}; or pass replicax.fetch(x)"
+        f"{name}, mapped by replicax.pmap, which uses all of its {every} devices under jit. To pass an array that is "
+        f"on fewer devices, call all maps with the same devices, {which}; or pass replicax.fetch(x)"
     )

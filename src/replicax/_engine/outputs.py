@@ -68,9 +68,9 @@ def check_outputs(
     if faults:
         raise DivergentOutputError(
             report(
-                "out_axes=None returns one value for all replicas, but these results may differ between them:",
+                "out_axes=None requires a result that is equal in all replicas, but these may differ between them:",
                 faults,
-                "Write an int in out_axes to get each replica's value, or make them equal first, for example with "
-                "jax.lax.pmean or jax.lax.psum over the mapped axis.",
+                "Write an int in out_axes to get the value of each replica, or make them equal first, for example "
+                "with jax.lax.pmean or jax.lax.psum over the mapped axis.",
             )
         )

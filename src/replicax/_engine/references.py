@@ -9,7 +9,7 @@ from replicax._messages import report
 from replicax._typing import PyTree, ShapeAndDtype
 from replicax.errors import NotAnArrayError
 
-OWN = "A reference that the mapped function makes itself, with jax.new_ref, may be read and written there."
+OWN = "References that the mapped function creates itself, with jax.new_ref, are supported."
 
 
 def refuse_passed(names: Sequence[str], values: Sequence[PyTree]) -> None:
@@ -23,9 +23,9 @@ def refuse_passed(names: Sequence[str], values: Sequence[PyTree]) -> None:
         name = faults[0].split(" of shape ")[0]
         raise NotAnArrayError(
             report(
-                "pmap maps arrays, and these arguments are references to arrays (jax.Ref):",
+                "pmap arguments must be arrays; these are references to arrays (jax.Ref):",
                 faults,
-                f"Pass the values and return the new ones, as in {name} = jax.new_ref(pmap(f)({name}[...])). {OWN}",
+                f"Pass the value and return the new value, as in {name} = jax.new_ref(pmap(f)({name}[...])). {OWN}",
             )
         )
 
@@ -40,9 +40,9 @@ def refuse_closed_over(name: str, consts: Sequence[ShapeAndDtype]) -> None:
     if faults:
         raise NotAnArrayError(
             report(
-                f"{name} reads or writes references to arrays (jax.Ref) that are not its own:",
+                f"{name} must not close over references to arrays (jax.Ref), but uses:",
                 faults,
-                "Pass the value, ref[...], as an argument (with None in in_axes every replica gets it whole), and "
-                f"return what is to be written. {OWN}",
+                "Pass the value, ref[...], as an argument (with None in in_axes to pass it whole to every replica), "
+                f"and return the new value. {OWN}",
             )
         )

@@ -120,44 +120,45 @@ def _in_our_words(error: Exception, name: Hashable) -> ReplicaxError | None:
         return None if unbound is None else _unbound(unbound, name)
     if isinstance(error, AssertionError) and _jax.is_about_shard_map_types(error):
         return UnsupportedCollectiveError(
-            "pcast, or all_gather with to=, in a mapped function: JAX knows whether a value varies over an axis only "
-            "inside jax.shard_map, and jax.vmap refuses both, too. Leave the pcast out (here every value may differ "
-            "between replicas as it is) and call all_gather without to=."
+            "pcast, or all_gather with to=, is not supported in a mapped function: JAX tracks varying axes only inside "
+            "jax.shard_map, and jax.vmap rejects both, too. Leave pcast out (in a mapped function, any value may "
+            "differ between replicas), and call all_gather without to=."
         )
     _explain(error)
     if not isinstance(error, AssertionError) and _jax.is_about_explicit_meshes(error):
         return NestedMapError(
-            "A jax.shard_map in the mapped function is over a mesh that jax.set_mesh has set, or one with Explicit "
-            "axes, and a map puts such a mesh aside: its replicas have devices of their own. Pass the mesh to the "
-            "jax.shard_map, and make it with Auto axes, as in mesh=jax.make_mesh(shape, names, axis_types="
-            "(jax.sharding.AxisType.Auto,) * len(names))."
+            "A jax.shard_map in the mapped function must not use a mesh with Explicit axes or the mesh of "
+            "jax.set_mesh, because a map runs on its own devices. Pass the mesh to the jax.shard_map, and create it "
+            "with Auto axes, as in mesh=jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * "
+            "len(names))."
         )
     return None
 
 
 _OVER_A_VMAP_TOO = (
-    "If this is a collective over several axes, of which a vmap inside the mapped function binds one: JAX has a rule "
-    "for psum, pmean, pmax, pmin and axis_index there, and none for others, which jax.vmap refuses, too. Communicate "
-    "over one axis after the other, or map the inner function with replicax.pmap."
+    "If this is a collective over several axes, and a vmap inside the mapped function binds one of them: JAX supports "
+    "only psum, pmean, pmax, pmin and axis_index there, and jax.vmap rejects the others, too. Communicate over one "
+    "axis after the other, or map the inner function with replicax.pmap."
 )
 
 #: JAX's errors while it traces or differentiates a collective: a part of its message, and the note to add.
 REFUSALS = {
     "axis size doesn't match": _OVER_A_VMAP_TOO,
     "Please open a feature request": (
-        "JAX has no rule for this collective under a vmap (or jacfwd, hessian, or a map in batches) inside the mapped "
-        "function, such as all_to_all with axis_index_groups. Take it out of the vmap: it takes arrays of any shape."
+        "JAX has no batching rule for this collective (for example all_to_all with axis_index_groups) under a vmap, "
+        "jacfwd, hessian or batched lax.map inside the mapped function. Call it outside the vmap, on the whole batch."
     ),
     "full must be called with scalar fill_value": (
-        "If this comes from the derivative of pbroadcast: JAX has one for scalars alone. Write "
+        "If this comes from the derivative of pbroadcast: JAX supports it only for scalars. Write "
         "all_gather(x, axis)[source]."
     ),
     "Expected cotangent type": (
-        "If this comes from the derivative of all_to_all: JAX has none that is right between two different axes. Write "
-        "tiled=True."
+        "If this comes from the derivative of all_to_all: JAX computes a wrong one if split_axis and concat_axis "
+        "differ. Write tiled=True."
     ),
     "divisible by the size of the named axis": (
-        "If this comes from the derivative of ragged_all_to_all: JAX has none that heeds axis_index_groups."
+        "If this comes from the derivative of ragged_all_to_all: JAX's rule ignores axis_index_groups. Leave the "
+        "groups out."
     ),
 }
 
@@ -170,8 +171,8 @@ def _explain(error: Exception) -> None:
             error.add_note(ours)
     if isinstance(error, AssertionError) and not said and _jax.raised(error):
         error.add_note(
-            "If this is a collective over the axis of the map, in a jax.shard_map inside the map: JAX's types there "
-            "know the axes of its own mesh alone. Write check_vma=False in the jax.shard_map."
+            "If this is a collective over the axis of the map, in a jax.shard_map inside the map: the type check of "
+            "jax.shard_map knows only the axes of its own mesh. Write check_vma=False in the jax.shard_map."
         )
 
 
@@ -183,9 +184,9 @@ def _check_results(out: PyTree) -> None:
     }
     if faults:
         raise no_arrays(
-            "pmap returns arrays, and these results of the mapped function are none:",
+            "Results of a mapped function must be arrays; these are not:",
             faults,
-            "Return arrays, scalars and trees of them, and the rest outside the mapped function.",
+            "Return only arrays, scalars and pytrees of them. Compute other results outside the mapped function.",
         )
 
 
@@ -193,9 +194,9 @@ def no_arrays(headline: str, named: Mapping[str, object], remedy: str) -> NotAnA
     """Returns the error that names the values that are not arrays."""
     unconverted = list(filter(_jax.is_unconverted, named.values()))
     if any(map(_jax.is_masked, unconverted)):
-        remedy += " Of a masked array JAX would lose the mask: write x.filled(0)."
+        remedy += " JAX would ignore the mask of a masked array: write x.filled(0)."
     if not all(map(_jax.is_masked, unconverted)):
-        remedy += " What has a __jax_array__ is converted by jax.numpy.asarray(x)."
+        remedy += " Convert an object with __jax_array__ by jax.numpy.asarray(x)."
     kind = UnconvertedArrayError if unconverted else NotAnArrayError
     return kind(report(headline, [f"{name} {describe_type(x)}" for name, x in named.items()], remedy))
 
@@ -203,28 +204,28 @@ def no_arrays(headline: str, named: Mapping[str, object], remedy: str) -> NotAnA
 def describe_type(x: object) -> str:
     """Describes, for an error message, a value that is not an array."""
     if _jax.is_masked(x):
-        return "is a masked array of NumPy's"
+        return "is a NumPy masked array"
     if _jax.is_unconverted(x):
-        return f"is of type {type(x).__name__}, which has a __jax_array__"
+        return f"is of type {type(x).__name__}, which has __jax_array__"
     if isinstance(x, np.ndarray):
         return f"is a NumPy array of dtype {x.dtype}"
     if _jax.is_reference(x):
-        return "is a reference to an array (jax.Ref), whose value is ref[...]"
+        return "is a reference to an array (jax.Ref); read its value with ref[...]"
     return f"is of type {type(x).__name__}" + (f": {x!r:.60}" if isinstance(x, str | bytes) else "")
 
 
 def _unbound(unbound: str, name: Hashable) -> UnboundAxisError:
     if unbound == "None":
         return UnboundAxisError(
-            "unbound axis name: None. A collective in the mapped function was given axis_name=None. Give it the name "
-            "of the mapped axis, as in jax.lax.psum(x, 'i') with pmap(f, axis_name='i')."
+            "unbound axis name: None. A collective in the mapped function got axis_name=None. Pass the name of the "
+            "mapped axis, as in jax.lax.psum(x, 'i') with pmap(f, axis_name='i')."
         )
     names = [repr(n) for n in (*_jax.axes_in_scope(), name) if n is not ANONYMOUS]
     if names:
-        known = f"The names in scope are {', '.join(names)}. Use one of them in the collective, or name"
+        known = f"The names in scope are {', '.join(names)}. Use one of them in the collective, or set the axis name"
     else:
-        known = "No axis in scope has a name. Name"
+        known = "No axis in scope has a name. Set the axis name"
     return UnboundAxisError(
         f"unbound axis name: {unbound}. A collective in the mapped function names an axis that no enclosing map "
-        f"binds. {known} the axis where you map: pmap(f, axis_name={unbound!r})."
+        f"binds. {known} in the call of pmap: pmap(f, axis_name={unbound!r})."
     )

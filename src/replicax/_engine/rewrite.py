@@ -182,8 +182,8 @@ class Rewriter:
         if eqn.primitive.name in AWAITING:
             return args  # nothing to await: the rule of the start primitive returned the result
         raise UnsupportedCollectiveError(
-            f"{_jax.equation_name(eqn)}: replicax has no rule for this operation over mapped axes, and does not leave "
-            f"it as it is. Call it outside the mapped function."
+            f"{_jax.equation_name(eqn)}: replicax has no rule for this operation over mapped axes. Call it outside "
+            f"the mapped function."
         )
 
     def _nested(

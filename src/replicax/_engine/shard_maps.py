@@ -44,9 +44,9 @@ def as_nested_maps(jaxpr: Jaxpr, sizes: Mapping[Hashable, int], name: str) -> Ja
             return _jax.retrace(lambda *args: _run(jaxpr, args), jaxpr, hoist=False)[0]
     except (AssertionError, LookupError, NotImplementedError, TypeError, ValueError) as error:
         raise NestedMapError(
-            f"{name} has a jax.shard_map in it that cannot run as a map inside the map ({type(error).__name__}: "
+            f"{name} contains a jax.shard_map that cannot run inside a map ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else 'without a message'}). Map its function with "
-            f"replicax.pmap, whose replicas run beside the outer's, or with jax.vmap."
+            f"replicax.pmap or jax.vmap instead."
         ) from error
 
 
@@ -94,10 +94,10 @@ def _with_clear_errors(rule: Function) -> Function:
             return rule(*args)
         except TypeError as error:
             raise NestedMapError(
-                "A derivative from outside of a map, with a jax.shard_map inside that calls a function with a "
-                "derivative rule of its own (jax.custom_jvp or jax.custom_vjp, such as jax.nn.relu): JAX finds that "
-                "the rule does not fit the types of the jax.shard_map. Write check_vma=False in it, map its function "
-                "with replicax.pmap instead, or take the derivative inside the map."
+                "A map cannot be differentiated from outside if it contains a jax.shard_map that calls a function with "
+                "a custom derivative rule (jax.custom_jvp or jax.custom_vjp, such as jax.nn.relu): JAX rejects the "
+                "types of the rule there. Write check_vma=False in the jax.shard_map, map its function with "
+                "replicax.pmap instead, or take the derivative inside the mapped function."
             ) from error
 
     return wrapped

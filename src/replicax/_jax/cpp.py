@@ -68,9 +68,9 @@ def _warn_of_slow_calls(missing: str) -> None:
         return
     _said.append(missing)
     warnings.warn(
-        f"Calls of maps run in Python, and take longer: this version of replicax cannot use the C++ table of calls of "
-        f"JAX {VERSION} ({missing}). Their results are the same. Please report this to the authors of replicax, or "
-        f"install the newest replicax.",
+        f"Calls of maps run in Python and are slower, because this version of replicax does not support the C++ fast "
+        f"path of JAX {VERSION} ({missing}). Results are the same. Install the newest replicax, or report this to its "
+        f"authors.",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -26,7 +26,7 @@ def typeof(x: object) -> ArrayType:
     is_type = isinstance(x, jax.ShapeDtypeStruct | core.AbstractValue)
     aval = core.shaped_abstractify(x) if is_type else core.typeof(x)  # shaped_abstractify accepts too many types
     if not isinstance(aval, core.ShapedArray):
-        raise TypeError(f"{type(x).__name__} is no array")  # x is a jax.Ref
+        raise TypeError(f"{type(x).__name__} is not an array")  # x is a jax.Ref
     if isinstance(x, jax.Array) and not config.enable_x64.value and aval.dtype.name in _WIDE:
         return aval.update(dtype=_WIDE[aval.dtype.name])  # x was created while 64-bit types were enabled
     return aval

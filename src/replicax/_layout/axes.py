@@ -59,7 +59,7 @@ def check_spec(which: str, spec: PyTree) -> Spec:
         if axis is None or (_jax.is_map_spec(axis) and not isinstance(axis, int)):
             return axis
         if _jax.is_vmappable(axis):
-            faults.append(f"{which}{keystr(path)} is a {type(axis).__name__}, where one int stands for all of it")
+            faults.append(f"{which}{keystr(path)} is a {type(axis).__name__}: write one int for the whole object")
             return None
         try:
             if isinstance(axis, bool):
@@ -73,9 +73,9 @@ def check_spec(which: str, spec: PyTree) -> Spec:
     if faults:
         raise AxisSpecTypeError(
             report(
-                f"{which} must be an int, None, or a tuple, list or dict of those:",
+                f"{which} must be an int, None, or a pytree of ints and None; these entries are not:",
                 faults,
-                f"Write the position of the mapped axis, as in {which}=0, or None for what is not mapped.",
+                f"Write the position of the mapped axis, as in {which}=0, or None for an array without a mapped axis.",
             )
         )
     return Spec(*_flatten(checked))
@@ -172,9 +172,9 @@ def choose(which: str, fun: Function, argnums: int | Iterable[int], argnames: st
     _refuse_unknown_names(which, fun, names, parameters)
     if which == "donate" and (unknown := [i for i in positions if not _takes(parameters, i)]):
         raise ArgumentNameError(
-            f"donate_argnums={argnums!r} names position {', '.join(map(str, unknown))}, and "
-            f"{getattr(fun, '__name__', repr(fun))} takes {_positional(parameters)} positional argument(s). Name "
-            f"positions from 0 to {_positional(parameters) - 1}, or use donate_argnames."
+            f"donate_argnums={argnums!r} contains position {', '.join(map(str, unknown))}, but "
+            f"{getattr(fun, '__name__', repr(fun))} takes {_positional(parameters)} positional argument(s). Use "
+            f"positions from 0 to {_positional(parameters) - 1}, or donate_argnames."
         )
     pairs = [
         (i, p.name)
@@ -195,8 +195,8 @@ def _as_names(which: str, argnames: str | Iterable[str]) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str):
             raise OptionTypeError(
-                f"{which}_argnames must be the name of a parameter, or several, and has {name!r:.60} in it, of type "
-                f"{type(name).__name__}. Positions go to {which}_argnums."
+                f"{which}_argnames must be a string or several strings, got {name!r:.60} of type "
+                f"{type(name).__name__}. Pass positions in {which}_argnums."
             )
     return names
 
@@ -225,9 +225,11 @@ def _refuse_unknown_names(
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         raise ArgumentNameError(
             report(
-                f"{which}_argnames names what {getattr(fun, '__name__', repr(fun))} has no parameter for:",
+                f"{which}_argnames must name parameters of {getattr(fun, '__name__', repr(fun))}; these are not:",
                 [repr(name) for name in unknown],
-                f"Its parameters are {', '.join(map(repr, known)) or 'none'}: name one of those.",
+                f"Use one of its parameters: {', '.join(map(repr, known))}."
+                if known
+                else "The function has no parameters: leave the option out.",
             )
         )
 
@@ -268,17 +270,17 @@ def match_in_axes(
     per_argument = isinstance(in_axes, tuple | list)
     arity = len(names)
     if per_argument and (len(in_axes) <= max(args, default=-1) or (len(in_axes) > arity and not static)):
-        called = f"in_axes={in_axes!r} is of length {len(in_axes)}, and the function was called with {arity} positional"
+        called = f"in_axes={in_axes!r} has length {len(in_axes)}, but the function was called with {arity} positional"
         if static:
             raise AxisSpecError(_entries(called, in_axes, names, static))
         raise AxisSpecError(
-            f"{called} argument(s). Give one entry for each positional argument (each argument passed by keyword is "
-            f"mapped along axis 0), or a single int for all of them."
+            f"{called} argument(s). Write one entry per positional argument (keyword arguments are always mapped along "
+            f"axis 0), or a single int for all of them."
         )
     if not arity and not per_argument and not isinstance(in_axes, int | None):
         raise AxisSpecError(
-            f"in_axes={in_axes!r} is about positional arguments, and the function was called with none. Arguments "
-            f"passed by keyword are mapped along axis 0: leave in_axes out, or pass them by position."
+            f"in_axes={in_axes!r} applies to positional arguments, but the function was called with none. Arguments "
+            f"passed by keyword are always mapped along axis 0. Leave in_axes out, or pass the arguments by position."
         )
     entries = tuple(in_axes[i] if per_argument else in_axes for i in args)
     axes, own = broadcast_prefix("in_axes", "the tuple of arguments", entries, tuple(args.values()), one_of)
@@ -296,10 +298,10 @@ def _entries(called: str, in_axes: Sequence[PyTree], names: Mapping[int, str], s
     meant = dict(zip(dynamic, in_axes, strict=True)) if len(dynamic) == len(in_axes) else dict.fromkeys(dynamic, 0)
     example = tuple(meant.get(i) for i in names)
     return report(
-        f"{called} argument(s), static ones among them:",
+        f"{called} argument(s), including static ones:",
         lines,
-        f"Give one entry for each positional argument; that of a static argument is not used, and None will do. Write "
-        f"in_axes={example!r}, or a single int for all of them.",
+        f"Write one entry per positional argument. The entry of a static argument is not used, so write None. For "
+        f"example, write in_axes={example!r}, or a single int for all of them.",
     )
 
 
@@ -342,7 +344,7 @@ def broadcast_prefix(
         for x in jax.tree.leaves(subtree, is_leaf=_jax.is_vmappable):
             if not _jax.is_vmappable(x) and not isinstance(axis, int | None):
                 raise AxisSpecError(
-                    f"{which} has {axis!r}, of type {type(axis).__name__}, for an array. Write an int or None."
+                    f"{which} has {axis!r} of type {type(axis).__name__} for an array. Write an int or None."
                 )
             own_axes, own = mapped(x, axis) if _jax.is_vmappable(x) and axis is not None else ([axis], x)
             axes.extend([None] * jax.tree.structure(x).num_leaves if axis is None else own_axes)
@@ -355,9 +357,9 @@ def broadcast_prefix(
     except ValueError:
         raise AxisSpecError(
             report(
-                f"{which} does not fit {what}: it must be an axis, or a tree of them with the same structure.",
+                f"{which} does not match {what}: it must be an int, None, or a pytree prefix of {what}.",
                 _prefix_faults(which, spec, tree),
-                f"Write one int or None for a whole subtree, or one for each entry, following how {what} nests.",
+                f"Write one int or None for a whole subtree, or a pytree with the structure of {what}.",
             )
         ) from None
     return axes, jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_jax.is_vmappable), values)
@@ -369,7 +371,7 @@ def _prefix_faults(where: str, spec: PyTree, tree: PyTree) -> list[str]:
         return []
     theirs = _jax.one_level(tree)
     if theirs is None or type(spec) is not type(tree) or ours[1] != theirs[1] or len(ours[0]) != len(theirs[0]):
-        return [f"{where} is {_kind(spec)}, for what is {_kind(tree)}"]
+        return [f"{where} is {_kind(spec)}, but should match {_kind(tree)}"]
     keys = ours[1] if isinstance(spec, dict) else range(len(ours[0]))
     pairs = zip(keys, ours[0], theirs[0], strict=True)
     return [fault for key, one, other in pairs for fault in _prefix_faults(f"{where}[{key!r}]", one, other)]
@@ -406,10 +408,10 @@ def normalize(which: str, role: str, axes: Axes, leaves: Sequence[Leaf], *, extr
         normal.append(axis % rank if axis is not None and rank else axis)
     if faults:
         remedy = (
-            "Map an axis that the array has, or write None in in_axes for an argument that every replica gets whole, "
-            "as in in_axes=(0, None)."
+            "Map an axis that the array has, or write None in in_axes to pass an argument whole to every replica, as "
+            "in in_axes=(0, None)."
             if which == "in_axes"
-            else "The mapped axis of a result is inserted, at a position from 0 up to the number of its axes."
+            else "pmap inserts the mapped axis into each result. Write a position from 0 up to the rank of the result."
         )
         raise AxisSpecError(
             report(
@@ -456,9 +458,9 @@ def mapped_size(axes: Axes, leaves: Sequence[Leaf], axis_size: int | None) -> in
     if not sizes:
         raise MappedSizeError(
             report(
-                "pmap cannot tell the number of replicas, because no argument is mapped:",
+                "pmap cannot infer the number of replicas, because no argument is mapped:",
                 [f"{leaf}: not mapped" for leaf in leaves] or ["the function was called without arrays"],
-                "Map an argument with in_axes, or give the number of replicas, as in pmap(f, axis_size=8).",
+                "Map an argument with in_axes, or pass the number of replicas, as in pmap(f, axis_size=8).",
             )
         )
     faults = [*([f"axis_size is {axis_size}"] if axis_size is not None else []), *_by_argument(mapped)]
@@ -467,14 +469,14 @@ def mapped_size(axes: Axes, leaves: Sequence[Leaf], axis_size: int | None) -> in
             report(
                 "pmap needs at least one replica:",
                 faults,
-                "Map an axis that is not empty, and give an axis_size of at least 1, or leave axis_size out.",
+                "Map a non-empty axis. Set axis_size to at least 1, or leave axis_size out.",
             )
         )
     raise MappedSizeError(
         report(
             "pmap got inconsistent sizes for array axes to be mapped:",
             faults,
-            "Pass arrays of one size along the mapped axis, or write None in in_axes for an argument that every "
-            "replica gets whole, as in in_axes=(0, None).",
+            "Pass arrays of the same size along the mapped axis, or write None in in_axes to pass an argument whole "
+            "to every replica, as in in_axes=(0, None).",
         )
     )

@@ -81,7 +81,7 @@ def _mapped(
         raise
     except (TypeError, ValueError) as error:
         raise AxisSpecError(
-            f"{which} has {spec!r} for a {type(value).__name__}: {error} Write an entry that jax.vmap takes, too."
+            f"{which} has {spec!r} for a {type(value).__name__}: {error} Write an entry that jax.vmap accepts, too."
         ) from None
     _check_order(type(value), types, axes, jax.tree.leaves(changed), tree, rule)
     return axes, changed
@@ -121,7 +121,6 @@ def _index(x: Array, arrays: Sequence[Array], kind: type) -> int:
 
 def _computes(kind: type) -> NotAnArrayError:
     return NotAnArrayError(
-        f"The rule that {kind.__name__} has for jax.vmap computes on its arrays, and pmap follows rules that only say "
-        f"which axes of them are mapped. Pass its arrays instead, and make the {kind.__name__} inside the mapped "
-        f"function."
+        f"The jax.vmap rule of {kind.__name__} computes on its arrays, but pmap supports only rules that select the "
+        f"mapped axes. Pass the arrays instead, and create the {kind.__name__} inside the mapped function."
     )

@@ -1,1 +1,1 @@
-"""From a call to results: signature, program, executable, moving of inputs, programs ahead of time."""
+"""Runs calls: signatures, dispatch, compiled programs, host-to-device transfers, ahead-of-time stages."""

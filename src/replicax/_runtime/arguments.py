@@ -1,4 +1,4 @@
-"""The arguments of one call: the static ones apart, the leaves of the others, and what the user calls them."""
+"""The arguments of one call: separates static arguments, names and validates the leaves."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from replicax.errors import StaticArgumentError
 
 
 class Call(NamedTuple):
-    """The arguments of a call, the static ones apart.
+    """The arguments of a call, with static arguments separated.
 
     Attributes:
-        fun: The function.
+        fun: The mapped function.
         dynamic: The positional arguments that are not static.
-        positions: Where they stood.
+        positions: The position of each of ``dynamic`` in the call.
         kwargs: The keyword arguments that are not static.
-        static: The static arguments: position or name, type, value.
+        static: The static arguments, each as ``(position or name, type, value)``.
     """
 
     fun: Function
@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the user calls the function."""
+        """The name of the function, for messages."""
         return function_name(self.fun)
 
     @property
@@ -45,19 +45,19 @@ class Call(NamedTuple):
         return [where for where, _, _ in self.static if isinstance(where, int)]
 
     def by_position(self) -> dict[int, PyTree]:
-        """The positional arguments that are not static."""
+        """The positional arguments that are not static, by position."""
         return dict(zip(self.positions, self.dynamic, strict=True))
 
     def leaf_names(self) -> list[str]:
-        """What the user calls each leaf of the arguments."""
+        """The name of each leaf of the arguments, for messages."""
         return name_leaves(self.fun, self.by_position(), self.kwargs)
 
     def parameter_names(self) -> dict[int, str]:
-        """What the user calls each positional argument."""
+        """The parameter name of each positional argument."""
         return parameter_names(self.fun, sorted([*self.positions, *self.static_positions]))
 
     def donated(self, chosen: Chosen) -> tuple[int, ...]:
-        """Which leaves of the arguments are donated, where these arguments are."""
+        """The indices of the leaves that belong to the arguments in ``chosen``."""
         count = len(self.positions) + len(self.static_positions)
         at = {i % count for i in chosen.positions if -count <= i < count}
         roots = [(i in at, tree) for i, tree in zip(self.positions, self.dynamic, strict=True)]
@@ -67,10 +67,10 @@ class Call(NamedTuple):
 
 
 def split(fun: Function, static: Chosen, args: Args, kwargs: Kwargs) -> Call:
-    """Takes the static arguments out of a call.
+    """Separates the static arguments of a call.
 
     Raises:
-        StaticArgumentError: one is missing.
+        StaticArgumentError: a static argument is missing.
     """
     count = len(args)
     if not static.positions and not static.names:
@@ -83,15 +83,15 @@ def split(fun: Function, static: Chosen, args: Args, kwargs: Kwargs) -> Call:
                 f"static_broadcasted_argnums={static.given} names arguments that are missing from a "
                 f"call with {count} positional argument(s):",
                 [names[i] for i in sorted(missing)],
-                "Pass static arguments by position, or by name; one with a default value may be left out of the "
-                "call if static_broadcasted_argnames names it instead.",
+                "Pass static arguments by position or by name. To leave out an argument that has a default value, "
+                "name it in static_broadcasted_argnames instead.",
             )
         )
     return partition(fun, static, args, kwargs)
 
 
 def partition(fun: Function, static: Chosen, args: Args, kwargs: Kwargs) -> Call:
-    """Takes those static arguments out of a call that it has."""
+    """Separates those static arguments that the call passes; missing ones are no error."""
     count = len(args)
     at = sorted({i % count for i in static.positions if -count <= i < count})
     positions = [i for i in range(count) if i not in at]
@@ -102,23 +102,23 @@ def partition(fun: Function, static: Chosen, args: Args, kwargs: Kwargs) -> Call
 
 
 def function_name(fun: Function) -> str:
-    """What the user calls a function, and what its programs are called."""
+    """The name of a function, for messages and for the compiled program."""
     while isinstance(fun, functools.partial):
         fun = fun.func
     return getattr(fun, "__name__", type(fun).__name__)
 
 
 def check_types(call: Call, leaves: Sequence[PyTree], *, abstract: bool) -> Hashable:
-    """The types of leaves of which some may be no arrays, as a key.
+    """The types of the leaves as a cache key; for leaves that may not be arrays.
 
     Args:
         call: The call.
         leaves: The leaves of its arguments.
-        abstract: Whether a ``jax.ShapeDtypeStruct`` may stand for an array.
+        abstract: Whether a ``jax.ShapeDtypeStruct`` is allowed in place of an array.
 
     Raises:
-        NotAnArrayError: naming every leaf that is no array.
-        NumberTooLargeError: an int does not fit into 32 bits.
+        NotAnArrayError: lists every leaf that is not an array.
+        NumberTooLargeError: an int does not fit into the dtype that JAX gives it.
     """
     faults, names = {}, call.leaf_names()
     refuse_passed(names, leaves)
@@ -132,7 +132,7 @@ def check_types(call: Call, leaves: Sequence[PyTree], *, abstract: bool) -> Hash
             raise too_large(name, x) from None
         except ValueError as error:
             if not _jax.is_unconverted(x):
-                error.add_note(f"It is the argument {name}.")
+                error.add_note(f"The argument is {name}.")
                 raise
             known = False
         if not known:
@@ -140,18 +140,18 @@ def check_types(call: Call, leaves: Sequence[PyTree], *, abstract: bool) -> Hash
     if not faults:
         return _jax.type_key(leaves)
     raise no_arrays(
-        "pmap maps arrays, and these arguments are none:",
+        "pmap arguments must be arrays; these are not:",
         faults,
-        "Convert them to arrays of numbers; or name what is none in static_broadcasted_argnums or "
-        "static_broadcasted_argnames (it has to be hashable); or bind it beforehand with functools.partial.",
+        "Convert them to numeric arrays, or name them in static_broadcasted_argnums or static_broadcasted_argnames "
+        "(values must be hashable), or bind them with functools.partial before pmap.",
     ) from None
 
 
 def refuse_static(call: Call) -> None:
-    """Refuses static arguments that cannot be looked up, if there are any.
+    """Rejects static arguments that cannot be part of a cache key.
 
     Raises:
-        StaticArgumentError: naming those that have no hash, or that fail to compare.
+        StaticArgumentError: lists the arguments that are unhashable, or whose ``==`` raises.
     """
     names = call.parameter_names()
     unhashable, incomparable = [], []
@@ -170,16 +170,16 @@ def refuse_static(call: Call) -> None:
     if unhashable:
         raise StaticArgumentError(
             report(
-                "Non-hashable static arguments are not supported, since each new value is compiled for anew:",
+                "Non-hashable static arguments are not supported, because compiled programs are looked up by value:",
                 unhashable,
-                "Pass a hashable value, such as a tuple for a list, or do not name the argument as static.",
+                "Pass a hashable value, such as a tuple instead of a list, or do not name the argument as static.",
             )
         ) from None
     if incomparable:
         raise StaticArgumentError(
             report(
-                "Static arguments are compared with ==, to find the program compiled for them, and this failed:",
+                "Static arguments must support ==, because compiled programs are looked up by value; these failed:",
                 incomparable,
-                "Give the type an __eq__ that returns True or False, and a __hash__ that goes with it.",
+                "Give the type an __eq__ that returns True or False, and a consistent __hash__.",
             )
         ) from None

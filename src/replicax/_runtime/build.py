@@ -1,4 +1,4 @@
-"""From the arguments of a call to its signature, and from that to a program."""
+"""Computes the signature of a call, and builds the program for a signature."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from replicax._typing import ArrayLike, Function
 
 
 def signature_of(options: Options, call: Call, leaves: Sequence[ArrayLike]) -> Signature:
-    """What a program for this call has to be compiled for.
+    """The signature of a call: everything that its program is compiled for.
 
     Raises:
-        AxisSpecError: ``in_axes`` does not fit the arguments.
-        MappedSizeError: they do not say one number of replicas.
+        AxisSpecError: ``in_axes`` does not match the arguments.
+        MappedSizeError: the arguments do not agree on one number of replicas.
     """
     args, every = call.by_position(), call.parameter_names()
     named = [Leaf(name, shape_of(x)) for name, x in zip(call.leaf_names(), leaves, strict=True)]
@@ -45,20 +45,27 @@ def signature_of(options: Options, call: Call, leaves: Sequence[ArrayLike]) -> S
         settings=_jax.settings(),
         surroundings="inside another mapped function"
         if _jax.tracing_replica()
-        else ("by itself" if _jax.eager() else "inside a transformation such as jit, grad or vmap"),
+        else ("eagerly" if _jax.eager() else "inside a transformation such as jit, grad or vmap"),
     )
 
 
 def shape_of(x: ArrayLike) -> jax.ShapeDtypeStruct:
-    """The type of an array."""
+    """The shape, dtype and weak type of an array."""
     aval = _jax.typeof(x)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
 
 
 def build(options: Options, call: Call, signature: Signature, *, use_all_devices: bool) -> Executable | Recorded:
-    """Traces and lowers the function for one signature; with ``use_all_devices`` onto all devices.
+    """Traces and lowers the function for one signature.
 
-    Inside a replica of another map it is recorded, to be lowered with it.
+    Args:
+        options: The options of the map.
+        call: The call that needs the program.
+        signature: The signature of the call.
+        use_all_devices: Whether the program spans all devices, even if fewer could run all replicas.
+
+    Returns:
+        The executable. Inside a replica of another map: the recorded inner map, which is lowered with the outer one.
     """
     inside = _jax.tracing_replica()
     if inside:
@@ -79,7 +86,7 @@ def build(options: Options, call: Call, signature: Signature, *, use_all_devices
     )
     inputs = Inputs(tuple(leaf.aval for leaf in signature.leaves), signature.in_axes, call.donated(options.donated))
     executable = Executable(lower(replica, where, inputs, options.outputs, call.name))
-    if _jax.eager():  # All that is traced is traced now, in this thread's turn and before an argument is moved.
+    if _jax.eager():  # Trace now: under this thread's lock, and before any argument is moved.
         _ = executable.traced
     return executable
 
@@ -101,7 +108,7 @@ def _trace(options: Options, call: Call, signature: Signature) -> Replica:
 
 
 def _bound(fun: Function, static: Mapping[str, object]) -> Function:
-    """``fun`` with its static keyword arguments."""
+    """``fun`` with its static keyword arguments bound."""
     if not static:
         return fun
 

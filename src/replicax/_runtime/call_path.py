@@ -1,16 +1,16 @@
-"""How a call of a map runs: in C++ where it can, and in Python where something has to be seen to first.
+"""Routes each call of a map to JAX's C++ fast path or to the Python slow path.
 
-Each signature has its path:
+The paths:
 
-- in place: JAX's table of calls in C++ has the signature, and runs it without Python. NumPy arrays for several devices
-  are moved by :func:`replicax._runtime.transfer.put`, which C++ calls for each.
-- copy host leaves: the same, behind copies of small NumPy arrays, in a table of its own. On a single device C++ reads a
-  NumPy array where it is, and maybe after the call has returned.
-- packed: many small NumPy arrays travel as one, in Python: see :mod:`replicax._runtime.packing`.
-- the slow path: Python alone: the first call of a signature, and arrays that have to be moved or padded.
+- In place: JAX's C++ cache finds the program and runs it without Python. For several devices, C++ calls
+  :func:`replicax._runtime.transfer.put` for each NumPy array.
+- Copy host leaves: the same, after Python has copied the small NumPy arrays. It has a separate C++ cache. On a single
+  device, C++ aliases the memory of a NumPy array, and may read it after the call has returned.
+- Packed: Python transfers many small NumPy arrays as one: see :mod:`replicax._runtime.packing`.
+- Slow path: only Python. For the first call of a signature, and for arrays that need a move or padding.
 
-A call starts where the last calls of the map ended up. That is a guess which costs time if it is wrong, and nothing
-else: a call that its table does not have takes the slow path, which finds out.
+A call starts on the path that the last calls of the map used. A wrong guess only costs time: on a cache miss, the call
+takes the slow path, which selects the right path.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ R = TypeVar("R")
 
 
 class Path(Enum):
-    """Where calls start."""
+    """The path on which calls start."""
 
     IN_PLACE = auto()
     COPY_HOST_LEAVES = auto()
@@ -48,12 +48,12 @@ class Path(Enum):
 
 
 class Outcome(NamedTuple):
-    """What came of a call on the slow path.
+    """The outcome of a call on the slow path.
 
     Attributes:
-        result: The result.
-        known: What C++ has to know to run such a call; None if only Python can run it.
-        start: Where such calls should start; None where that makes no difference.
+        result: The result of the call.
+        known: The data for the C++ cache; None if only Python can run such a call.
+        start: The path on which such calls should start; None to keep the current one.
     """
 
     result: PyTree
@@ -61,20 +61,21 @@ class Outcome(NamedTuple):
     start: Path | None = None
 
 
-#: ``slow_path(args, kwargs, copied)``; with ``copied`` the small NumPy arrays among the arguments are copies already.
+#: ``slow_path(args, kwargs, copied)``; ``copied`` tells that small NumPy arrays in the arguments are already copies.
 SlowPath: TypeAlias = Callable[[Args, Kwargs, bool], Outcome]
 
-#: ``slow(args, kwargs)``: the result of a call, and what C++ has to know to run such a call.
+#: ``slow(args, kwargs)`` returns the result of a call, and the data for the C++ cache.
 Slow: TypeAlias = Callable[[Args, Kwargs], tuple[PyTree, Known | None]]
 
-#: After so many calls in a row that need nothing from Python, calls start in C++ again.
+#: After this many consecutive calls that do not need Python, calls start in C++ again.
 IN_A_ROW = 3
 
 
 class Switch:
-    """Has the callables of one dispatcher take the slow path while a program is traced, and bounds their calls.
+    """Sets ``__call__`` of all callables of one dispatcher: the slow path while a program is traced, else their path.
 
-    While one thread traces, C++ would have the others wait for it, which it may be waiting for.
+    On a cache miss, JAX's C++ cache blocks other threads until the first one has traced. That is a deadlock if the
+    tracing thread waits for one of them.
     """
 
     def __init__(self) -> None:
@@ -83,25 +84,25 @@ class Switch:
         self._tracing = self._bounded = False
 
     def add(self, taker: PathTaker[PyTree]) -> None:
-        """Lets calls of a new callable in."""
+        """Registers a callable."""
         with self._lock:
             self._takers.add(taker)
             self.point(taker)
 
     def trace(self, tracing: bool) -> None:
-        """Takes note that a program is being traced, or that none is."""
+        """Sets whether a program is being traced."""
         with self._lock:
             self._tracing = tracing
             self.point(*self._takers)
 
     def bound(self) -> None:
-        """Has calls wait for earlier ones, as far as :mod:`replicax._runtime.cpu_threads` finds that they have to."""
+        """Wraps all calls in :func:`replicax._runtime.cpu_threads.bounded`, which limits the calls in flight."""
         with self._lock:
             self._bounded = True
             self.point(*self._takers)
 
     def point(self, *takers: PathTaker[PyTree]) -> None:
-        """Points callables to where their calls start."""
+        """Sets ``__call__`` of these callables."""
         with self._lock:
             for taker in takers:
                 call = taker._slow_path if self._tracing else taker._paths[taker._start]
@@ -109,15 +110,15 @@ class Switch:
 
 
 class PathTaker(Generic[R]):
-    """A callable whose calls start on one of the paths.
+    """Callable returned by pmap; routes calls to the C++ fast path or the Python slow path.
 
-    ``__call__`` is a slot, so that Python finds on the object what to call, and calls it without a frame.
+    ``__call__`` is a slot, so that Python calls the function of the current path without an extra frame.
 
     Attributes:
-        _paths: What a call that starts on each of the paths runs.
-        _slow_path: What a call in Python alone runs.
-        _start: Where calls start.
-        _copies: Whether calls have been found that need copies of NumPy arrays.
+        _paths: The function of each path.
+        _slow_path: The function of the slow path.
+        _start: The path on which calls start.
+        _copies: Whether an earlier call needed copies of NumPy arrays.
     """
 
     __slots__ = ("__call__", "__weakref__", "_copies", "_paths", "_slow_path", "_start", "_switch")
@@ -125,13 +126,12 @@ class PathTaker(Generic[R]):
     __call__: Callable[..., R]
 
     def __init__(self, table: Callable[..., Function], slow_path: SlowPath, switch: Switch) -> None:
-        """Makes the paths.
+        """Creates the functions of the paths.
 
         Args:
-            table: Makes a callable that runs in C++ what it has run before, of what it is to run otherwise, and of
-                whether that gets copies of small NumPy arrays.
+            table: ``table(slow, copied=...)`` returns a callable with a C++ cache, which runs ``slow`` on a miss.
             slow_path: Runs a call in Python.
-            switch: Tells when calls have to take it.
+            switch: Sets ``__call__``.
         """
         self._switch, self._start, self._copies = switch, Path.IN_PLACE, False
         self._slow_path = _jax.api_boundary(lambda *args, **kwargs: slow_path(args, kwargs, False).result)
@@ -147,7 +147,7 @@ class PathTaker(Generic[R]):
         switch.add(self)
 
     def _begin(self, start: Path) -> None:
-        """Has calls start there from now on."""
+        """Makes calls start on this path from now on."""
         if start is not self._start:
             self._start, self._copies = start, self._copies or start is Path.COPY_HOST_LEAVES
             self._switch.point(self)
@@ -156,7 +156,7 @@ class PathTaker(Generic[R]):
 def _run_and_learn(
     taker: weakref.ref[PathTaker[R]], slow_path: SlowPath, copied: bool, args: Args, kwargs: Kwargs
 ) -> tuple[R, Known | None]:
-    """Takes the slow path; the result, and what C++ has to know."""
+    """Runs the slow path and updates where calls start. Returns the result and the data for the C++ cache."""
     outcome = slow_path(args, kwargs, copied)
     if outcome.start is not None and (found := taker()) is not None:
         found._begin(outcome.start)
@@ -166,7 +166,7 @@ def _run_and_learn(
 def _maybe_packed(
     taker: weakref.ref[PathTaker[R]], slow_path: SlowPath, in_place: Function, *args: PyTree, **kwargs: PyTree
 ) -> R:
-    """A call that may be packed; not one of few arrays."""
+    """Runs a call that may be packed: on the slow path if it has many arrays, else in place."""
     if len(cpp.flatten((args, kwargs), None)[0]) < MANY:
         return in_place(*args, **kwargs)
     return _run_and_learn(taker, slow_path, False, args, kwargs)[0]
@@ -179,7 +179,7 @@ def _missed(
     args: Args,
     kwargs: Kwargs,
 ) -> tuple[R, Known | None]:
-    """A call that the table of calls in place does not have."""
+    """Runs a call that the in-place C++ cache does not have."""
     if (found := taker()) is not None and found._copies and has_host_leaves(args, kwargs):
         if starts_with_host_leaf(args, kwargs):
             found._begin(Path.COPY_HOST_LEAVES)
@@ -189,10 +189,10 @@ def _missed(
 
 
 def _copies(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-    """The arguments with copies of small NumPy arrays, whose owner may change them before the program has run."""
+    """Copies the small NumPy arrays in the arguments, because the caller may change them before the program runs."""
     if kwargs or len(args) != 1:
         return tuple(map(copy_small, args)), {name: copy_small(tree) for name, tree in kwargs.items()}
-    return (copy_small(args[0]),), kwargs  # the same with fewer steps
+    return (copy_small(args[0]),), kwargs  # faster, for the common case
 
 
 def _starting(
@@ -201,7 +201,7 @@ def _starting(
     with_host_leaves: Function,
     prepare: Callable[[Args, Kwargs], tuple[Args, Kwargs]] | None = None,
 ) -> Function:
-    """Runs calls that begin with NumPy arrays so, once they are prepared, and others in place."""
+    """Runs calls that start with a NumPy array by ``with_host_leaves``, after ``prepare``, and other calls in place."""
     others = 0
 
     def call(*args: PyTree, **kwargs: PyTree) -> PyTree:
@@ -221,7 +221,7 @@ def _starting(
 
 
 def starts_with_host_leaf(args: Sequence[PyTree], kwargs: Mapping[str, PyTree]) -> bool:
-    """Whether an argument is a NumPy array, or a tree that begins with one: a glance, for speed."""
+    """Whether an argument is a NumPy array, or a pytree whose first leaf is one: a fast approximation."""
     for x in (*args, *kwargs.values()) if kwargs else args:
         kind = type(x)
         while (kind is list or kind is tuple or kind is dict) and x:
@@ -233,18 +233,18 @@ def starts_with_host_leaf(args: Sequence[PyTree], kwargs: Mapping[str, PyTree]) 
 
 
 def has_host_leaves(args: Sequence[PyTree], kwargs: Mapping[str, PyTree]) -> bool:
-    """Whether there is a NumPy array or scalar anywhere in the arguments."""
+    """Whether any leaf of the arguments is a NumPy array or scalar."""
     return any(isinstance(x, ndarray | np.generic) for x in cpp.flatten((args, kwargs), None)[0])
 
 
 def table(owner: Function, fun: Function, options: Options, slow: Slow) -> Function:
-    """JAX's table of calls in C++, for calls of ``fun``.
+    """A callable that looks up calls of ``fun`` in JAX's C++ cache.
 
     Args:
-        owner: What the entries belong to, and are freed with.
-        fun: The function.
-        options: What the user asked of ``pmap``.
-        slow: Takes a call that the table does not have; the result, and what C++ has to know.
+        owner: The owner of the cache entries, which are freed with it.
+        fun: The mapped function.
+        options: The options of ``pmap``.
+        slow: Runs a call on a cache miss. Returns the result and the data for the cache.
     """
     donates = bool(options.donated.positions or options.donated.names)
     static = options.static.positions, options.static.names
@@ -260,7 +260,7 @@ def table(owner: Function, fun: Function, options: Options, slow: Slow) -> Funct
 
 
 def _explaining(entry: Function, in_python: Function) -> Function:
-    """Runs calls with static arguments, which C++ refuses without their names: that is left to Python."""
+    """Wraps a C++ entry for static arguments: C++ rejects one without its name, so Python raises the error again."""
 
     def explaining(*args: PyTree, **kwargs: PyTree) -> PyTree:
         try:
@@ -274,9 +274,9 @@ def _explaining(entry: Function, in_python: Function) -> Function:
 
 
 def _donating(entry: Function, in_python: Function) -> Function:
-    """Runs calls that donate, but those with an array twice: XLA ends the process, or prints all that it knows of it.
+    """Wraps a C++ entry for donated arguments. Calls with an array twice run in Python, because XLA may abort on them.
 
-    For arrays that were taken see :class:`replicax._runtime.taken.TakenArrays`. Workaround: donated_twice.
+    For arrays that were donated before, see :class:`replicax._runtime.taken.TakenArrays`. Workaround: donated_twice.
     """
 
     def donating(*args: PyTree, **kwargs: PyTree) -> PyTree:
@@ -296,8 +296,8 @@ def _donating(entry: Function, in_python: Function) -> Function:
 
 
 def _refuse_nan(*_: object, **__: object) -> NoReturn:
-    """What JAX calls where a program has returned a NaN, was told to look for any, and its arguments are gone."""
+    """JAX calls this under jax_debug_nans to run a program again, which is impossible after a donation."""
     raise FloatingPointError(
-        "invalid value (nan or inf) encountered in the result of a map, under jax_debug_nans or jax_debug_infs. What "
-        "was donated to it is gone, so that it cannot be run again to show where. Leave out donate_argnums to see."
+        "invalid value (nan or inf) encountered in the result of a map, under jax_debug_nans or jax_debug_infs. The "
+        "map cannot run again to find the operation, because its arguments were donated. Leave out donate_argnums."
     )

@@ -1,4 +1,4 @@
-"""From a call to a compiled program: the signature looked up, the program built at most once for each."""
+"""Finds the program for a call. Each program is built once per signature."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from replicax._runtime.signature import Signature
 from replicax._runtime.transfer import native
 from replicax._typing import Args, ArrayLike, Function, Kwargs, PyTree
 
-#: How many seconds a thread waits while another traces the same program. After that it traces for itself, which is a
-#: waste and no harm; it might be what the other one waits for.
+#: Seconds that a thread waits while another thread traces the same program. Then it traces the program itself, because
+#: the two threads may be in a deadlock. Tracing twice is harmless.
 PATIENCE = 300.0
 
 logger = logging.getLogger("replicax")
 
 
 class Dispatcher:
-    """The programs of one function under one set of options, by signature.
+    """The programs of one function with one set of options, by signature.
 
-    It does not hold the function: a function that is dropped takes its programs with it.
+    It holds only a weak reference to the function, so that the programs are freed with the function.
 
     Args:
-        fun: A reference to the function that does not hold it.
-        options: The options.
+        fun: A weak reference to the function.
+        options: The options of the map.
 
     Attributes:
-        options: The options.
-        switch: Which path the calls of the function take.
+        options: The options of the map.
+        switch: Routes the calls of the function to the C++ fast path or the Python slow path.
     """
 
     def __init__(self, fun: Callable[[], Function], options: Options) -> None:
@@ -56,22 +56,25 @@ class Dispatcher:
         self._programs: dict[Hashable, Executable | Recorded] = {}
         self._signatures: dict[Hashable, Signature] = {}
         self._tracing: dict[Hashable, threading.RLock] = {}
-        # What C++ remembers belongs to these, and is freed with them.
+        # The owners of the entries in JAX's C++ cache, which are freed with the owners.
         self._owners = {copied: functools.partial(_without_jit, weakref.ref(self)) for copied in (False, True)}
 
     def __call__(self, fun: Function, args: Args, kwargs: Kwargs) -> PyTree:
-        """Runs ``fun`` once for each replica, in Python alone."""
+        """Runs a call on the Python slow path."""
         return self.call(fun, args, kwargs).result
 
     @_jax.api_boundary
     def call(self, fun: Function, args: Args, kwargs: Kwargs, copied: bool = False) -> Outcome:
-        """Runs ``fun`` once for each replica.
+        """Runs a call on the Python slow path.
 
         Args:
-            fun: The function.
+            fun: The mapped function.
             args: The positional arguments.
             kwargs: The keyword arguments.
-            copied: Whether small NumPy arrays among them are copies already.
+            copied: Whether small NumPy arrays in the arguments are already copies.
+
+        Returns:
+            The result, and where later calls of this kind should start.
         """
         with _jax.own_mesh((args, kwargs)):
             program, leaves = self.resolve(fun, args, kwargs)
@@ -90,9 +93,9 @@ class Dispatcher:
     def resolve(
         self, fun: Function, args: Args, kwargs: Kwargs, *, abstract: bool = False
     ) -> tuple[Executable | Recorded, list[ArrayLike]]:
-        """The program for a call, traced and lowered at most once a signature, and the leaves to run it on.
+        """The program for a call, built on the first call of a signature, and the argument leaves.
 
-        With ``abstract`` a ``jax.ShapeDtypeStruct`` may stand for an array.
+        With ``abstract``, a ``jax.ShapeDtypeStruct`` is allowed in place of an array.
         """
         call = split(fun, self.options.static, args, kwargs)
         leaves, key = _key(call, abstract=abstract)
@@ -106,7 +109,7 @@ class Dispatcher:
         return program, leaves
 
     def _build(self, key: Hashable, call: Call, leaves: Sequence[ArrayLike]) -> Executable | Recorded:
-        """Traces and lowers a program, unless another thread has done so by the time that it is this one's turn."""
+        """Builds a program under a lock per signature, unless another thread has built it in the meantime."""
         turn = self._tracing.setdefault(key, threading.RLock())
         self.switch.trace(bool(self._tracing))
         in_turn = turn.acquire(timeout=PATIENCE)
@@ -120,7 +123,7 @@ class Dispatcher:
                     logger.warning(signature.explain(call.name, earlier))
                 if isinstance(program, Executable) and cpu_threads.may_hang(program.spec.layout.mesh):
                     self.switch.bound()
-                if program.reusable and not jax.config.jax_disable_jit:  # under it every call runs the user's Python
+                if program.reusable and not jax.config.jax_disable_jit:  # disable_jit traces again on every call
                     self._signatures[key], self._programs[key] = signature, program
             return program
         finally:
@@ -130,14 +133,14 @@ class Dispatcher:
             self.switch.trace(bool(self._tracing))
 
     def describe(self, fun: Function, args: Args, kwargs: Kwargs) -> tuple[Executable | Recorded, Call, Signature]:
-        """The program for a call with these arguments or types, and what it stands for."""
+        """The program for concrete or abstract arguments, with its call and signature."""
         program, leaves = self.resolve(fun, args, kwargs, abstract=True)
         call = split(fun, self.options.static, args, kwargs)
         return program, call, signature_of(self.options, call, leaves)
 
     @_jax.api_boundary
     def eval_shape(self, fun: Function, args: Args, kwargs: Kwargs) -> PyTree:
-        """The types of the results of a call with these arguments or types."""
+        """The types of the results for concrete or abstract arguments."""
         with _jax.own_mesh():
             program, leaves = self.resolve(fun, args, kwargs, abstract=True)
             if isinstance(program, Executable) and _jax.eager():
@@ -149,19 +152,19 @@ class Dispatcher:
 
     @_jax.api_boundary
     def explain(self, fun: Function, args: Args, kwargs: Kwargs) -> str:
-        """Whether a call has its program already, and if not, why none of the others fits."""
+        """Explains whether a call has a compiled program, and if not, how it differs from earlier calls."""
         call = split(fun, self.options.static, args, kwargs)
         leaves, key = _key(call, abstract=True)
         if key in self._signatures:
-            return f"{call.name} is compiled already for such a call."
+            return f"{call.name} is already compiled for such a call."
         return signature_of(self.options, call, leaves).explain(call.name, list(self._signatures.values()))
 
     def table(self, fun: Function, slow: Slow, *, copied: bool) -> Function:
-        """One of the two tables of calls in C++, and ``slow``, which takes what it does not have."""
+        """A callable that looks up calls in JAX's C++ cache and runs ``slow`` on a miss."""
         return table(self._owners[copied], fun, self.options, slow)
 
     def clear(self) -> None:
-        """Forgets all programs."""
+        """Frees all programs."""
         for owner in self._owners.values():
             cpp.forget(owner)
         self._programs.clear()
@@ -171,7 +174,7 @@ class Dispatcher:
 def _run(
     program: Executable, leaves: Sequence[ArrayLike], names: Callable[[], Sequence[str]], copied: bool
 ) -> tuple[Sequence[ArrayLike], Known | None, Path | None]:
-    """Runs an eager call; the results, what C++ has to know to run it, and where such calls should start."""
+    """Runs an eager call. Returns the results, the data for the C++ cache, and where such calls should start."""
     if pack := packed(program, leaves):
         return run(pack.executable, pack.leaves(leaves), pack.names(names))[0], None, Path.PACKED
     results, placed = run(program, leaves, names)
@@ -187,7 +190,7 @@ def _leaf_names(fun: Function, options: Options, args: Args, kwargs: Kwargs) -> 
 
 
 def _key(call: Call, *, abstract: bool) -> tuple[list[ArrayLike], Hashable]:
-    """The arguments' leaves, and all that the program for them depends on."""
+    """The argument leaves, and the cache key: everything that the program depends on."""
     leaves, tree = jax.tree.flatten((call.dynamic, call.kwargs))
     try:
         types = _jax.type_key(leaves)
@@ -201,32 +204,32 @@ def _key(call: Call, *, abstract: bool) -> tuple[list[ArrayLike], Hashable]:
 
 
 def _needs_all_devices(leaves: Sequence[ArrayLike]) -> bool:
-    """Whether a program has to take all devices: it is recorded with others, or its arguments' types name a mesh."""
+    """Whether the program must span all devices: it is staged with others, or the argument types name a mesh."""
     return not _jax.eager() and (_jax.staging() or any(primitives.split_over(x) is not None for x in leaves))
 
 
 def _without_jit(dispatcher: weakref.ref[Dispatcher], /, *args: PyTree, **kwargs: PyTree) -> PyTree:
-    """What C++ calls where jit is disabled."""
+    """The callable that C++ runs under ``jax.disable_jit``."""
     found: Any = dispatcher()
     return found(found._fun(), args, kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# One dispatcher for each function and options
+# One dispatcher per function and options
 
 
 _dispatchers: dict[int, tuple[weakref.ref[Any], dict[Hashable, Dispatcher]]] = {}
 
 
 def dispatcher(fun: Function, options: Options) -> Dispatcher:
-    """The dispatcher of ``fun``, shared by all who map the same function in the same way, and freed with it."""
+    """The dispatcher of ``fun``. Maps of the same function with equal options share it; it is freed with ``fun``."""
     owner = getattr(fun, "__self__", None) if hasattr(fun, "__func__") else fun
     try:
         reference = weakref.ref(owner, functools.partial(_forget, id(owner)))
         itself: Any = weakref.WeakMethod(fun) if hasattr(fun, "__func__") else weakref.ref(fun)
         key = (getattr(fun, "__func__", None), options)
         hash(key)
-    except TypeError:  # no weak references, or an unhashable axis name: not shared
+    except TypeError:  # no weak references, or unhashable options: not shared
         return Dispatcher(lambda: fun, options)
     _, known = _dispatchers.setdefault(id(owner), (reference, {}))
     return known.setdefault(key, Dispatcher(itself, options))

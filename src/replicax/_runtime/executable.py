@@ -1,4 +1,4 @@
-"""A program compiled: what may be dropped, and made again from its spec."""
+"""The compiled forms of a program, built from its ``ProgramSpec`` on demand."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from replicax._typing import Array, Axes, Function, PyTreeDef
 
 
 class Executable:
-    """What runs a program: each form of it is compiled when it is needed for the first time.
+    """Runs a program. Each form of it (eager, padding, staged) is compiled on first use.
 
     Args:
         spec: The program.
 
     Attributes:
         spec: The program.
-        known: What C++ has to know to run it, or None where it has not run, or only Python can run it.
-        packings: Executables that do the same for packed arguments, by the classes of the arguments.
+        known: The data that the C++ fast path needs to run the program; None before the first run, or if only Python
+            can run it.
+        packings: Programs with packed arguments, by the types of the arguments.
     """
 
     def __init__(self, spec: ProgramSpec) -> None:
@@ -43,27 +44,27 @@ class Executable:
 
     @property
     def closed(self) -> tuple[Array, ...]:
-        """The arrays that it takes after its arguments."""
+        """The arrays that the function closes over. The program takes them after the arguments."""
         return self.spec.closed
 
     @property
     def out_tree(self) -> PyTreeDef:
-        """The structure of the result."""
+        """The pytree structure of the result."""
         return self.spec.out_tree
 
     @property
     def reusable(self) -> bool:
-        """Whether it may serve another call: it closes over no value of an enclosing transformation."""
+        """Whether later calls may reuse the program. A program that closes over a tracer serves only its own call."""
         return not self.spec.replica.closes_over_tracers
 
     @cached_property
     def traced(self) -> jax.stages.Traced:
-        """The program for arrays that lie in place, traced."""
+        """The traced program for arguments on ``in_shardings``."""
         return self._jitted.trace(*self.spec.padded_types)
 
     @cached_property
     def _compiled(self) -> Function:
-        """Compiled once, where ``jit`` compiles anew for each mixture of meshes that the arguments lie on."""
+        """The program, compiled once. ``jit`` would compile again for each combination of argument meshes."""
         return cpp.fast_call(self.traced.lower().compile())
 
     @cached_property
@@ -78,13 +79,13 @@ class Executable:
 
     @cached_property
     def closed_in_place(self) -> list[Array]:
-        """What the function closed over, on the layout's devices; moved once, since nobody can change it."""
+        """:attr:`closed`, replicated over the devices of the layout. Arrays are immutable, so they are moved once."""
         return list(jax.device_put(self.spec.closed, self.spec.layout.sharding(None)))
 
     def run(self, *leaves: Array) -> Sequence[Array]:
-        """Runs the program on arrays that lie in place: what an eager call does."""
+        """Runs the program eagerly on arrays that are already on ``in_shardings``."""
         if jax.config.jax_disable_jit or _jax.looks_for_nans():
-            return self._jitted(*leaves)  # which shows the user's Python, or where a NaN comes from
+            return self._jitted(*leaves)  # jit runs the Python function again under these settings
         with self._turn:
             compiled = self._compiled
         try:
@@ -92,14 +93,14 @@ class Executable:
                 return compiled(*leaves)
             results, self.known = cpp.first_run(compiled, leaves)
         except ValueError:
-            # An argument has another layout in memory; of four bits JAX 0.10 only thinks so.
+            # An argument has another layout in memory. JAX 0.10 also reports this, wrongly, for 4-bit dtypes.
             # Workaround: layouts_of_four_bits.
             results = self._jitted(*leaves)
         self._has_run = True
         return results
 
     def pad(self, which: tuple[int, ...], leaves: list[Array]) -> list[Array]:
-        """These arguments, which lie on the layout's devices, with a row for each padding lane."""
+        """Adds the padding rows to arguments that are on the devices of the layout."""
         whole = all(x.sharding.is_fully_replicated and x.dtype in _WHOLE_BYTES for x in leaves)
         if (which, whole) not in self._pads:
             axes = [axis for i in which if (axis := self.spec.inputs.axes[i]) is not None]
@@ -111,11 +112,11 @@ class Executable:
 
     @cached_property
     def staged(self) -> jax.stages.Wrapped:
-        """The program for an enclosing trace, which pads by itself and leaves the places of results to XLA."""
+        """The program for an enclosing trace: includes the padding, and lets XLA choose the output shardings."""
         return jax.jit(_padding_by_itself(self.spec))
 
 
-#: The dtypes that XLA can cut and join anywhere. Workaround: two_bits_concatenated.
+#: The dtypes that XLA can slice and concatenate at any position. Workaround: two_bits_concatenated.
 _WHOLE_BYTES = frozenset(
     map(np.dtype, ("bool", *np.typecodes["AllInteger"], "float16", "float32", "float64", "F", "D"))
 )
@@ -123,12 +124,12 @@ _WHOLE_BYTES = frozenset(
 
 def _adding_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Array]], list[Array]]:
     where = spec.layout.axis.placement
-    # One row more has no type on a mesh with Explicit axes that split the rows.
+    # On a mesh with Explicit axes that shard the rows, the padded row count has no valid type.
     return lambda xs: [pad_rows(primitives.retype(x, None), a, where) for x, a in zip(xs, axes, strict=True)]
 
 
 def _taking_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Array]], list[Array]]:
-    """Each device takes its own rows of what it has whole, where XLA would have devices send each other parts."""
+    """Each device selects its rows from a replicated array. Without shard_map, XLA would communicate here."""
     where, name = spec.layout, spec.layout.mesh.axis_names[0]
 
     def rows(xs: list[Array]) -> list[Array]:
@@ -145,7 +146,7 @@ def _padding_by_itself(spec: ProgramSpec) -> Callable[..., tuple[Array, ...]]:
     def placed(x: Array, axis: int | None) -> Array:
         if axis is None or not placement.padding:
             return x
-        # Whole on each device, since XLA splits N rows unevenly, and sends more. Workaround: rows_split_unevenly.
+        # Replicated, because XLA splits N rows unevenly and then communicates more. Workaround: rows_split_unevenly.
         return primitives.pin(x, where.sharding(None))
 
     def padded_first(*args: Array) -> tuple[Array, ...]:
@@ -167,7 +168,7 @@ def _padding_by_itself(spec: ProgramSpec) -> Callable[..., tuple[Array, ...]]:
 def _like_the_arguments(
     axis: int | None, typed: Sequence[jax.sharding.NamedSharding | None], in_axes: Axes
 ) -> jax.sharding.NamedSharding | None:
-    """What the type of a result says: split along the mapped axis as all mapped arguments whose types say so."""
+    """The sharding in the type of a result: along the mapped axis like the mapped arguments, if they agree."""
     said = [(where, a) for where, a in zip(typed, in_axes, strict=True) if where is not None]
     if not said:
         return None

@@ -1,4 +1,4 @@
-"""What the user asked of ``pmap``, checked."""
+"""The validated options of ``pmap``."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from replicax.errors import DevicesError, NestedMapError, OptionTypeError, Unkno
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked of ``pmap``, checked: the part of a signature that does not change between calls.
+    """The validated options of ``pmap``, which are the same for every call.
 
     Attributes:
-        axis_name: The user's name of the mapped axis (or the name of one without a name).
+        axis_name: The user's name for the mapped axis, or ``ANONYMOUS``.
         in_axes: The mapped axes of the positional arguments.
-        outputs: The mapped axes of the result, and what one without a mapped axis is.
+        outputs: ``out_axes``, and the policy for results with ``out_axes=None``.
         static: The static arguments.
         donated: The donated arguments.
-        devices: The devices to use, or None for all of the backend.
+        devices: The devices to use, or None for all devices of the backend.
         backend: The platform to use, or None for JAX's default.
-        axis_size: The number of replicas, or None to read it off the arguments.
+        axis_size: The number of replicas, or None to infer it from the arguments.
     """
 
     axis_name: Hashable
@@ -38,7 +38,12 @@ class Options:
     axis_size: int | None
 
     def resolve_devices(self) -> tuple[jax.Device, ...]:
-        """The devices that replicas may lie on; the first moment that JAX's backends are touched."""
+        """The devices that the map may use. Initializes JAX's backends, so it is called only when a program is built.
+
+        Raises:
+            UnknownBackendError: JAX does not have the backend.
+            DevicesError: a device is not one of the backend's.
+        """
         if self.devices is not None and self.backend is None:
             return self.devices
         try:
@@ -47,8 +52,8 @@ class Options:
             if self.backend is None:
                 raise
             raise UnknownBackendError(
-                f"backend={self.backend!r}: JAX has no such backend here ({error}). Name one that it has, such as "
-                f"{jax.default_backend()!r}, or leave backend out."
+                f"backend={self.backend!r}: this installation of JAX has no such backend ({error}). Name an "
+                f"available backend, such as {jax.default_backend()!r}, or leave backend out."
             ) from None
         if self.devices is None:
             return known
@@ -56,36 +61,37 @@ class Options:
         if foreign:
             raise DevicesError(
                 report(
-                    f"devices and backend={self.backend!r} contradict each other:",
-                    [f"{device} is not a device of that backend" for device in foreign],
-                    "Give one of the two.",
+                    f"All devices must belong to backend={self.backend!r}; these do not:",
+                    foreign,
+                    "Pass either devices or backend, not both.",
                 )
             )
         return self.devices
 
     def refuse_inner_devices(self, name: str) -> None:
-        """Refuses devices of its own for ``name``, which is mapped inside another mapped function.
+        """Rejects ``devices`` and ``backend`` for the function ``name``, which is mapped inside another map.
 
         Raises:
-            NestedMapError: there are some.
+            NestedMapError: one of the two options is set.
         """
         chosen = [which for which in ("devices", "backend") if getattr(self, which) is not None]
         if chosen:
             raise NestedMapError(
                 f"Nested pmap with explicit {' and '.join(chosen)} argument. {name} is mapped inside another mapped "
-                f"function, whose devices its replicas share out. Leave it out here, and give it to the outermost pmap."
+                f"function, and an inner map always runs on the devices of the outer map. Leave the argument out "
+                f"here, and pass it to the outermost pmap."
             )
 
 
 def check_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
-    """The devices as a tuple.
+    """Validates ``devices`` and returns them as a tuple.
 
     Raises:
-        OptionTypeError: it is no sequence.
-        DevicesError: it is empty, or holds something that is no device, one twice, or devices of several platforms.
+        OptionTypeError: ``devices`` is not a sequence.
+        DevicesError: ``devices`` is empty, contains a non-device or a duplicate, or mixes platforms.
     """
     if isinstance(devices, str) or not isinstance(devices, Iterable):
-        raise OptionTypeError(f"devices must be a list of devices, and is {devices!r:.60}. Write [device] for one.")
+        raise OptionTypeError(f"devices must be a list of devices, got {devices!r:.60}. Write [device] for one.")
     given = tuple(devices)
     if not given:
         raise DevicesError(
@@ -93,18 +99,16 @@ def check_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
             "out to use all of them."
         )
     faults = [
-        f"devices[{i}] is {d!r}, which is no device" for i, d in enumerate(given) if not isinstance(d, jax.Device)
+        f"devices[{i}] is {d!r}, which is not a device" for i, d in enumerate(given) if not isinstance(d, jax.Device)
     ]
-    faults = faults or [
-        f"{d!r} stands in it {given.count(d)} times" for d in dict.fromkeys(given) if given.count(d) > 1
-    ]
+    faults = faults or [f"{d!r} appears {given.count(d)} times" for d in dict.fromkeys(given) if given.count(d) > 1]
     platforms = sorted({d.platform for d in given}) if not faults else []
     if len(platforms) > 1:
-        faults = [f"its devices are of the platforms {', '.join(platforms)}"]
+        faults = [f"the devices are of the platforms {', '.join(platforms)}"]
     if faults:
         raise DevicesError(
             report(
-                "devices must be one or more different devices of one platform:",
+                "devices must contain devices of one platform, each once:",
                 faults,
                 "Pass some of jax.devices(), or leave devices out to use all of them.",
             )

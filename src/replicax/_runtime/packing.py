@@ -1,9 +1,9 @@
-"""Many small host arrays travel as one, and are told apart inside the program.
+"""Transfers many small host arrays as one array, which the program splits again.
 
-What a small array costs on its way to a device is a matter of arrays and devices, not of bytes. So those of a call
-are laid side by side, a row for each replica, in one array for each dtype; the program for such calls is that of the
-replica behind a few slices. The user's function is not traced again, but a program is compiled for it, and so it is
-made when the same arguments come from the host for the second time, and of programs of moderate size.
+The cost of a small transfer depends on the number of arrays and devices, not on bytes. So the small arrays of a call
+are concatenated, one row per replica, into one array per dtype. The program for such calls slices the row and runs the
+same replica jaxpr. The user's function is not traced again, but XLA compiles a second program. So packing starts with
+the second call of the same kind, and only for programs of moderate size.
 """
 
 from __future__ import annotations
@@ -28,33 +28,34 @@ from replicax._layout.axes import check_spec, one_replica_type
 from replicax._runtime.executable import Executable
 from replicax._typing import Array, ArrayLike, Axes, DType, HostArray
 
-#: From so many arrays on packing pays.
+#: The minimum number of small arrays for packing.
 MANY = 8
 
-#: Arrays of more bytes go by themselves.
+#: Arrays with more bytes are not packed.
 LARGE = 1 << 16
 
-#: What arrays of all usual dtypes are sent as.
+#: The dtype of packed arrays, for all common dtypes.
 WORD = np.dtype(np.uint32)
 
-#: Up to so many bytes an array is tiny to XLA, and up to so many tiny arrays are sent in the place of one.
+#: The maximum number of bytes of an array that is tiny to XLA, and the maximum number of tiny arrays to send instead of
+#: one larger array.
 TINY, FEW = 512, 8
 
-#: A program of more equations is not compiled a second time.
+#: Programs with this many equations or more are not compiled a second time.
 EQUATIONS = 2_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Arrays of one dtype, side by side in a group.
+    """Consecutive arrays of one dtype in a group.
 
     Attributes:
-        dtype: Their dtype on the devices.
-        leaves: Which of the arguments they are.
-        axes: Their mapped axes; None for those that go whole to every replica.
-        shapes: Their shapes, as a replica sees them.
-        words: Where they lie in the group's rows.
-        rows: The number of replicas, if each has a row of its own, as a shape.
+        dtype: The dtype of the arrays on the devices.
+        leaves: The indices of the argument leaves.
+        axes: The mapped axis of each array; None if it is not mapped.
+        shapes: The shape of each array in one replica.
+        words: The slice of the group's row.
+        rows: ``(replicas,)`` if the arrays are mapped, else ``()``.
     """
 
     dtype: DType
@@ -66,7 +67,7 @@ class Run:
 
     @functools.cached_property
     def _flat(self) -> list[tuple[int, tuple[int, ...]]]:
-        """Which arrays are no rows of numbers yet, and what they are as such."""
+        """The arrays that need a reshape to one row per replica, with that shape."""
         return [(k, (*self.rows, math.prod(shape))) for k, shape in enumerate(self.shapes) if len(shape) != 1]
 
     @functools.cached_property
@@ -78,7 +79,7 @@ class Run:
         return [(k, axis) for k, axis in enumerate(self.axes) if axis]
 
     def pack_into(self, packed: HostArray, leaves: Sequence[ArrayLike]) -> None:
-        """Writes the arrays into their place."""
+        """Writes the arrays into the packed array."""
         chosen = [leaves[i] for i in self.leaves]
         for k, axis in self._turned:
             chosen[k] = np.moveaxis(chosen[k], axis, 0)
@@ -88,14 +89,14 @@ class Run:
         np.concatenate(chosen, axis=-1, out=out, casting="unsafe")
 
     def unpack(self, row: Array) -> list[Array]:
-        """The arrays of one replica."""
+        """Splits the packed row of one replica into arrays."""
         numbers = _numbers(row[self.words], self.dtype)
         parts = jax.numpy.split(numbers, self._ends)[:-1]
         return [x.reshape(shape) for x, shape in zip(parts, self.shapes, strict=True)]
 
 
 def _numbers(words: Array, dtype: DType) -> Array:
-    """The bits of whole words as numbers of any width."""
+    """Reinterprets words as numbers of ``dtype``."""
     if dtype == words.dtype:
         return words
     if dtype.kind == "b":
@@ -106,12 +107,12 @@ def _numbers(words: Array, dtype: DType) -> Array:
 
 
 class Group(NamedTuple):
-    """Arrays that go together: those that are all mapped, or none.
+    """Arrays that are packed into one: all of them are mapped, or none.
 
     Attributes:
-        runs: What lies in a row.
-        mapped: Whether each replica has a row of its own.
-        dtype: That of its words.
+        runs: The arrays, in order.
+        mapped: Whether each replica has its own row.
+        dtype: The dtype of the packed array.
     """
 
     runs: Sequence[Run]
@@ -120,35 +121,35 @@ class Group(NamedTuple):
 
     @property
     def leaves(self) -> list[int]:
-        """Which of the arguments they are."""
+        """The indices of the argument leaves."""
         return [i for run in self.runs for i in run.leaves]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of what :meth:`pack` returns."""
+        """The shape of the packed array."""
         return *self.runs[0].rows, self.runs[-1].words.stop
 
     def pack(self, leaves: Sequence[ArrayLike]) -> HostArray:
-        """The arrays side by side: (replicas, words of one), or (words,) of those that go whole."""
+        """Packs the arrays into shape ``(replicas, words)``, or ``(words,)`` if they are not mapped."""
         packed = np.empty(self.shape, self.dtype)
         for run in self.runs:
             run.pack_into(packed, leaves)
         return packed
 
     def unpack(self, row: Array) -> list[Array]:
-        """The arrays of one replica."""
-        # What follows is compiled as if they were arguments, and so computes the same to the last bit.
+        """Splits the packed row of one replica into arrays."""
+        # The barrier makes XLA compile the rest as if these were arguments, so that results are bitwise equal.
         return list(lax.optimization_barrier([x for run in self.runs for x in run.unpack(row)]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A program that takes many of its arguments packed.
+    """A program with packed arguments.
 
     Attributes:
         executable: The program.
-        kept: The arguments that it takes as they are, before the packed ones.
-        groups: Which go together.
+        kept: The indices of the arguments that are not packed. The program takes them first.
+        groups: The groups of packed arguments.
     """
 
     executable: Executable
@@ -160,28 +161,28 @@ class Packed:
         return [*(leaves[i] for i in self.kept), *(group.pack(leaves) for group in self.groups)]
 
     def names(self, every: Callable[[], Sequence[str]]) -> Callable[[], Sequence[str]]:
-        """What the user calls the arguments of :attr:`executable` that are kept."""
+        """The names of the arguments that are not packed, for messages."""
         return lambda: [every()[i] for i in self.kept]
 
 
 def packed(executable: Executable, leaves: Sequence[ArrayLike]) -> Packed | None:
-    """The program for a call with these arguments that takes those of the host packed, where that pays."""
+    """The program with packed host arguments for this call; None if packing does not pay."""
     kinds, known = tuple(map(type, leaves)), executable.packings
     if kinds not in known:
         known[kinds] = _NOT_YET if len(_small(executable.spec, kinds)) >= MANY else None
-    elif known[kinds] is _NOT_YET:  # there was such a call before, so that there may be more of them
+    elif known[kinds] is _NOT_YET:  # the second call of this kind
         known[kinds] = _pack(executable.spec, leaves, _small(executable.spec, kinds))
     found = known[kinds]
     return None if found is _NOT_YET else found
 
 
 def may_be_packed(executable: Executable, leaves: Sequence[ArrayLike]) -> bool:
-    """Whether a next call with such arguments takes them packed."""
+    """Whether the next call with such arguments is packed."""
     return executable.packings.get(tuple(map(type, leaves))) is not None
 
 
 def _small(program: ProgramSpec, kinds: Sequence[type]) -> list[int]:
-    """Which arguments of these types are small arrays, if the program is one of moderate size."""
+    """The indices of the small NumPy arrays; empty if the program is too large to compile twice."""
     if kinds.count(np.ndarray) < MANY or _jax.equations(program.replica.jaxpr, EQUATIONS) == EQUATIONS:
         return []
     sizes = [x.size * x.dtype.itemsize for x in program.inputs.types]
@@ -219,11 +220,11 @@ def _pack(program: ProgramSpec, leaves: Sequence[ArrayLike], which: Sequence[int
 
 
 def _groups(program: ProgramSpec, own_types: Sequence[jax.ShapeDtypeStruct], which: Sequence[int]) -> list[Group]:
-    """Which arguments go together: those that are all mapped, or none, as words of 32 bits where their dtype has bits.
+    """Groups the arguments by mapped or not, and by dtype; common dtypes are packed as 32-bit words.
 
-    XLA on CPUs runs a program whose arrays are all tiny at once, and any other as a graph of tasks, which takes 1 µs
-    for each (``execute_sequential_buffer_threshold`` in its ``thunk_executor.cc``). So few bytes are kept that small on
-    a single device; on several, sending one more array takes longer.
+    On CPUs, XLA runs a program sequentially if all of its arrays are tiny, and otherwise as a task graph, at 1 µs per
+    task (``execute_sequential_buffer_threshold`` in XLA's ``thunk_executor.cc``). So on a single device, a few bytes
+    are split into tiny groups. On several devices, one more transfer costs more than that.
     """
     together: dict[tuple[DType, bool], list[int]] = {}
     for i in sorted(which, key=lambda i: str(program.inputs.types[i].dtype)):
@@ -263,7 +264,7 @@ def _runs(
 
 
 def _cut(leaves: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """Arrays of such sizes in groups that are tiny, as far as an array is."""
+    """Splits arrays into tiny groups; an array that is not tiny gets its own group."""
     groups: list[list[int]] = []
     room = 0
     for leaf, size in zip(leaves, sizes, strict=True):

@@ -1,4 +1,4 @@
-"""A program run on arguments that may lie anywhere: padded, moved to where it wants them, and taken if donated."""
+"""Runs a program on arguments on any devices: pads, moves and donates them."""
 
 from __future__ import annotations
 
@@ -28,21 +28,24 @@ def run(
     names: Callable[[], Sequence[str]],
     compiled: Function | None = None,
 ) -> tuple[Sequence[Array], Sequence[Array]]:
-    """Runs a program on arguments that may lie anywhere, and takes those that are donated.
+    """Runs a program on arguments on any devices, and frees the donated ones.
 
     Args:
         executable: The program.
-        leaves: Its arguments.
-        names: What the user calls the arguments.
-        compiled: What runs it on arrays in place, if not the executable itself.
+        leaves: The argument leaves.
+        names: Returns the names of the leaves, for messages.
+        compiled: A callable to run instead of ``executable.run``.
 
     Returns:
-        The results, and the arguments as they were moved.
+        The results, and the argument leaves after padding and moving.
+
+    Raises:
+        DeletedArrayError: an argument was donated to an earlier call or deleted, or is donated and passed twice.
     """
     call, spec = compiled or executable.run, executable.spec
     if any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves):
         _check_donated(spec, leaves, names)
-    if not spec.inputs.donated or _jax.looks_for_nans():  # after a NaN, JAX runs the program again to find it
+    if not spec.inputs.donated or _jax.looks_for_nans():  # jax_debug_nans runs the program again on the same buffers
         placed = place(executable, [*leaves, *executable.closed_in_place])
         return call(*placed), placed
     _check_donated(spec, leaves, names)
@@ -59,7 +62,7 @@ def run(
 
 
 def cpp_cacheable(spec: ProgramSpec, leaves: Sequence[ArrayLike], placed: Sequence[Array]) -> bool:
-    """Whether C++ may run such a call: each argument is in place, or gets there in the same way by itself."""
+    """Whether JAX's C++ fast path can run such a call: it must place each argument in the same way as Python does."""
     if spec.closed or _jax.looks_for_nans():
         return False
     several = spec.layout.mesh.size > 1
@@ -74,19 +77,19 @@ def cpp_cacheable(spec: ProgramSpec, leaves: Sequence[ArrayLike], placed: Sequen
 
 
 def _moves_by_itself(spec: ProgramSpec, x: ArrayLike, axis: int | None) -> bool:
-    """Whether C++ may move it from the host: it is not padded, has numbers, and is small if it has to be copied."""
+    """Whether C++ can transfer a host argument: no padding, not ``float0``, and small if it must be copied first."""
     if (spec.layout.axis.padding and axis is not None) or jax.dtypes.float0 == getattr(x, "dtype", None):
         return False
     return spec.layout.mesh.size > 1 or not isinstance(x, np.ndarray) or is_small(x)
 
 
 def reads_host_memory(spec: ProgramSpec, leaves: Sequence[ArrayLike]) -> bool:
-    """Whether C++ would read NumPy arrays of such a call where they are (to C++ a NumPy scalar is one, too)."""
+    """Whether C++ would alias the caller's NumPy arrays. C++ treats a NumPy scalar as an array."""
     return spec.layout.mesh.size == 1 and any(isinstance(x, np.ndarray | np.generic) for x in leaves)
 
 
 def _shares(x: jax.Array, copy: jax.Array) -> bool:
-    """Whether a moved array may have buffers of the original's: those of parts that did not have to move."""
+    """Whether a moved array may share buffers with the original: shards that were already on the right device."""
     if x.shape != copy.shape or x.sharding.device_set.isdisjoint(copy.sharding.device_set):
         return False
     before, after = x.sharding.devices_indices_map(x.shape), copy.sharding.devices_indices_map(copy.shape)
@@ -96,12 +99,8 @@ def _shares(x: jax.Array, copy: jax.Array) -> bool:
 def _check_donated(spec: ProgramSpec, leaves: Sequence[ArrayLike], names: Callable[[], Sequence[str]]) -> None:
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
     times = Counter(map(id, arrays.values()))
-    faults = {
-        i: "has no buffer any more: it was donated to an earlier call, or deleted"
-        for i, x in arrays.items()
-        if x.is_deleted()
-    }
-    for i in spec.donated_in_place:  # where it has to be moved, it is the copy that the program takes
+    faults = {i: "was donated to an earlier call, or deleted" for i, x in arrays.items() if x.is_deleted()}
+    for i in spec.donated_in_place:  # an array that has to be moved may be passed twice: the program gets a copy
         x = arrays.get(i)
         if x is not None and i not in faults and times[id(x)] > 1 and _lies(x, spec.in_shardings[i]):
             faults[i] = "is donated, and passed twice"
@@ -109,10 +108,9 @@ def _check_donated(spec: ProgramSpec, leaves: Sequence[ArrayLike], names: Callab
         called = names()
         raise DeletedArrayError(
             report(
-                "pmap cannot take these arguments:",
+                "pmap cannot use the buffers of these arguments:",
                 [f"{called[i]} {fault}" for i, fault in sorted(faults.items())],
-                "Use the result of the call that an array was donated to, and pass a copy, x + 0, where it is "
-                "needed twice.",
+                "Use the result of the call that the array was donated to. To pass an array twice, pass a copy: x + 0.",
             )
         )
 
@@ -122,7 +120,7 @@ def _check_donated(spec: ProgramSpec, leaves: Sequence[ArrayLike], names: Callab
 
 
 def place(executable: Executable, leaves: Sequence[ArrayLike]) -> list[Array]:
-    """The argument leaves, padded, and moved to where the program wants them; what lies right is not touched."""
+    """Pads and moves the argument leaves. Leaves already on ``in_shardings`` are passed through."""
     spec = executable.spec
     wanted, placement = spec.in_shardings, spec.layout.axis.placement
     placed, astray, to_pad = list(leaves), [], []
@@ -151,7 +149,7 @@ def place(executable: Executable, leaves: Sequence[ArrayLike]) -> list[Array]:
 
 
 def _put(spec: ProgramSpec, x: ArrayLike, wanted: jax.sharding.NamedSharding, axis: int | None) -> ArrayLike:
-    """An argument from the host, padded, on its devices. What is small JAX puts on a single device by itself."""
+    """Pads a host argument and copies it to its devices. On a single device, JAX transfers small arrays itself."""
     if axis is None and spec.layout.mesh.size == 1 and (not isinstance(x, np.ndarray) or is_small(x)):
         return copy_small(x)
     return put(x, wanted, axis, spec.layout.axis.placement)
@@ -163,7 +161,7 @@ def _pad_where_it_lies(x: jax.Array, axis: int, placement: Placement) -> jax.Arr
 
 
 def _lies(x: jax.Array, wanted: jax.sharding.NamedSharding) -> bool:
-    """Whether the array lies as wanted, whatever its mesh and its axes are called."""
+    """Whether the sharding of the array is equivalent to ``wanted``; the axis names of the meshes do not matter."""
     return x.sharding == wanted or (_alike(x.sharding, wanted, x.ndim) and not primitives.split_over(x))
 
 
@@ -173,7 +171,11 @@ def _alike(one: jax.sharding.Sharding, other: jax.sharding.Sharding, ndim: int) 
 
 
 def stage(executable: Executable, leaves: Sequence[ArrayLike]) -> tuple[Array, ...]:
-    """The results of a call inside a transformation."""
+    """Runs a call inside a transformation.
+
+    Raises:
+        UnsupportedTransformationError: an enclosing ``vmap`` shards its batch over a mesh axis.
+    """
     spec = executable.spec
     settled = map(functools.partial(_settle, spec), [*leaves, *spec.closed], spec.inputs.axes)
     try:
@@ -181,17 +183,17 @@ def stage(executable: Executable, leaves: Sequence[ArrayLike]) -> tuple[Array, .
         return tuple(executable.staged(*settled))
     except primitives.SplitBatchError as error:
         raise UnsupportedTransformationError(
-            f"A vmap of a map is to split its batch over {error.args[0]!r}, an axis of a mesh, by spmd_axis_name "
-            f"or by the type of an argument. The replicas of the map take all of its devices, each with the whole "
-            f"batch. Leave spmd_axis_name out, and pass arguments that are not split along the vmapped axis "
-            f"(jax.sharding.reshard); or map over the batch with replicax.pmap, too."
+            f"A vmap of a map cannot shard its batch over the mesh axis {error.args[0]!r} (by spmd_axis_name, or by "
+            f"the sharding in the type of an argument): the map already uses all of its devices, each for the whole "
+            f"batch. Leave spmd_axis_name out, and pass arguments that are not sharded along the vmapped axis "
+            f"(jax.sharding.reshard). Or map over the batch with replicax.pmap instead of vmap."
         ) from None
 
 
 def _settle(spec: ProgramSpec, x: ArrayLike, axis: int | None) -> ArrayLike:
-    """An argument of a traced call, moved if its value is known already and lies on devices of its own.
+    """Moves an argument of a traced call to the devices of the map if its value is already known.
 
-    Where the call is recorded it is a constant of the program, which XLA puts where it has to be.
+    If the call is staged into a jaxpr, the value is a constant of that program, and XLA places it.
     """
     value, batched = _jax.outermost_value(x)
     if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array):
@@ -203,5 +205,5 @@ def _settle(spec: ProgramSpec, x: ArrayLike, axis: int | None) -> ArrayLike:
         here = jax.sharding.NamedSharding(here.mesh, jax.sharding.PartitionSpec())
     typed = primitives.split_over(x)
     if typed is not None and value.sharding.device_set != spec.device_set:
-        x = primitives.retype(x, None)  # no type of the program can name a mesh of other devices
+        x = primitives.retype(x, None)  # a type in the program cannot name a mesh with other devices
     return primitives.move(x, here, spec.layout.result_sharding(axis, on_mesh=spec.one_mesh))

@@ -1,4 +1,4 @@
-"""What a program was compiled for, and in what a call differs from that: plain values, told in the user's words."""
+"""Signatures of calls, and explanations of their differences."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from replicax._typing import KeyPath, PyTreeDef, ShapeAndDtype
 
 @dataclass(frozen=True)
 class Signature:
-    """All that one program stands for: a call that differs in any of it needs another.
+    """Everything that a program is compiled for. A call with a different signature needs another program.
 
     Attributes:
         size: The number of replicas.
-        leaves: The arrays among the arguments.
-        in_axes: The mapped axis of each.
-        tree: How they nest.
-        own_tree: How those of one replica nest: differently where a type knows the shape of the whole.
-        roots: What the user calls each argument that they nest in, by its path in that tree.
+        leaves: The array leaves of the arguments.
+        in_axes: The mapped axis of each leaf.
+        tree: The pytree structure of the arguments.
+        own_tree: The structure of one replica's arguments. It differs from ``tree`` if the metadata of a pytree node
+            contains the shape of the whole array.
+        roots: The name of each argument, by its path in ``tree``.
         static: The values of the static arguments, by name.
-        settings: The settings of JAX's that programs depend on.
-        surroundings: What the call is made inside of.
+        settings: The JAX settings that affect compilation.
+        surroundings: The context of the call: eager, inside a transformation, or inside another map.
     """
 
     size: int
@@ -40,7 +41,7 @@ class Signature:
     surroundings: str
 
     def differences(self, earlier: Signature) -> list[str]:
-        """In what this call is not like an earlier one, one line a difference."""
+        """The differences to an earlier call, one line per difference."""
         found = []
         if self.size != earlier.size:
             found.append(f"there are {self.size} replicas, and were {earlier.size}")
@@ -55,7 +56,7 @@ class Signature:
         return found
 
     def _types(self, earlier: Signature) -> list[str]:
-        """Leaves of other types, where the number of replicas alone does not say it all."""
+        """The leaves whose type in one replica differs."""
         pairs = zip(self.leaves, self.in_axes, earlier.leaves, earlier.in_axes, strict=True)
         return [
             f"{leaf.name} is {type_name(leaf.aval)}, and was {type_name(old.aval)}"
@@ -64,27 +65,27 @@ class Signature:
         ]
 
     def explain(self, name: str, earlier: Sequence[Signature]) -> str:
-        """Why ``name`` has no program for such a call yet."""
+        """Explains why ``name`` has no compiled program for this call."""
         if not earlier:
             return f"{name} has not been compiled before."
         closest = min((self.differences(one) for one in earlier), key=len)
-        so_far = "the call" if len(earlier) == 1 else f"the closest of the {len(earlier)} kinds of call"
+        so_far = "the call" if len(earlier) == 1 else f"the closest of the {len(earlier)} calls"
         return "\n".join(
             [
-                f"{name} is compiled anew. This is what differs from {so_far} that it was compiled for:",
-                *(f"  * {difference}" for difference in closest or ["it closes over other values of a transformation"]),
+                f"{name} needs a new compilation. Differences to {so_far} that it was compiled for:",
+                *(f"  * {difference}" for difference in closest or ["it closes over other tracers"]),
             ]
         )
 
 
 def type_name(aval: ShapeAndDtype) -> str:
-    """A type as JAX writes it, and whether it is that of a scalar of Python's, which adapts to what it meets."""
+    """A type in JAX's notation, such as ``float32[8,3]``, with a note if it is weak."""
     shape = ",".join(map(str, aval.shape))
     return f"{aval.dtype}[{shape}]" + (" (weakly typed)" if getattr(aval, "weak_type", False) else "")
 
 
 def structure_differences(tree: PyTreeDef, earlier: PyTreeDef, roots: Mapping[Hashable, str]) -> list[str]:
-    """Where two trees of ``(positional arguments, keyword arguments)`` are not the same, one line a difference."""
+    """The differences between two pytrees of ``(positional arguments, keyword arguments)``, one line each."""
     found = []
     for path, now, was in _jax.structure_faults(tree, earlier):
         if len(path) > 1:
@@ -97,7 +98,7 @@ def structure_differences(tree: PyTreeDef, earlier: PyTreeDef, roots: Mapping[Ha
 
 
 def path_key(path: KeyPath) -> tuple[Hashable, ...]:
-    """A path in a tree of tuples and dicts, as plain positions and keys."""
+    """A path in a pytree of tuples and dicts, as plain indices and keys."""
     return tuple(entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else entry.key for entry in path)
 
 

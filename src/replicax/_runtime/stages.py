@@ -1,4 +1,4 @@
-"""Programs ahead of time: traced, lowered and compiled for arguments that need not be there yet."""
+"""Ahead-of-time stages: a map traced, lowered and compiled for abstract arguments."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from replicax.errors import AheadOfTimeError
 
 @dataclass(frozen=True)
 class Plan:
-    """What one program is for, shared by its stages.
+    """The data that the stages of one program share.
 
     Attributes:
-        dispatcher: Knows the options.
+        dispatcher: The dispatcher of the map, which has its options.
         executable: The program.
-        call: The call that it was made for, with its static arguments.
-        signature: The types of that call's other arguments.
+        call: The call that the program was built for, with its static arguments.
+        signature: The signature of that call.
     """
 
     dispatcher: Dispatcher
@@ -40,27 +40,27 @@ class Plan:
 
     @property
     def in_avals(self) -> PyTree:
-        """The types of the arguments, as ``(positional arguments, keyword arguments)``, static ones left out."""
+        """The avals of the arguments, as ``(positional arguments, keyword arguments)`` without static arguments."""
         return self.signature.tree.unflatten([_jax.typeof(leaf.aval) for leaf in self.signature.leaves])
 
     @property
     def args_info(self) -> PyTree:
-        """The same, and whether each is donated."""
+        """Like :attr:`in_avals`, with a ``jax.stages.ArgInfo`` per leaf, which also tells whether it is donated."""
         donated = [i in self.executable.spec.inputs.donated for i in range(len(self.signature.leaves))]
         avals = jax.tree.leaves(self.in_avals)
         return self.signature.tree.unflatten(list(map(jax.stages.ArgInfo, avals, donated)))
 
     def own(self, values: PyTree) -> PyTree:
-        """Of something that JAX knows of every array the program takes: that of the user's arguments."""
+        """Selects the values for the user's arguments from JAX's values for all inputs of the program."""
         flat, _ = values
         return self.signature.tree.unflatten(flat[: len(self.signature.leaves)])
 
     @_jax.api_boundary
     def leaves(self, args: Args, kwargs: Kwargs) -> list[ArrayLike]:
-        """The arguments of a call of the compiled program, checked.
+        """The validated argument leaves of a call of the compiled program.
 
         Raises:
-            AheadOfTimeError: the program was compiled for others.
+            AheadOfTimeError: the program was compiled for other arguments.
         """
         call = self._call(args, kwargs)
         leaves, tree = jax.tree.flatten((call.dynamic, call.kwargs))
@@ -68,9 +68,10 @@ class Plan:
             raise AheadOfTimeError(
                 report(
                     "Function compiled with input pytree does not match the input pytree it was called with. "
-                    f"{self.call.name} was compiled for arguments of another structure:",
+                    f"{self.call.name} was compiled for arguments of another pytree structure:",
                     structure_differences(tree, self.signature.tree, self.signature.roots),
-                    "Pass arguments that nest as those that it was lowered for, or call the map itself.",
+                    "Pass arguments with the structure that it was lowered for, or call the map instead, which "
+                    "compiles again.",
                 )
             )
         self._check_types(leaves)
@@ -80,7 +81,7 @@ class Plan:
         faults, traced = [], []
         for leaf, x in zip(self.signature.leaves, leaves, strict=True):
             if isinstance(x, jax.core.Tracer):
-                traced.append(f"{leaf.name} is a value of that transformation")
+                traced.append(f"{leaf.name} is a tracer")
                 continue
             try:
                 aval = _jax.typeof(x)
@@ -93,10 +94,10 @@ class Plan:
         if traced:
             raise AheadOfTimeError(
                 report(
-                    f"{self.call.name} is compiled, and was called inside a transformation such as jit, grad or "
-                    f"vmap, which needs the program itself:",
+                    f"{self.call.name} is a compiled program and cannot be called inside a transformation such as "
+                    f"jit, grad or vmap:",
                     traced,
-                    "Call the map there, instead of what its lower(...).compile() returned.",
+                    "Call the map there, instead of the result of lower(...).compile().",
                 )
             )
         if faults:
@@ -104,12 +105,12 @@ class Plan:
                 report(
                     "Argument types differ from the types for which this computation was compiled. The mismatches are:",
                     faults,
-                    "Convert the arguments, or call the map itself, which compiles for new types.",
+                    "Convert the arguments, or call the map instead, which compiles again for new types.",
                 )
             )
 
     def _call(self, args: Args, kwargs: Kwargs) -> Call:
-        """The arguments, which may come with the static ones, as in a call of the map, or without, as in JAX."""
+        """The arguments of a call. Static arguments may be passed, as to the map, or left out, as in JAX."""
         chosen = self.dispatcher.options.static
         if len(args) > len(self.call.positions):
             call = partition(self.call.fun, chosen, args, kwargs)
@@ -132,7 +133,8 @@ class Plan:
                 report(
                     f"{self.call.name} was compiled for other values of its static arguments:",
                     faults,
-                    "Leave them out, pass those that it was lowered with, or call the map itself.",
+                    "Leave them out, pass the values that it was lowered with, or call the map instead, which compiles "
+                    "again.",
                 )
             )
         return call
@@ -140,10 +142,10 @@ class Plan:
 
 @_jax.api_boundary
 def trace(dispatcher: Dispatcher, fun: Function, args: Args, kwargs: Kwargs) -> Traced:
-    """Traces a map for arguments, or types of arguments.
+    """Traces a map for concrete or abstract arguments.
 
     Raises:
-        AheadOfTimeError: the program is part of an enclosing transformation.
+        AheadOfTimeError: the map is inside another map, or closes over a tracer.
     """
     with _jax.own_mesh():
         program, call, signature = dispatcher.describe(fun, args, kwargs)
@@ -152,27 +154,27 @@ def trace(dispatcher: Dispatcher, fun: Function, args: Args, kwargs: Kwargs) -> 
         if isinstance(program, Recorded) or held:
             raise AheadOfTimeError(
                 f"{call.name} cannot be compiled ahead of time here: it "
-                + ("closes over a value of an enclosing jit, grad or vmap" if held else "is inside another map")
-                + ". Lower it outside, with all that it needs among its arguments, or call it."
+                + ("closes over a tracer of an enclosing jit, grad or vmap" if held else "is inside another map")
+                + ". Lower it outside, with every array that it needs as an argument, or call it."
             )
         traced = program.traced
     return Traced(traced, Plan(dispatcher, program, call, signature))
 
 
 class Traced:
-    """A map traced for the types of its arguments: what ``mapped.trace(...)`` returns.
+    """A traced map: the result of ``mapped.trace(...)``.
 
-    It has what ``jax.stages.Traced`` has. The program is the one that the devices run together: where they do not
-    divide the replicas evenly, its mapped arguments have a row for each padding lane.
+    It has the attributes of ``jax.stages.Traced``. The jaxpr is the program for all devices. If the devices do not
+    divide the replicas evenly, the mapped inputs of the jaxpr have one extra row per padding lane.
 
     Attributes:
         jaxpr: The program.
         fun_name: The name of the mapped function.
-        args_info: The type of each argument, and whether it is donated.
-        in_avals: The type of each argument.
-        in_tree: How they nest: ``(positional arguments, keyword arguments)``, static ones left out.
-        out_info: The result: a tree of ``jax.ShapeDtypeStruct`` that say how it lies over the devices.
-        out_tree: How it nests.
+        args_info: The aval of each argument, and whether it is donated.
+        in_avals: The aval of each argument.
+        in_tree: The pytree structure of ``(positional arguments, keyword arguments)`` without static arguments.
+        out_info: The result: a pytree of ``jax.ShapeDtypeStruct`` with shardings.
+        out_tree: The pytree structure of the result.
     """
 
     def __init__(self, traced: jax.stages.Traced, plan: Plan) -> None:
@@ -188,27 +190,27 @@ class Traced:
 
     @property
     def donate_argnums(self) -> tuple[int, ...]:
-        """The positions of the donated arrays among all that the arguments hold."""
+        """The indices of the donated arrays among the leaves of the arguments."""
         return self._plan.executable.spec.inputs.donated
 
     def lower(self, *, lowering_platforms: tuple[str, ...] | None = None) -> Lowered:
-        """Lowers it to StableHLO.
+        """Lowers the program to StableHLO.
 
         Args:
-            lowering_platforms: The platforms to lower for; that of the devices by default.
+            lowering_platforms: The platforms to lower for; the platform of the devices by default.
 
         Returns:
-            The lowered program, not compiled yet.
+            The lowered program.
         """
         with _jax.own_mesh():
             return Lowered(self._traced.lower(lowering_platforms=lowering_platforms), self._plan)
 
 
 class Lowered(jax.stages.Lowered):  # type: ignore[misc]  # JAX's is untyped here
-    """A map lowered for the types of its arguments: what ``mapped.lower(...)`` returns.
+    """A lowered map: the result of ``mapped.lower(...)``.
 
-    It is a ``jax.stages.Lowered``: ``as_text()``, ``compiler_ir()``, ``cost_analysis()``, ``args_info``, ``in_tree``,
-    ``out_info``. Its :meth:`compile` gives a program that is called like the map itself.
+    It is a ``jax.stages.Lowered`` with ``as_text()``, ``compiler_ir()``, ``cost_analysis()``, ``args_info``,
+    ``in_tree`` and ``out_info``. :meth:`compile` returns a program that is called like the map.
     """
 
     def __init__(self, lowered: jax.stages.Lowered, plan: Plan) -> None:
@@ -218,7 +220,7 @@ class Lowered(jax.stages.Lowered):  # type: ignore[misc]  # JAX's is untyped her
 
     @property
     def in_avals(self) -> PyTree:
-        """The type of each argument."""
+        """The aval of each argument."""
         return self._plan.in_avals
 
     def compile(
@@ -227,14 +229,17 @@ class Lowered(jax.stages.Lowered):  # type: ignore[misc]  # JAX's is untyped her
         *,
         device_assignment: tuple[jax.Device, ...] | None = None,
     ) -> Compiled:
-        """Compiles the program for the map's devices.
+        """Compiles the program for the devices of the map.
 
         Args:
-            compiler_options: Options of XLA's, by name.
-            device_assignment: As for ``jax.stages.Lowered.compile``; the map's devices by default.
+            compiler_options: XLA options, by name.
+            device_assignment: As in ``jax.stages.Lowered.compile``; the devices of the map by default.
 
         Returns:
-            The program, called like the map itself.
+            The compiled program, which is called like the map.
+
+        Raises:
+            jax.errors.JaxRuntimeError: XLA cannot compile the program, or does not know an option.
         """
         with _jax.own_mesh():
             compiled = self._lowered.compile(compiler_options, device_assignment=device_assignment)
@@ -242,12 +247,12 @@ class Lowered(jax.stages.Lowered):  # type: ignore[misc]  # JAX's is untyped her
 
 
 class Compiled(jax.stages.Compiled):  # type: ignore[misc]
-    """A map compiled for the types of its arguments: what ``mapped.lower(...).compile()`` returns.
+    """A compiled map: the result of ``mapped.lower(...).compile()``.
 
-    It is called like the map itself: the arguments may lie anywhere and are moved, padded and donated as there, and
-    the result has the same structure. Static arguments may be passed, and have to be what the map was lowered with,
-    or left out. It is also a ``jax.stages.Compiled``: ``as_text()``, ``cost_analysis()``, ``memory_analysis()``,
-    ``input_shardings``, ``output_shardings``, ``runtime_executable()``.
+    It is called like the map. Arguments may be on any devices; they are moved, padded and donated as in a call of the
+    map, and the result has the same structure. Static arguments may be left out. If they are passed, they must equal
+    the values that the map was lowered with. It is a ``jax.stages.Compiled`` with ``as_text()``, ``cost_analysis()``,
+    ``memory_analysis()``, ``input_shardings``, ``output_shardings`` and ``runtime_executable()``.
     """
 
     def __init__(self, compiled: jax.stages.Compiled, plan: Plan) -> None:
@@ -261,16 +266,23 @@ class Compiled(jax.stages.Compiled):  # type: ignore[misc]
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Runs the program.
 
+        Args:
+            args: Positional arguments: arrays of the shapes and dtypes that the map was lowered for.
+            kwargs: Keyword arguments, likewise.
+
+        Returns:
+            The result of the map.
+
         Raises:
-            AheadOfTimeError: the arguments are not of the structure, types and static values that it was compiled
-                for, or belong to a transformation.
-            DeletedArrayError: an array was donated before, or is donated and passed twice.
+            AheadOfTimeError: the structure, types or static values of the arguments differ from those that the
+                program was compiled for, or an argument is a tracer.
+            DeletedArrayError: an array was donated to an earlier call or deleted, or is donated and passed twice.
         """
         plan = self._plan
         leaves = plan.leaves(args, kwargs)
         if _jax.eager():
             return self._run(leaves)
-        with jax.ensure_compile_time_eval():  # a transformation goes on around it, and is not concerned
+        with jax.ensure_compile_time_eval():  # no argument is a tracer, so run now, even inside a transformation
             return self._run(leaves)
 
     def _run(self, leaves: Sequence[ArrayLike]) -> PyTree:
@@ -282,15 +294,15 @@ class Compiled(jax.stages.Compiled):  # type: ignore[misc]
 
     @property
     def in_avals(self) -> PyTree:
-        """The type of each argument."""
+        """The aval of each argument."""
         return self._plan.in_avals
 
     @property
     def input_shardings(self) -> PyTree:
-        """Where the program wants each argument, as ``(positional arguments, keyword arguments)``."""
+        """The sharding that the program needs for each argument, as ``(positional arguments, keyword arguments)``."""
         return self._plan.own(self._compiled.input_shardings)
 
     @property
     def input_formats(self) -> PyTree:
-        """Where it wants them, and in which layout in memory."""
+        """Like :attr:`input_shardings`, with the layout in memory."""
         return self._plan.own(self._compiled.input_formats)

@@ -1,4 +1,7 @@
-"""A workaround for JAX before 0.11.2, to be deleted with the support of these versions. Workaround: taken_arrays."""
+"""A workaround for JAX before 0.11.2. Delete it when the oldest supported version is newer.
+
+Workaround: taken_arrays.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from replicax._jax import cpp
 
 
 class TakenArrays:
-    """Arrays whose buffers a donating call has taken.
+    """Arrays that were donated.
 
-    Before 0.11.2 XLA ends the process where a program on several devices is handed such an array (``jax.jit``'s as
-    well), but for those that are deleted besides::
+    Before JAX 0.11.2, XLA aborts the process if a program on several devices, also one of ``jax.jit``, gets an array
+    that was donated before. It raises an error instead if ``delete()`` was called on the array::
 
         f = jax.jit(lambda x: 2 * x, donate_argnums=0)
         x = jax.device_put(np.ones(8), NamedSharding(jax.make_mesh((8,), ("i",)), PartitionSpec("i")))
@@ -22,7 +25,7 @@ class TakenArrays:
 
     @staticmethod
     def delete(leaves: Sequence[Any]) -> None:
-        """Deletes those among the arguments of a call, so that the next call to get them can say so."""
+        """Calls ``delete()`` on the donated arguments, so that the next call with them raises an error."""
         if _jax.TAKEN_ARRAYS_CRASH:
             for x in leaves:
                 if type(x) is cpp.ArrayImpl and x.is_deleted():

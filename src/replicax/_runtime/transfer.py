@@ -1,4 +1,4 @@
-"""From host memory to devices: each byte copied once, and never read again after the call."""
+"""Copies host arrays to devices. Each byte is copied once, before the call returns."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from replicax._messages import nameless, too_large
 from replicax._typing import ArrayLike, DType, HostArray, PyTree
 from replicax.errors import UnconvertedArrayError
 
-#: Up to so many bytes, copying an array twice takes no longer than copying it to where a device can use it.
+#: Arrays up to this many bytes are copied twice, which is not slower than one copy into aligned memory.
 SMALL = 1 << 16
 
-#: From so many bytes on, several threads copy an array.
+#: Arrays of at least this many bytes are copied by several threads.
 LARGE = 1 << 20
 
 
 def put(
     x: ArrayLike, sharding: jax.sharding.Sharding, axis: int | None = None, placement: Placement | None = None
 ) -> ArrayLike:
-    """An array or a scalar on its devices, as it is now: its owner may change it as soon as this returns.
+    """Copies an array or a scalar to devices. The caller may change the array as soon as ``put`` returns.
 
-    JAX reads a NumPy array in its owner's memory where it can, on CPUs, and does so while a program runs. Here every
-    byte is copied once, also where several devices are one CPU and get the same:
+    On CPUs, JAX may alias the memory of a NumPy array and read it while the program runs. ``put`` therefore copies
+    every byte, and only once, even if several CPU devices get the same block:
     https://github.com/jax-ml/jax/issues/37830. Workaround: shared_memory.
 
     Args:
         x: The array.
-        sharding: Where it has to lie.
-        axis: The axis that has to be padded.
-        placement: Which row of it each slot gets.
+        sharding: The target sharding.
+        axis: The axis to pad; None for no padding.
+        placement: The replica of each slot, which gives the row to copy there.
     """
     host = plain(x) if isinstance(x, ndarray) else _as_numpy(x)
     if axis is None or placement is None:
@@ -49,7 +49,7 @@ def put(
     else:
         shape = (*host.shape[:axis], placement.slots, *host.shape[axis + 1 :])
         block = functools.partial(_block, host, axis, placement)
-    if host.dtype == jax.dtypes.float0:  # the type of the derivatives of integers, which holds nothing
+    if host.dtype == jax.dtypes.float0:  # the tangent dtype of integers, which has no device buffer
         return np.zeros(shape, host.dtype)
     where = _spread(sharding, shape, host.dtype, jax.config.jax_enable_x64)
     blocks = list(map(block, where.indices))
@@ -59,7 +59,7 @@ def put(
     elif where.on_host:
         blocks = _copies(blocks, where.type.dtype)
     elif 1 < len(blocks) < len(where.devices) or 0 in host.strides:
-        blocks = [np.array(block) for block in blocks]  # XLA cannot copy memory that only some devices share
+        blocks = [np.array(block) for block in blocks]  # XLA cannot transfer a buffer that only some devices share
     else:
         ours = False
     return cpp.put_blocks(where.type, sharding, [blocks[k] for k in where.block_of], where.devices, in_place=ours)
@@ -73,7 +73,7 @@ def _as_numpy(x: ArrayLike) -> HostArray:
 
 
 def copy_small(tree: PyTree) -> PyTree:
-    """A tree with copies of the small NumPy arrays in it."""
+    """Copies the small NumPy arrays of a pytree."""
     kind = type(tree)
     if kind is ndarray and tree.nbytes <= SMALL and tree.dtype.isnative:
         return tree.copy()
@@ -90,35 +90,43 @@ def copy_small(tree: PyTree) -> PyTree:
 
 
 def plain(x: HostArray) -> HostArray:
-    """A NumPy array, or one of a subclass (a memory map, a matrix), of NumPy's own class and native.
+    """Converts an array of a NumPy subclass (such as a memory map) to a plain ``np.ndarray`` in native byte order.
 
     Raises:
-        UnconvertedArrayError: it is masked.
+        UnconvertedArrayError: ``x`` is a masked array.
     """
     if isinstance(x, np.ma.MaskedArray):
         raise nameless(
             UnconvertedArrayError(
-                f"pmap maps arrays, and an argument of shape {x.shape} is a masked array of NumPy's, of which JAX "
-                f"would lose the mask. Write x.filled(0)."
+                f"pmap arguments must be arrays, but an argument of shape {x.shape} is a NumPy masked array, and JAX "
+                f"would ignore the mask. Write x.filled(0)."
             )
         )
     return np.asarray(native(x))
 
 
 def native(x: PyTree) -> PyTree:
-    """A NumPy array in this machine's order of bytes, of which C++ takes all to be; anything else as it is."""
+    """Converts a NumPy array to native byte order, which JAX's C++ code assumes. Returns other objects unchanged."""
     if isinstance(x, np.ndarray) and not x.dtype.isnative and x.dtype.kind in "iufc":
         return x.astype(x.dtype.newbyteorder("="))
     return x
 
 
 def is_small(x: object) -> bool:
-    """Whether :func:`copy_small` copies it."""
+    """Whether :func:`copy_small` copies ``x``."""
     return type(x) is np.ndarray and 0 < x.nbytes <= SMALL
 
 
 class _Spread(NamedTuple):
-    """How an array lies over devices: its type, the devices, the different blocks, which each has, and on what."""
+    """How an array is split over devices.
+
+    Attributes:
+        type: The type of the array.
+        devices: The addressable devices.
+        indices: The index of each distinct block.
+        block_of: For each device, its position in ``indices``.
+        on_host: Whether all devices are CPUs.
+    """
 
     type: Any
     devices: Sequence[jax.Device]
@@ -138,7 +146,7 @@ def _spread(sharding: jax.sharding.Sharding, shape: tuple[int, ...], dtype: DTyp
 
 
 def _block(host: HostArray, axis: int, placement: Placement, index: tuple[slice, ...]) -> HostArray:
-    """The rows of one device's slots along an axis, as they lie where they follow each other."""
+    """The rows of one device's slots along an axis; a view if the rows are contiguous."""
     start, stop, _ = index[axis].indices(placement.slots)
     rows = placement.replica_at[start:stop]
     if rows[-1] - rows[0] + 1 < len(rows):
@@ -147,7 +155,7 @@ def _block(host: HostArray, axis: int, placement: Placement, index: tuple[slice,
 
 
 def _copies(blocks: Sequence[HostArray], dtype: DType) -> list[HostArray]:
-    """The blocks in memory of ours, so aligned that it can serve as that of a CPU device."""
+    """Copies blocks into memory that is aligned for XLA, so that a CPU device can use it without another copy."""
     copies = []
     for block in blocks:
         raw = np.empty(block.size * dtype.itemsize + _ALIGNMENT, np.uint8)
@@ -159,12 +167,12 @@ def _copies(blocks: Sequence[HostArray], dtype: DType) -> list[HostArray]:
         return copies
     each = -(-(os.cpu_count() or 1) // len(blocks))
     parts = [part for pair in zip(copies, blocks, strict=True) for part in _cut(*pair, each)]
-    list(_threads().map(lambda part: np.copyto(part[0], part[1], "unsafe"), parts))  # done when all are
+    list(_threads().map(lambda part: np.copyto(part[0], part[1], "unsafe"), parts))  # list() waits for all parts
     return copies
 
 
 def _cut(copy: HostArray, block: HostArray, times: int) -> list[tuple[HostArray, HostArray]]:
-    """The two in so many parts, along the axis that is the longest."""
+    """Splits both arrays into ``times`` parts along the longest axis."""
     axis = int(np.argmax(block.shape))
     return list(zip(np.array_split(copy, times, axis), np.array_split(block, times, axis), strict=True))
 
@@ -174,6 +182,6 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), "replicax-copy")
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked process has none of these threads
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked process does not inherit threads
 
 _ALIGNMENT = 64

@@ -1,4 +1,4 @@
-"""replicax under JAX's own names, for programs that were written for ``jax.pmap``."""
+"""replicax under JAX's own names, for programs written for ``jax.pmap``."""
 
 from replicax.compat._functions import device_put_replicated as device_put_replicated
 from replicax.compat._functions import device_put_sharded as device_put_sharded

@@ -1,7 +1,7 @@
-"""``python -m replicax.compat script.py …``: as ``python script.py …``, with :func:`replicax.compat.install`.
+"""``python -m replicax.compat script.py …``: like ``python script.py …``, with :func:`replicax.compat.install`.
 
-Python imports JAX on the way to this module, and JAX reads its environment variables when it is imported, while the
-script may want to set some first. So an interpreter of its own, which takes the place of this one, runs the script.
+Python imports JAX before it runs this module, and JAX reads its environment variables on import. The script may set
+some of them first. So this module replaces its process with a new interpreter, which runs the script.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ USAGE = """\
 usage: python -m replicax.compat [--replicas N] SCRIPT [ARG ...]
        python -m replicax.compat [--replicas N] -m MODULE [ARG ...]
 
-Runs a program as python itself would, with replicax in the place of jax.pmap, jax.device_put_replicated and
-jax.device_put_sharded.
+Runs a program like python does, with jax.pmap, jax.device_put_replicated and jax.device_put_sharded replaced by
+replicax.
 
-  --replicas N   the program sees N devices, however many there are (at most N); also REPLICAX_REPLICAS=N
+  --replicas N   the program sees N devices, for any number of real devices up to N; also REPLICAX_REPLICAS=N
 """
 
 
 def _command(arguments: list[str], program: list[str]) -> list[str]:
-    """This interpreter with its own options, on the bootstrap, which runs the program."""
+    """The command that runs the program: this interpreter with its options, and the bootstrap script."""
     options = sys.orig_argv[1 : len(sys.orig_argv) - len(arguments)]
     if options[-2:] == ["-m", "replicax.compat"]:
         options = options[:-2]
@@ -36,7 +36,7 @@ def _command(arguments: list[str], program: list[str]) -> list[str]:
 
 
 def _replicas(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """What ``--replicas`` says, and the program."""
+    """The value of ``--replicas``, and the remaining arguments."""
     if arguments[:1] == ["--replicas"]:
         return " ".join(arguments[1:2]), arguments[2:]
     if arguments and arguments[0].startswith("--replicas="):
@@ -45,7 +45,7 @@ def _replicas(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the program that the arguments name; where the system can, without coming back."""
+    """Runs the program. On POSIX, it replaces this process and does not return."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
         print(f"replicax.compat: {error}", file=sys.stderr)
         return 2
     if not program or (program[0].startswith("-") and (program[0] != "-m" or len(program) < 2)):
-        fault = f"not {' '.join(program)!r}" if program else "no program"
+        fault = f"cannot run {' '.join(program)!r}" if program else "the program is missing"
         print(f"replicax.compat: {fault}\n{USAGE}", end="", file=sys.stderr)
         return 2
     if said is not None:

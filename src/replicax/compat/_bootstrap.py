@@ -1,7 +1,7 @@
-"""Runs a program as python does, with replicax in JAX's places: what ``python -m replicax.compat`` starts.
+"""Runs a program like python does, and installs replicax as soon as the program imports JAX.
 
-It runs by its path, in an interpreter of its own, and imports the standard library alone: JAX reads environment
-variables when it is imported, and the program may set them first.
+``python -m replicax.compat`` runs this file as a script in a new interpreter. It imports only the standard library,
+because JAX reads environment variables on import, and the program may set them first.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 
 class AfterImport:
-    """A finder that finds some modules as the others do, and calls a function once their imports are through.
+    """An import hook that calls a function after some modules have been imported.
 
     Args:
-        names: The modules.
-        done: What to call when one of them has been imported and no other of them is being imported.
+        names: The names of the modules.
+        done: Called when one of the modules has been imported and none of them is still being imported.
     """
 
     def __init__(self, names: Sequence[str], done: Callable[[], None]) -> None:
@@ -34,7 +34,7 @@ class AfterImport:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module's spec, with a loader that tells us when it is done; None of any other module."""
+        """The spec of a watched module, from the other finders, with a wrapped loader; None for other modules."""
         if name not in self._names:
             return None
         for finder in sys.meta_path:
@@ -65,18 +65,18 @@ class AfterImport:
 
 
 def install_after_jax() -> None:
-    """Has :func:`replicax.compat.install` called as soon as the program has imported JAX, and not before.
+    """Calls :func:`replicax.compat.install` as soon as the program has imported JAX.
 
-    Where JAX is imported because replicax is, that has to wait until replicax is imported, too.
+    If the program imports JAX by importing replicax, the call waits until replicax has been imported, too.
     """
 
     def done() -> None:
-        if "jax" not in sys.modules or finder not in sys.meta_path:  # importing replicax.compat comes here, too
+        if "jax" not in sys.modules or finder not in sys.meta_path:  # the import below also triggers this function
             return
         sys.meta_path.remove(finder)
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         path = list(sys.path)
-        sys.path.append(root)  # replicax may lie in a directory that only `python -m` has in its path
+        sys.path.append(root)  # replicax may be in a directory that only `python -m` adds to sys.path
         try:
             importlib.import_module("replicax.compat").install()
         finally:
@@ -87,13 +87,13 @@ def install_after_jax() -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """Runs ``-m MODULE …`` or ``SCRIPT …`` in the place of the module ``__main__``, as python would."""
+    """Runs ``-m MODULE …`` or ``SCRIPT …`` as ``__main__``, like python does."""
     try:
         if arguments[0] == "-m":
             _set_path(os.getcwd())
             sys.argv = arguments[1:]
             _become_main(None, None)
-            runpy._run_module_as_main(arguments[1])  # type: ignore[attr-defined]  # what python itself calls
+            runpy._run_module_as_main(arguments[1])  # type: ignore[attr-defined]  # python itself calls this
         elif pkgutil.get_importer(arguments[0]) is not None:  # a directory or a zip file
             _set_path(os.path.abspath(arguments[0]))
             sys.argv = arguments
@@ -118,7 +118,7 @@ def _set_path(first: str) -> None:
 
 
 def _become_main(file: str | None, loader: SourceFileLoader | None) -> dict[str, Any]:
-    """The namespace of ``__main__``, as python gives it to a program."""
+    """Resets the namespace of ``__main__`` to its state at the start of a program."""
     namespace = vars(sys.modules["__main__"])
     builtins, annotated = namespace["__builtins__"], "__annotations__" in namespace
     namespace.clear()
@@ -134,7 +134,7 @@ def _become_main(file: str | None, loader: SourceFileLoader | None) -> dict[str,
 def _code_of(script: str) -> CodeType:
     try:
         with io.open_code(script) as file:
-            compiled: CodeType | None = pkgutil.read_code(file)  # of a .pyc file
+            compiled: CodeType | None = pkgutil.read_code(file)  # None unless it is a .pyc file
             if compiled is not None:
                 return compiled
             file.seek(0)
@@ -147,7 +147,7 @@ def _code_of(script: str) -> CodeType:
 
 
 def _hide_our_frames(error: BaseException) -> None:
-    """Has the program's own hook for uncaught errors see a traceback that begins in the program."""
+    """Removes our frames from the traceback that ``sys.excepthook`` gets."""
     hook = sys.excepthook
 
     def show(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
@@ -160,7 +160,7 @@ def _hide_our_frames(error: BaseException) -> None:
 
 
 if __name__ == "__main__":
-    # The program takes over the module __main__, and so what goes on in it has to lie in another one.
+    # The program resets the namespace of __main__, so the code of this file must run in another module.
     spec: Any = spec_from_file_location("_replicax_bootstrap", __file__)
     bootstrap = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(bootstrap)

@@ -1,4 +1,4 @@
-"""What takes the places of JAX's functions: plain ones, with JAX's signatures and JAX's meanings."""
+"""The replacements of ``jax.pmap``, ``jax.device_put_replicated`` and ``jax.device_put_sharded``."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ def pmap(
     axis_size: int | None = None,
     donate_argnums: int | Iterable[int] = (),
 ) -> MappedFunction[R]:
-    """:func:`replicax.pmap` with the signature of ``jax.pmap`` and its meaning of ``out_axes=None``.
+    """:func:`replicax.pmap` with the signature of ``jax.pmap`` and the ``out_axes=None`` semantics of JAX.
 
-    There JAX does not ask whether the replicas agree: each device keeps the value of its own (first) replica, and
-    whoever reads the array reads replica 0's.
+    As in JAX, results with ``out_axes=None`` may differ between replicas: each device keeps the value of its first
+    replica, and reading the array returns the value of replica 0.
 
     Args:
         fun: The program of one replica.
-        axis_name: A name of the mapped axis, for collectives.
-        in_axes: Which axis of each positional argument is mapped.
-        out_axes: Where the mapped axis goes in the result.
+        axis_name: The name of the mapped axis, for collectives.
+        in_axes: The mapped axis of each positional argument.
+        out_axes: The position of the mapped axis in each result.
         static_broadcasted_argnums: The positions of arguments that are compile-time constants.
-        devices: The devices to use; all of the backend's when None. One that stands several times counts once.
+        devices: The devices to use; all devices of the backend when None. Duplicates count once.
         backend: The platform to use.
-        axis_size: The number of replicas. Needed only if no argument is mapped.
+        axis_size: The number of replicas. Required only if no argument is mapped.
         donate_argnums: The positions of arguments whose buffers the program may reuse.
 
     Returns:
-        ``fun`` for all replicas, as of :func:`replicax.pmap`.
+        A callable that runs ``fun`` for all replicas, like the result of :func:`replicax.pmap`.
 
     Raises:
-        ReplicaxError: as :func:`replicax.pmap`, except that results with ``out_axes=None`` may differ.
+        ReplicaxError: the errors of :func:`replicax.pmap`, except ``DivergentOutputError``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -83,27 +83,28 @@ def pmap(
 
 
 def _that_exist(fun: Function, positions: int | Iterable[int]) -> tuple[int, ...]:
-    """The donated positions without those that the function does not have, which ``jax.pmap`` ignores."""
+    """The donated positions that the function has. ``jax.pmap`` ignores the others."""
     numbers = tuple(positions) if isinstance(positions, Iterable) else (positions,)
     return tuple(i for i in numbers if not isinstance(i, int) or takes_position(fun, i))
 
 
 def device_put_replicated(x: Tree, devices: Sequence[jax.Device]) -> Tree:
-    """One copy of every array on each device, as JAX before 0.10 had it.
+    """Copies every array to each device, like ``jax.device_put_replicated`` before JAX 0.10.
 
-    Each device is sent one copy of its own: none holds the stack of them, nor does the host.
+    Each device receives one copy. Neither a device nor the host ever holds the stack of all copies.
 
     Args:
-        x: A pytree of arrays and scalars of any shapes ``(...)``.
-        devices: The devices; one that stands several times, for several replicas, has a row for each.
+        x: A pytree of arrays and scalars of any shape ``(...)`` and dtype.
+        devices: The devices. A device that appears several times, for several replicas, gets one row for each.
 
     Returns:
-        The same tree, its arrays of shape ``(len(devices), ...)``, row i on ``devices[i]``. Where devices stand for
-        several replicas, the rows lie where :func:`pmap` puts results.
+        The same pytree with ``jax.Array`` leaves of shape ``(len(devices), ...)`` and the same dtypes, row i on
+        ``devices[i]``. If a device appears several times, the arrays are sharded as results of :func:`pmap`.
 
     Raises:
-        NotAnArrayError: naming every leaf that is no array.
-        DevicesError: ``devices`` is empty, or no list of devices of one platform.
+        NotAnArrayError: lists every leaf that is not an array.
+        OptionTypeError: ``devices`` is not a list.
+        DevicesError: ``devices`` is empty, contains a non-device, or mixes platforms.
 
     Example:
         >>> import jax, numpy as np
@@ -113,30 +114,31 @@ def device_put_replicated(x: Tree, devices: Sequence[jax.Device]) -> Tree:
     """
     real, count = distinct(devices)
     check_arrays("device_put_replicated", x)
-    if len(real) < count:  # each real device is sent one copy, and makes those of its replicas
+    if len(real) < count:  # each real device receives one copy, and copies it for its replicas
         return replicate(x, count, devices=real)
     with _jax.own_mesh():
         return jax.tree.map(lambda leaf: _rows_on([leaf] * count, real), x)
 
 
 def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) -> Tree:
-    """One tree on each device, as one tree of arrays, as JAX before 0.10 had it.
+    """Copies one pytree to each device, like ``jax.device_put_sharded`` before JAX 0.10.
 
-    Each device is sent its own shard alone: nobody holds the stack of them.
+    Each device receives only its own shard. Neither a device nor the host ever holds the stack of all shards.
 
     Args:
-        shards: A list of pytrees, one for each device, with the same structure, shapes ``(...)`` and dtypes.
-        devices: The devices; one that stands several times, for several replicas, gets a shard for each.
+        shards: A list of pytrees, one per device, with the same structure, shapes ``(...)`` and dtypes.
+        devices: The devices. A device that appears several times, for several replicas, gets one shard for each.
 
     Returns:
-        One such tree, its arrays of shape ``(len(devices), ...)``, row i, of ``shards[i]``, on ``devices[i]``. Where
-        devices stand for several replicas, the rows lie where :func:`pmap` puts results.
+        One pytree of the same structure with ``jax.Array`` leaves of shape ``(len(devices), ...)`` and the same
+        dtypes. Row i has the values of ``shards[i]`` and is on ``devices[i]``. If a device appears several times, the
+        arrays are sharded as results of :func:`pmap`.
 
     Raises:
-        OptionTypeError: ``shards`` is no list.
-        ShardsError: there is not one shard for each device, or they differ in structure, shapes or dtypes.
-        NotAnArrayError: naming every leaf that is no array.
-        DevicesError: ``devices`` is empty, or no list of devices of one platform.
+        OptionTypeError: ``shards`` or ``devices`` is not a list.
+        ShardsError: the number of shards is not the number of devices, or they differ in structure, shapes or dtypes.
+        NotAnArrayError: lists every leaf that is not an array.
+        DevicesError: ``devices`` is empty, contains a non-device, or mixes platforms.
 
     Example:
         >>> import jax, numpy as np
@@ -146,14 +148,14 @@ def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) ->
     """
     if isinstance(shards, str) or not isinstance(shards, Sequence):
         raise OptionTypeError(
-            f"device_put_sharded: shards must be a list with one tree of arrays for each device, and is of type "
-            f"{type(shards).__name__}. Write list(shards) if its elements are the shards."
+            f"device_put_sharded: shards must be a list with one tree of arrays per device, got "
+            f"{type(shards).__name__}. If its elements are the shards, write list(shards)."
         )
     real, count = distinct(devices)
     if len(shards) != count:
         raise ShardsError(
-            f"device_put_sharded was given {len(shards)} shards for {count} devices. Pass one shard for each "
-            f"device, or pass the rows of an array of any length to pmap as they are, which spreads them itself."
+            f"device_put_sharded needs one shard per device, got {len(shards)} shards for {count} devices. Pass one "
+            f"shard per device. Or pass an array of any length directly to pmap, which shards it."
         )
     check_arrays("device_put_sharded", list(shards))
     _check_alike(shards)
@@ -162,19 +164,19 @@ def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) ->
 
 
 def put_rows(x: Array | HostArray, devices: Sequence[jax.Device]) -> jax.Array:
-    """An array whose leading axis is the replicas, where :func:`pmap` puts results; of a NumPy array a copy."""
+    """Shards an array of shape ``(replicas, ...)`` as results of :func:`pmap`. Copies a NumPy array."""
     where = layout("replicas", len(x), distinct(devices)[0]).result_sharding(0)
     with _jax.own_mesh():
         return jax.device_put(x if isinstance(x, jax.Array) else np.array(x), where)
 
 
 def _as_row(x: ArrayLike) -> Array | HostArray:
-    """The leaf with a leading axis of 1, where it lies; of a NumPy array a copy, since JAX may alias its memory."""
+    """Adds a leading axis of size 1, on the same device. Copies a NumPy array, because JAX may alias its memory."""
     return lax.expand_dims(x, (0,)) if isinstance(x, jax.Array) else np.array(x)[None]
 
 
 def _rows_on(rows: Sequence[ArrayLike], devices: tuple[jax.Device, ...]) -> Array:
-    """One array, of which each device has its replicas' rows; weakly typed as they are."""
+    """One array from the rows of all replicas, sharded over the devices; weakly typed if the rows are."""
     where = layout("replicas", len(rows), devices).result_sharding(0)
     shape = len(rows), *np.shape(rows[0])
     held = where.addressable_devices_indices_map(shape)
@@ -203,8 +205,8 @@ def _check_alike(shards: Sequence[PyTree]) -> None:
     if faults:
         raise ShardsError(
             report(
-                "device_put_sharded takes shards of the same structure, shapes and dtypes, and these differ:",
+                "device_put_sharded needs shards of the same structure, shapes and dtypes; these differ:",
                 faults,
-                "Pad or cast them to one shape and dtype first.",
+                "Pad or cast the shards to one shape and dtype first.",
             )
         )

@@ -1,7 +1,7 @@
-"""The functions of flax, chex and kfac-jax that build a mesh of all devices or read one shard: on any layout.
+"""Replacements of functions of flax, chex and kfac-jax that assume one row per device.
 
-They take one row a device for granted. Each is replaced by one of the same signature when its module is imported, or
-at once where that has happened already.
+Those functions build a mesh of all devices or read one shard. Each is replaced by a function with the same signature
+that works with any number of rows per device: when its module is imported, or immediately if it already is.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from replicax.compat._bootstrap import AfterImport
 from replicax.compat._functions import device_put_replicated, pmap, put_rows
 from replicax.compat._virtual import distinct, padded, program_devices
 
-#: Makes the replacement of a function of a module's.
+#: Creates the replacement of a function, from its module and the original function.
 Replace = Callable[[ModuleType, Function], Function]
 
 
 def first_replica(x: Array | HostArray) -> Array | HostArray:
-    """Replica 0's row of an array; the whole of one that has no mapped axis, and lies on all devices."""
+    """The row of replica 0. If the array has no mapped axis and is replicated over all devices, the whole array."""
     if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or isinstance(x.sharding, SingleDeviceSharding):
         return x[0]
     return unreplicate(x) if _has_rows(x) else x.addressable_shards[0].data
 
 
 def _has_rows(x: jax.Array) -> bool:
-    """Whether the leading axis is the replicas.
+    """Whether the leading axis is the replica axis.
 
-    That of a map's result is split along a mesh axis, be it of size 1. A map that calls back into Python loses that
-    where there is padding; there the axis' size has to do.
+    A result of a map is sharded over a mesh axis along its replica axis, even over a mesh axis of size 1. With padding
+    and a callback, XLA loses that sharding. Then the size of the axis decides.
     """
     if not isinstance(x.sharding, NamedSharding) or not x.sharding.is_fully_replicated:
         return True
@@ -113,7 +113,7 @@ def _kfac_get_first(module: ModuleType, original: Function) -> Function:
 
 
 def _kfac_on_all_devices(place: Callable[[PyTree, Sequence[jax.Device]], PyTree]) -> Replace:
-    """A function that puts a tree on all devices, by ``place(tree, devices)``."""
+    """Replaces a function that puts a pytree on all devices by ``place(tree, devices)``."""
 
     def replace(_: ModuleType, original: Any) -> Function:
         @functools.wraps(original)
@@ -133,7 +133,7 @@ def _put_rows(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
 
 
 def _mapped(**options: Any) -> Replace:
-    """What ``jax.pmap`` has returned to a module that was imported before it was replaced."""
+    """Replaces a map that a module created with JAX's own ``jax.pmap``, before replicax was installed."""
 
     def replace(_: ModuleType, original: Any) -> Function:
         return original if isinstance(original, MappedFunction) else pmap(original.__wrapped__, **options)
@@ -182,7 +182,7 @@ def _chex_assert_tree_is_sharded(_: ModuleType, original: Function) -> Function:
             held = tuple(dict.fromkeys(shard.device for shard in x.addressable_shards)), np.shape(x)[:1]
             if held != (real, (count,)):
                 faults.append(
-                    f"Tree leaf '{jax.tree_util.keystr(path)}' has shape {np.shape(x)} and lies on {held[0]}, "
+                    f"Tree leaf '{jax.tree_util.keystr(path)}' has shape {np.shape(x)} and is on {held[0]}, "
                     f"expected {count} rows on {real}."
                 )
         if faults:
@@ -191,7 +191,7 @@ def _chex_assert_tree_is_sharded(_: ModuleType, original: Function) -> Function:
     return assert_tree_is_sharded
 
 
-#: What replaces the functions of which module.
+#: The replacements, by module and function name.
 HELPERS: Mapping[str, Mapping[str, Replace]] = {
     "flax.jax_utils": {
         "replicate": _flax_replicate,
@@ -218,19 +218,19 @@ HELPERS: Mapping[str, Mapping[str, Replace]] = {
 
 
 class Helpers:
-    """The replaced functions, for as long as replicax is installed."""
+    """Replaces the functions while replicax is installed."""
 
     def __init__(self) -> None:
         self._back: dict[int, tuple[Function, Function]] = {}
         self._finder: Any = AfterImport(tuple(HELPERS), self.replace)
 
     def install(self) -> None:
-        """Replaces what is imported, and what will be."""
+        """Replaces the functions in modules that are already imported, and in later imports."""
         sys.meta_path.insert(0, self._finder)
         self.replace()
 
     def replace(self) -> None:
-        """Replaces those functions that are there by now."""
+        """Replaces the functions in modules that are already imported."""
         pairs = {}
         for name, replacements in HELPERS.items():
             module = sys.modules.get(name)
@@ -247,13 +247,13 @@ class Helpers:
         _swap(pairs)
 
     def uninstall(self) -> None:
-        """Puts back what was replaced."""
+        """Restores the original functions."""
         sys.meta_path.remove(self._finder)
         _swap(self._back)
 
 
 def _swap(pairs: Mapping[int, tuple[Function, Function]]) -> None:
-    """Puts the second of each pair wherever a module, or a table of a module's, has the first."""
+    """Replaces the first of each pair by the second, in all modules and in all module-level dicts."""
     if not pairs:
         return
     for module in list(sys.modules.values()):

@@ -1,4 +1,4 @@
-"""replicax in JAX's places, and JAX back in its own."""
+"""Installs replicax under JAX's own names, and restores JAX."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from replicax.compat._helpers import Helpers
 from replicax.compat._virtual import FUNCTIONS, REAL, guarded_mesh, see, seen, wanted
 from replicax.errors import ReplicasError
 
-#: The attributes of ``jax`` that are taken, and what takes them.
+#: The attributes of ``jax`` that are replaced, with their replacements.
 _OURS: dict[str, Function] = {
     "pmap": pmap,
     "device_put_replicated": device_put_replicated,
@@ -27,35 +27,35 @@ _OURS: dict[str, Function] = {
 
 _ABSENT = object()
 
-#: What the attributes were before; empty while nothing is installed.
+#: The original attributes; empty while nothing is installed.
 _before: dict[str, Any] = {}
 _helpers: list[Helpers] = []
 _mesh = Mesh.__new__
 
 
 def install(replicas: int | None = None) -> None:
-    """Puts :func:`replicax.compat.pmap` in the place of ``jax.pmap``, for the rest of the program.
+    """Replaces ``jax.pmap`` by :func:`replicax.compat.pmap`, for the rest of the program.
 
-    ``jax.device_put_replicated`` and ``jax.device_put_sharded``, which JAX 0.10 removed, come back, too. They are
-    plain attributes of ``jax``, which a mock can patch. Call it before the modules that use them are imported: a
-    ``from jax import pmap`` takes what it finds. A second call changes nothing.
+    Also restores ``jax.device_put_replicated`` and ``jax.device_put_sharded``, which JAX 0.10 removed. All three are
+    plain attributes of ``jax``, which a mock can patch. Call ``install`` before the modules that use them are
+    imported: ``from jax import pmap`` keeps the function that it imports. A second call has no effect.
 
-    With ``replicas`` the program sees that many devices, by ``jax.devices``, ``jax.local_devices``,
-    ``jax.device_count`` and ``jax.local_device_count``: lists in which a device stands for several replicas. JAX
-    itself and orbax see those that there are. The functions of flax, chex and kfac-jax that build a mesh of all
-    devices, or read one shard, are replaced by such as work on any layout, and ``jax.sharding.Mesh`` refuses a device
-    that stands in it several times.
+    With ``replicas``, ``jax.devices``, ``jax.local_devices``, ``jax.device_count`` and ``jax.local_device_count``
+    report that many devices: the lists contain a real device several times, once per replica. JAX itself and orbax
+    still see the real devices. Functions of flax, chex and kfac-jax that build a mesh of all devices, or read one
+    shard, are replaced by functions that work with any number of replicas per device. ``jax.sharding.Mesh`` rejects
+    duplicate devices.
 
     Args:
-        replicas: The number of devices that the program is to see, at least as many as there are. The environment's
-            REPLICAX_REPLICAS when None; without one of the two those that there are.
+        replicas: The number of devices that the program sees, at least the number of real devices. When None, the
+            environment variable REPLICAX_REPLICAS; if that is not set, the program sees the real devices.
 
     Raises:
-        OptionTypeError: ``replicas`` is no int.
-        ReplicasError: ``replicas`` is less than 1; or JAX has started already; or another number is installed.
+        OptionTypeError: ``replicas`` is not an int.
+        ReplicasError: ``replicas`` is less than 1, JAX has already started, or another number is installed.
 
     Warns:
-        RuntimeWarning: modules have taken JAX's own functions already.
+        RuntimeWarning: some modules have already imported JAX's own functions.
 
     Example:
         >>> import jax
@@ -69,33 +69,33 @@ def install(replicas: int | None = None) -> None:
 
 
 def _install(replicas: int | None, *, later: bool) -> None:
-    """Takes the places; with ``later`` also after the program has seen other devices."""
+    """Installs the replacements. With ``later``, ``replicas`` may change after the program has used JAX's devices."""
     if _before and replicas not in (None, now := seen()):
         raise ReplicasError(
-            f"replicas={replicas}: replicax is installed already, with replicas={now}, and what the program has "
-            f"counted so far would be wrong. Install it once, or call replicax.compat.uninstall() in between."
+            f"replicas={replicas}: replicax is already installed, with replicas={now}, and the program may have used "
+            f"that number. Install it once, or call replicax.compat.uninstall() first."
         )
     if not _before and replicas is not None and not later and _jax.devices_are_known():
         raise ReplicasError(
-            f"replicas={replicas}: the program has used JAX's devices already (made an array, or counted them), and "
-            f"what it knows of them would be wrong. Call replicax.compat.install right after the imports, or run the "
-            f"program with python -m replicax.compat --replicas {replicas}."
+            f"replicas={replicas}: the number of devices cannot change after the program has used JAX's devices "
+            f"already (created an array, or counted devices). Call replicax.compat.install right after the imports, "
+            f"or run the program with python -m replicax.compat --replicas {replicas}."
         )
     if not _before:
         see(replicas)
         _helpers.append(Helpers())
         _helpers[0].install()
-        setattr(Mesh, "__new__", staticmethod(guarded_mesh(_mesh)))  # noqa: B010  # as mypy has it
+        setattr(Mesh, "__new__", staticmethod(guarded_mesh(_mesh)))  # noqa: B010  # mypy rejects an assignment
     ours = _OURS | (FUNCTIONS if seen() is not None else {})
     for name, function in ours.items():
         present = vars(jax).get(name, _ABSENT)
-        if present is _before.setdefault(name, present):  # and not what a mock has put there since
+        if present is _before.setdefault(name, present):  # do not overwrite a mock
             setattr(jax, name, function)
     _warn_of_those_who_took(_before)
 
 
 def uninstall() -> None:
-    """Puts back what :func:`install` found, also where that was nothing. Without an install it does nothing.
+    """Restores the original attributes of ``jax``, and deletes those that did not exist. No effect without an install.
 
     Example:
         >>> import jax
@@ -120,14 +120,17 @@ def uninstall() -> None:
 
 @contextmanager
 def installed(replicas: int | None = None) -> Iterator[None]:
-    """:func:`install` for the length of a ``with`` block, or of a function that it decorates.
+    """:func:`install` for a ``with`` block, or, as a decorator, for a function.
 
     Args:
-        replicas: As of :func:`install`, also where JAX has started.
+        replicas: As in :func:`install`; allowed after JAX has started, too.
 
     Raises:
-        OptionTypeError: as :func:`install`.
-        ReplicasError: ``replicas`` is less than 1; or another number is installed.
+        OptionTypeError: ``replicas`` is not an int.
+        ReplicasError: ``replicas`` is less than 1, or another number is installed.
+
+    Warns:
+        RuntimeWarning: some modules have already imported JAX's own functions.
 
     Example:
         >>> import jax, numpy as np
@@ -157,7 +160,7 @@ def _warn_of_those_who_took(originals: Mapping[str, object]) -> None:
     )
     if took:
         warnings.warn(
-            f"These modules have taken JAX's own functions already, with `from jax import …`, and keep them: "
+            f"These modules have imported JAX's own functions already, with `from jax import …`, and keep them: "
             f"{', '.join(took)}. Call replicax.compat.install() before they are imported, or run the program with "
             f"python -m replicax.compat.",
             RuntimeWarning,

@@ -1,4 +1,4 @@
-"""The devices that a program sees under ``install(replicas=N)``: N of them, where a real one stands for several."""
+"""The devices that a program sees under ``install(replicas=N)``: N entries, several for each real device."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from replicax.errors import DevicesError, ReplicasError
 
 VARIABLE = "REPLICAX_REPLICAS"
 
-#: Packages that go on seeing the real devices: they place arrays and save them, which is not the program's business.
+#: Packages that see the real devices, because they place or save arrays.
 REAL = ("jax", "jaxlib", "orbax", "replicax")
 
-#: The number of devices that the program is to see; None where that is the real one.
+#: The number of devices that the program sees; None for the real number.
 _replicas: int | None = None
 
 
 def wanted(replicas: int | None) -> int | None:
-    """The number of replicas that was asked for, in the call or in the environment; None if it was not.
+    """The number of replicas from the argument or from the environment; None if neither is set.
 
     Raises:
-        OptionTypeError: it is no int.
-        ReplicasError: it is less than 1, or the environment has no number.
+        OptionTypeError: ``replicas`` is not an int.
+        ReplicasError: the number is less than 1, or the environment variable is not a number.
     """
     if replicas is not None:
         return _at_least_one(as_int("replicas", replicas), replicas, "replicas", "replicas=8")
@@ -42,15 +42,15 @@ def wanted(replicas: int | None) -> int | None:
 
 
 def number(said: str, where: str, right: str) -> int:
-    """The number of replicas that a text names.
+    """Parses a number of replicas.
 
     Args:
         said: The text.
-        where: What the user calls it.
-        right: What to write instead.
+        where: The name of its source, for the message.
+        right: An example of a valid setting, for the message.
 
     Raises:
-        ReplicasError: it is no number, or less than 1.
+        ReplicasError: the text is not a number, or the number is less than 1.
     """
     return _at_least_one(int(said) if said.strip().isdecimal() else 0, said, where, right)
 
@@ -58,54 +58,53 @@ def number(said: str, where: str, right: str) -> int:
 def _at_least_one(count: int, said: object, where: str, right: str) -> int:
     if count < 1:
         raise ReplicasError(
-            f"{where} is {said!r}, and must be the number of devices that the program is to see, 1 or more. "
-            f"Write {right}."
+            f"{where} must be the number of devices that the program sees, at least 1, got {said!r}. Write {right}."
         )
     return count
 
 
 def see(replicas: int | None) -> None:
-    """Lets the program see that many devices; with None the real ones."""
+    """Sets the number of devices that the program sees; None for the real devices."""
     global _replicas
     _replicas = replicas
 
 
 def seen() -> int | None:
-    """The number of devices that the program is to see; None where that is the real one."""
+    """The number of devices that the program sees; None for the real number."""
     return _replicas
 
 
 def _stand_ins(real: list[jax.Device]) -> list[jax.Device]:
-    """The list that the program sees in place of real devices: replica r on device ``r // L``, where maps have it."""
-    if _replicas is None or real[0].client is not _jax.devices()[0].client:  # such as the CPU beside a GPU
+    """The list that the program sees instead of the real devices: entry r is device ``r // L``, as in maps."""
+    if _replicas is None or real[0].client is not _jax.devices()[0].client:  # another platform, such as CPU next to GPU
         return real
     if jax.process_count() > 1:
         raise ReplicasError(
-            f"replicas={_replicas}: this run has {jax.process_count()} processes, and devices can stand for several "
-            f"replicas in a run of one process alone. Leave replicas out."
+            f"replicas={_replicas}: this run has {jax.process_count()} processes, but replicas supports only one "
+            f"process. Leave replicas out."
         )
     if _replicas < len(real):
         raise ReplicasError(
-            f"replicas={_replicas}: there are {len(real)} devices, and the program cannot see fewer of them. Write "
-            f"replicas={len(real)} or more, or hide devices from JAX, as with CUDA_VISIBLE_DEVICES."
+            f"replicas={_replicas}: there are {len(real)} devices, and the program cannot see fewer. Write "
+            f"replicas={len(real)} or more, or hide devices from JAX, for example with CUDA_VISIBLE_DEVICES."
         )
     lanes = -(-_replicas // len(real))
     return [real[r // lanes] for r in range(_replicas)]
 
 
 def program_devices() -> list[jax.Device]:
-    """The devices of this process as the program sees them."""
+    """The local devices as the program sees them."""
     return _stand_ins(_jax.local_devices())
 
 
 def padded() -> bool:
-    """Whether the devices have more lanes than the program sees devices, so that results are not split evenly."""
+    """Whether maps of that many replicas have padding lanes, so that their results are not sharded evenly."""
     real = len(_jax.devices())
     return _replicas is not None and _replicas % -(-_replicas // real) != 0
 
 
 def _for(asking: FrameType, real: list[jax.Device]) -> list[jax.Device]:
-    """What the one who asks is to see."""
+    """The devices for a caller: real ones for the packages in ``REAL``, else those that the program sees."""
     package = str(asking.f_globals.get("__name__")).partition(".")[0]
     return real if package in REAL else _stand_ins(real)
 
@@ -132,7 +131,7 @@ def _local_device_count(backend: str | None = None) -> int:
     return len(_for(sys._getframe(1), _jax.local_devices(backend=backend)))
 
 
-#: What takes the place of which attribute of ``jax``.
+#: The replacements of attributes of ``jax``.
 FUNCTIONS: dict[str, Function] = {
     "devices": _devices,
     "local_devices": _local_devices,
@@ -142,15 +141,15 @@ FUNCTIONS: dict[str, Function] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Lists in which a device stands several times
+# Lists with duplicate devices
 
 
 def distinct(devices: Sequence[jax.Device]) -> tuple[tuple[jax.Device, ...], int]:
-    """The devices of a list, each once, and the length of the list.
+    """The distinct devices of a list, and the length of the list.
 
     Raises:
-        OptionTypeError: it is no list.
-        DevicesError: it is empty, or holds something that is no device, or devices of several platforms.
+        OptionTypeError: ``devices`` is not a list.
+        DevicesError: ``devices`` is empty, contains a non-device, or mixes platforms.
     """
     if isinstance(devices, str) or not isinstance(devices, Iterable):
         return check_devices(devices), 0
@@ -160,7 +159,7 @@ def distinct(devices: Sequence[jax.Device]) -> tuple[tuple[jax.Device, ...], int
 
 
 def guarded_mesh(original: Function) -> Function:
-    """``Mesh.__new__`` that refuses a device that stands several times, which JAX takes, and fails on later."""
+    """``Mesh.__new__`` that rejects duplicate devices. JAX accepts them, and fails later."""
 
     @functools.wraps(original)
     def new(cls: type[Mesh], devices: Sequence[jax.Device] | HostArray, *args: object, **kwargs: object) -> Mesh:
@@ -168,11 +167,11 @@ def guarded_mesh(original: Function) -> Function:
         if len(times) < flat.size:
             raise DevicesError(
                 report(
-                    "A Mesh has each device once, and here",
-                    [f"{d!r} stands in it {times[id(d)]} times" for d in {id(d): d for d in flat}.values()][:8],
-                    "Under replicax.compat.install(replicas=…) jax.devices() is a list in which a device stands for "
-                    "several replicas: pmap, device_put_replicated and device_put_sharded take it. For a mesh write "
-                    "list(dict.fromkeys(jax.devices())), which are the real devices.",
+                    "A Mesh must contain each device once, but:",
+                    [f"{d!r} appears {times[id(d)]} times" for d in {id(d): d for d in flat}.values()][:8],
+                    "Under replicax.compat.install(replicas=…), jax.devices() contains a device once per replica. Pass "
+                    "that list only to pmap, device_put_replicated and device_put_sharded. For a mesh, write "
+                    "list(dict.fromkeys(jax.devices())), the real devices.",
                 )
             )
         return original(cls, devices, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Tests of SPMD programs: that a program computes under ``pmap`` what it computes under a reference."""
+"""Test utilities for SPMD programs: compare a program under ``pmap`` with a reference."""
 
 from replicax.errors import MismatchError as MismatchError
 from replicax.testing._check import check as check

@@ -1,4 +1,4 @@
-"""One call that holds a program against a reference."""
+"""Compares a program under ``pmap`` with a reference."""
 
 from __future__ import annotations
 
@@ -30,27 +30,28 @@ def check(
 ) -> None:
     """Checks that ``pmap(fun)`` computes what ``jax.vmap(fun)`` computes.
 
-    Results have to agree in structure, shape and dtype, and in value to rounding, element by element: |ours − right|
-    ≤ ``rtol`` · (|right| + min(1, the largest magnitude in the array)). Signed zeros and weak types are not told
-    apart.
+    Structures, shapes and dtypes must be equal. Values must agree up to rounding, elementwise: |ours − expected|
+    ≤ ``rtol`` · (|expected| + min(1, the largest magnitude in the array)). Signed zeros and weak types are ignored.
 
     Args:
         fun: The program of one replica.
-        args: Its arguments, with the mapped axis in them.
-        axis_name: As for :func:`replicax.pmap`.
-        in_axes: Likewise.
-        out_axes: Likewise.
-        axis_size: Likewise.
-        devices: Likewise.
-        reference: What is right: ``jax.vmap``, or :func:`lockstep` where ``vmap`` has no rule or a wrong one.
-        derivatives: Whether to compare also the derivatives, from outside, of a weighted sum of all results by all
-            floating-point arguments, of which there must be one.
-        rtol: The relative tolerance; by default 1e-5 for float32, and two units in the last place for types of 16
-            bits and less.
+        args: Its positional arguments, with the mapped axis: arrays of shape ``(replicas, ...)`` for ``in_axes=0``.
+        axis_name: As in :func:`replicax.pmap`.
+        in_axes: As in :func:`replicax.pmap`.
+        out_axes: As in :func:`replicax.pmap`.
+        axis_size: As in :func:`replicax.pmap`.
+        devices: As in :func:`replicax.pmap`.
+        reference: The reference: ``jax.vmap``, or :func:`lockstep` if ``vmap`` has no rule or a wrong one.
+        derivatives: Whether to compare also the gradients of a weighted sum of all results with respect to all
+            floating-point arguments. At least one argument must be floating-point.
+        rtol: The relative tolerance. The default is about 1e-5 for float32, and twice the machine epsilon for dtypes of
+            at most 16 bits.
         kwargs: Keyword arguments, mapped along axis 0.
 
     Raises:
-        MismatchError: naming every result or derivative that differs, and by how much.
+        MismatchError: lists every result or gradient that differs, and by how much; or ``derivatives`` is set and no
+            argument is floating-point.
+        ReplicaxError: any error of :func:`replicax.pmap`.
 
     Example:
         >>> import jax, numpy as np, replicax.testing
@@ -60,7 +61,7 @@ def check(
     options = {key: value for key, value in options.items() if value is not None or key in ("in_axes", "out_axes")}
     mapped = pmap(fun, devices=devices, **options)
     right = reference(fun, **options)
-    compiled = jax.jit if reference is jax.vmap else _as_it_is  # a reference of the user's may need concrete values
+    compiled = jax.jit if reference is jax.vmap else _as_it_is  # another reference may need concrete values
     kwargs = dict(kwargs or {})
     compare(lambda path: f"result{keystr(path)}", mapped(*args, **kwargs), compiled(right)(*args, **kwargs), rtol)
     if derivatives:
@@ -79,15 +80,18 @@ def gradient(
     kwargs: Mapping[str, PyTree],
     compiled: Callable[[Function], Function],
 ) -> dict[str, jax.Array]:
-    """The derivative of a scalar that depends on every floating-point result, by each floating-point argument.
+    """The gradient of a weighted sum of all floating-point results, by each floating-point argument.
 
-    Each element has a weight of its own, so that none can stand for another.
+    Each element has its own weight, so that swapped elements change the gradient.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path((args, dict(kwargs)))
     leaves = [x for _, x in paths]
     smooth = [i for i, x in enumerate(leaves) if _is_differentiable(x)]
     if not smooth:
-        raise MismatchError("derivatives=True, but no argument is floating-point: there is no derivative to compare.")
+        raise MismatchError(
+            "derivatives=True, but no argument is floating-point, so there is no derivative to compare. Pass a "
+            "floating-point argument, or leave derivatives out."
+        )
 
     def scalar(values: Sequence[jax.Array]) -> jax.Array:
         changed = list(leaves)
@@ -116,14 +120,14 @@ def _is_differentiable(x: ArrayLike) -> bool:
 
 
 def compare(label: Callable[[KeyPath], str], ours: PyTree, theirs: PyTree, rtol: float | None = None) -> None:
-    """Checks two trees of arrays leaf by leaf, each called what ``label`` makes of its path.
+    """Compares two pytrees of arrays leaf by leaf. ``label`` maps the path of a leaf to its name in the message.
 
     Raises:
-        MismatchError: naming every leaf that differs.
+        MismatchError: lists every leaf that differs.
     """
     if (structure := jax.tree.structure(ours)) != (expected := jax.tree.structure(theirs)):
         raise MismatchError(
-            f"{label(())}: pmap returns the structure {structure}, and the reference returns {expected}."
+            f"{label(())}: pmap returns the structure {structure}, but the reference returns {expected}."
         )
     paths = jax.tree_util.tree_leaves_with_path(ours)
     faults = [
@@ -132,13 +136,13 @@ def compare(label: Callable[[KeyPath], str], ours: PyTree, theirs: PyTree, rtol:
         if (fault := difference(x, y, rtol))
     ]
     if faults:
-        raise MismatchError(report("pmap does not compute what the reference computes:", faults, ""))
+        raise MismatchError(report("pmap and the reference computed different values:", faults, ""))
 
 
 def difference(ours: Array, theirs: Array, rtol: float | None = None) -> str | None:
-    """What tells two arrays apart, or None when nothing does."""
+    """Describes the difference between two arrays; None if they agree."""
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
-        return f"{ours.dtype}{list(ours.shape)}, and the reference is {theirs.dtype}{list(theirs.shape)}"
+        return f"pmap returns {ours.dtype}{list(ours.shape)}, but the reference {theirs.dtype}{list(theirs.shape)}"
     if jnp.issubdtype(ours.dtype, jax.dtypes.prng_key):
         ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
     x, y = np.asarray(ours), np.asarray(theirs)
@@ -156,9 +160,9 @@ def difference(ours: Array, theirs: Array, rtol: float | None = None) -> str | N
     if not wrong.any():
         return None
     at = tuple(int(i) for i in np.argwhere(wrong)[0])
-    return f"{int(wrong.sum())} of {x.size} elements differ, first at {at}: {x[at]} where the reference has {y[at]}"
+    return f"{int(wrong.sum())} of {x.size} elements differ, first at {at}: {x[at]}, but the reference has {y[at]}"
 
 
 def _tolerance(dtype: DType) -> float:
-    """The relative rounding that sums in another order may show: some units in the last place."""
+    """The default relative tolerance: a sum in another order may differ by some units in the last place."""
     return (100 if jnp.finfo(dtype).bits > 16 else 2) * float(jnp.finfo(dtype).eps)

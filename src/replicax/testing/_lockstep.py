@@ -1,10 +1,9 @@
-"""A reference that runs replicas in lock step: equation by equation, all replicas stacked along a first axis.
+"""A slow reference: runs all replicas in lock step, equation by equation, stacked along a leading axis.
 
-It shares nothing with the engine but the tracing of the program. Arguments and results are cut and joined along their
-axes by ``jax.vmap``. A collective is the definition in its registry entry, which is what NumPy's documentation would
-make of that in JAX's: a sum, a maximum, a concatenation along the first axis. There are definitions where ``jax.vmap``
-has no rule, or a wrong one (found with JAX 0.12: the derivative of a ``cond`` that replicas disagree on and that
-communicates). It is slow.
+It shares only the tracing of the program with the engine. ``jax.vmap`` slices the arguments and stacks the results. A
+collective runs the definition in its registry entry, which follows JAX's documentation in plain ``jax.numpy``: a sum, a
+maximum or a concatenation along the leading axis. So it also covers programs for which ``jax.vmap`` has no rule, or a
+wrong one (in JAX 0.12: the derivative of a ``cond`` that communicates and that replicas disagree on).
 """
 
 from __future__ import annotations
@@ -28,21 +27,22 @@ def lockstep(
     axis_name: Hashable | None = None,
     axis_size: int | None = None,
 ) -> Function:
-    """Maps ``fun`` as ``jax.vmap`` does, replica beside replica, on one device.
+    """Maps ``fun`` like ``jax.vmap``, with all replicas in lock step on one device.
 
     Args:
         fun: The program of one replica.
-        in_axes: As for :func:`replicax.pmap`.
-        out_axes: Likewise.
-        axis_name: Likewise.
-        axis_size: Likewise.
+        in_axes: As in ``jax.vmap``.
+        out_axes: As in ``jax.vmap``.
+        axis_name: The name of the mapped axis, for collectives.
+        axis_size: The number of replicas. Required only if no argument is mapped.
 
     Returns:
-        A function of the mapped arguments that returns the mapped results.
+        A function that takes arguments with the mapped axis, of shape ``(replicas, ...)`` for ``in_axes=0``, and
+        returns results with the mapped axis.
 
     Raises:
-        UnsupportedCollectiveError: when called, for a collective that it has no definition of.
-        DivergentOutputError: when called, for ``out_axes=None`` where replicas differ.
+        UnsupportedCollectiveError: on a call, if the program has a collective without a definition.
+        DivergentOutputError: on a call, if results with ``out_axes=None`` differ between replicas.
 
     Example:
         >>> import jax, numpy as np, replicax.testing
@@ -59,7 +59,7 @@ def lockstep(
             return leaves
 
         together = jax.vmap(one_replica, in_axes=in_axes, axis_size=axis_size)(*args, **kwargs)
-        stacked = [jnp.asarray(x) for x in together]  # a NumPy array passes through a vmap as it is
+        stacked = [jnp.asarray(x) for x in together]  # vmap returns a NumPy array unchanged
         size = stacked[0].shape[0] if stacked else int(axis_size or 0)
         one_args, one_kwargs = jax.tree.unflatten(trees[0], [x[0] for x in stacked])
         name = object() if axis_name is None else axis_name
@@ -71,7 +71,7 @@ def lockstep(
 
 
 def _placed(results: Sequence[jax.Array], out: PyTree, out_axes: PyTree, size: int) -> PyTree:
-    """The results of all replicas, each with the mapped axis where ``out_axes`` has it, nested as one replica's."""
+    """Moves the mapped axis of each result to its ``out_axes``, and restores the pytree structure."""
     same = jax.tree.map(lambda axis: axis is None, out_axes, is_leaf=lambda axis: axis is None)
     rows = [
         (_only(x), None) if equal else (x, 0)
@@ -88,12 +88,14 @@ def _placed(results: Sequence[jax.Array], out: PyTree, out_axes: PyTree, size: i
 
 def _only(x: jax.Array) -> jax.Array:
     if not isinstance(x, jax.core.Tracer) and not bool((x == x[:1]).all()):
-        raise DivergentOutputError("out_axes=None, but the replicas' results differ. Give an int to get them all.")
+        raise DivergentOutputError(
+            "out_axes=None, but the results differ between replicas. Write an int in out_axes to get all of them."
+        )
     return x[0]
 
 
 class _Interpreter:
-    """Runs a jaxpr on stacked values, ``(replicas, ...)`` each."""
+    """Runs a jaxpr on stacked values of shape ``(replicas, ...)``."""
 
     def __init__(self, name: Hashable, size: int) -> None:
         self.name = name
@@ -142,7 +144,9 @@ class _Interpreter:
                 return [_select(chosen, results) for results in zip(*cases, strict=True)]
         if len(subs) == 1:  # jit, remat, custom_jvp, custom_vjp
             return self.closed(subs[0], args)
-        raise UnsupportedCollectiveError(f"lockstep has no definition of {eqn.primitive.name}")
+        raise UnsupportedCollectiveError(
+            f"lockstep does not support a collective inside {eqn.primitive.name}. Use jax.vmap as the reference."
+        )
 
     def communicates(self, jaxpr: _jax.Jaxpr) -> bool:
         return any(
@@ -175,7 +179,9 @@ class _Interpreter:
     def collective(self, eqn: _jax.Equation, *args: Array) -> Array:
         entry = REGISTRY.get(eqn.primitive.name)
         if entry is None:
-            raise UnsupportedCollectiveError(f"lockstep has no definition of {eqn.primitive.name}")
+            raise UnsupportedCollectiveError(
+                f"lockstep has no definition of {eqn.primitive.name}. Use jax.vmap as the reference."
+            )
         return entry.on_rows(self.size, args, eqn.params)
 
 

@@ -47,13 +47,13 @@ def groups_of(primitive: str, axis_index_groups: IndexGroups, size: int, *, of_o
         return None
     if sorted(chain.from_iterable(axis_index_groups)) != list(range(size)):
         raise CollectiveArgumentError(
-            f"{primitive}: axis_index_groups={shown(axis_index_groups)} must hold each of the {size} replicas' "
-            f"indices, 0 to {size - 1}, exactly once."
+            f"{primitive}: axis_index_groups={shown(axis_index_groups)} must contain each replica index from 0 to "
+            f"{size - 1} exactly once."
         )
     if of_one_size and len(set(map(len, axis_index_groups))) > 1:
         raise CollectiveArgumentError(
-            f"{primitive}: the groups of axis_index_groups={shown(axis_index_groups)} must be of one size, because "
-            f"the result's shape depends on it. psum, pmax and pmin take groups of different sizes."
+            f"{primitive}: the groups of axis_index_groups={shown(axis_index_groups)} must have the same size, because "
+            f"the shape of the result depends on it. Only psum, pmax and pmin accept groups of different sizes."
         )
     return groups([group for group in axis_index_groups if group], size)
 

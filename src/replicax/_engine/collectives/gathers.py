@@ -167,7 +167,7 @@ def psum_scatter(
         CollectiveArgumentError: The operand is of dtype bool, for which JAX has no sum here.
     """
     if x.dtype == bool:
-        raise CollectiveArgumentError("psum_scatter: JAX has no sum of bool here. Convert the operand to int32 first.")
+        raise CollectiveArgumentError("psum_scatter does not support bool in JAX. Convert the operand to int32 first.")
     names, scatter_dimension = as_names(axis_name), scatter_dimension % x.ndim
     split = groups_of("psum_scatter", axis_index_groups, size_of(logical, names), of_one_size=True)
     axis = only_axis(logical, names)

@@ -88,10 +88,10 @@ def permutation(perm: Sequence[tuple[int, int]], size: int) -> Table:
             f"ppermute: perm={shown(perm)} must hold pairs (source, destination) of replica indices from 0 to "
             f"{size - 1}, with no source and no destination twice. "
             + (
-                f"Out of range: {shown(out_of_range)}. (Over several axes of which a vmap inside the mapped function "
-                f"binds one, JAX has no ppermute: communicate over one axis after the other.)"
+                f"Out of range: {shown(out_of_range)}. (JAX has no ppermute over several axes if a vmap inside the "
+                f"mapped function binds one of them: communicate over one axis after the other.)"
                 if out_of_range
-                else "To send to several, use all_gather."
+                else "To send to several replicas, use all_gather."
             )
         )
     sources = np.full(size, NOTHING)
@@ -120,7 +120,7 @@ def pbroadcast(logical: LogicalAxes, x: Array, *, axis_name: Names | Hashable, s
     names = as_names(axis_name)
     size = size_of(logical, names)
     if not 0 <= source < size:
-        raise CollectiveArgumentError(f"pbroadcast: source={source} must be a replica's index, from 0 to {size - 1}.")
+        raise CollectiveArgumentError(f"pbroadcast: source={source} must be a replica index from 0 to {size - 1}.")
     axis = only_axis(logical, names)
     if axis is None:
         return gather(logical, names, x)[source]
@@ -135,9 +135,9 @@ def pbroadcast(logical: LogicalAxes, x: Array, *, axis_name: Names | Hashable, s
 
 refuse(
     "psend",
-    because="JAX has one-sided sends on GPUs alone, and without a rule for vmap. Send and receive with ppermute.",
+    because="JAX supports one-sided sends only on GPUs, without a vmap rule. Send and receive with ppermute.",
 )
 refuse(
     "precv",
-    because="JAX has one-sided receives on GPUs alone, and without a rule for vmap. Send and receive with ppermute.",
+    because="JAX supports one-sided receives only on GPUs, without a vmap rule. Send and receive with ppermute.",
 )

@@ -106,9 +106,9 @@ class Collective:
         for name, value in params.items():
             if name not in named and value is not None and value is not False:
                 raise UnsupportedCollectiveError(
-                    f"{self.called} has the parameter {name}={value!r:.60} in JAX {_jax.VERSION}, and replicax does "
-                    f"not know what it means. Leave {name} out of the call, or install a release of replicax that "
-                    f"knows it."
+                    f"{self.called} has the parameter {name}={value!r:.60} in JAX {_jax.VERSION}, which this release "
+                    f"of replicax does not support. Leave {name} out of the call, or install a newer release of "
+                    f"replicax."
                 )
         return {name: value for name, value in params.items() if name in named}
 
@@ -174,7 +174,7 @@ def refuse(*primitives: str, because: str) -> None:
 def unsupported(primitive: str, axes: Sequence[Hashable]) -> UnsupportedCollectiveError:
     """Returns the error for a primitive that is not in the registry."""
     names = sorted({name for entry in REGISTRY.values() for name in entry.names})
-    reason = REFUSED.get(primitive, "Express the exchange with those, for example with all_gather and indexing.")
+    reason = REFUSED.get(primitive, "Use one of these instead, for example all_gather and indexing.")
     return UnsupportedCollectiveError(
         f"{primitive} over the mapped axis {', '.join(map(repr, axes))}: replicax has no rule for this collective. "
         f"It has rules for {', '.join(names)}. {reason}"

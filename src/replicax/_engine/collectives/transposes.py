@@ -78,8 +78,8 @@ def all_to_all(
     """
     if not tiled and min(split_axis, concat_axis) < 0:
         raise CollectiveArgumentError(
-            "all_to_all: split_axis or concat_axis counts from the end, which this release of JAX gets wrong unless "
-            "tiled=True. Count from the front."
+            "all_to_all: split_axis and concat_axis must not be negative, because this release of JAX computes a wrong "
+            "result unless tiled=True. Count the axes from the front."
         )
     names, split_axis, concat_axis = as_names(axis_name), split_axis % x.ndim, concat_axis % x.ndim
     size = size_of(logical, names)
@@ -207,8 +207,8 @@ def ragged_all_to_all(
     size, rows = size if split is None else len(split.groups[0]), operand.shape[0]
     if input_offsets.shape[0] % size:
         raise CollectiveArgumentError(
-            f"ragged_all_to_all: input_offsets has {input_offsets.shape[0]} elements, which {size} replicas do not "
-            f"divide. It needs as many slices for each replica."
+            f"ragged_all_to_all: input_offsets has {input_offsets.shape[0]} elements, which is not a multiple of the "
+            f"number of replicas, {size}. Pass the same number of slices for each replica."
         )
 
     def from_all(x: Array) -> Array:
