@@ -261,8 +261,8 @@ BAD = {
     "must be a list of pairs": lambda x: lax.ppermute(x, AXIS, [(0, 1.5)]),
     "psum_scatter does not support bool": lambda x: lax.psum_scatter(jnp.stack([x] * 6) > 0, AXIS),
     "pbroadcast: source=6 must be a replica index from 0 to 5": lambda x: lax.pbroadcast(x, AXIS, 6),
-    "input_offsets has 4 elements, which is not a multiple of the number of": lambda x: (
-        lax.ragged_all_to_all(x, x, *[jnp.zeros(4, jnp.int32)] * 4, axis_name=AXIS)
+    "input_offsets has 4 elements, which is not a multiple of the number of": lambda x: lax.ragged_all_to_all(
+        x, x, *[jnp.zeros(4, jnp.int32)] * 4, axis_name=AXIS
     ),
 }
 
