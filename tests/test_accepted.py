@@ -161,7 +161,8 @@ def test_references_that_a_function_closes_over_are_refused():
             f"{name} must not close over references to arrays (jax.Ref), but uses:",
             "  * one of shape (2,) and dtype float32",
             "Pass the value, ref[...], as an argument (with None in in_axes to pass it whole to every replica), and "
-            "return the new value. References that the mapped function creates itself, with jax.new_ref, are supported.",
+            "return the new value. References that the mapped function creates itself, with jax.new_ref, are "
+            "supported.",
         ]
     close(ref[...], np.zeros(2))
 
