@@ -51,15 +51,15 @@ def test_in_axes_without_an_entry_for_a_static_argument():
     with pytest.raises(replicax.AxisSpecError) as caught:
         mapped(x, "train", x, x, 1.0)
     assert str(caught.value).splitlines() == [
-        "in_axes=(0, 0, 0, None) is of length 4, and the function was called with 5 positional argument(s), static "
-        "ones among them:",
+        "in_axes=(0, 0, 0, None) has length 4, but the function was called with 5 positional argument(s), including "
+        "static ones:",
         "  * x: in_axes[0] is 0",
         "  * mode (static): in_axes[1] is 0",
         "  * y: in_axes[2] is 0",
         "  * z: in_axes[3] is None",
         "  * w: no entry",
-        "Give one entry for each positional argument; that of a static argument is not used, and None will do. Write "
-        "in_axes=(0, None, 0, 0, None), or a single int for all of them.",
+        "Write one entry per positional argument. The entry of a static argument is not used, so write None. For "
+        "example, write in_axes=(0, None, 0, 0, None), or a single int for all of them.",
     ]
     right = pmap(lambda x, mode, y, z, w: x + y + z + w, in_axes=(0, None, 0, 0, None), static_broadcasted_argnums=1)
     close(right(x, "train", x, x, 1.0), 3 * x + 1)
@@ -130,10 +130,10 @@ def test_references_among_the_arguments_are_refused_by_name():
         with pytest.raises(replicax.NotAnArrayError) as caught:
             call()
         assert str(caught.value).splitlines() == [
-            "pmap maps arrays, and these arguments are references to arrays (jax.Ref):",
+            "pmap arguments must be arrays; these are references to arrays (jax.Ref):",
             "  * ref of shape (13,)",
-            "Pass the values and return the new ones, as in ref = jax.new_ref(pmap(f)(ref[...])). A reference that the "
-            "mapped function makes itself, with jax.new_ref, may be read and written there.",
+            "Pass the value and return the new value, as in ref = jax.new_ref(pmap(f)(ref[...])). References that the "
+            "mapped function creates itself, with jax.new_ref, are supported.",
         ]
     for _ in range(2):
         ref = jax.new_ref(pmap(lambda value, x: value + x)(ref[...], x))
@@ -158,11 +158,11 @@ def test_references_that_a_function_closes_over_are_refused():
         with pytest.raises(replicax.NotAnArrayError) as caught:
             pmap(fun)(rows(13, 3))
         assert str(caught.value).splitlines() == [
-            f"{name} reads or writes references to arrays (jax.Ref) that are not its own:",
+            f"{name} must not close over references to arrays (jax.Ref), but uses:",
             "  * one of shape (2,) and dtype float32",
-            "Pass the value, ref[...], as an argument (with None in in_axes every replica gets it whole), and return "
-            "what is to be written. A reference that the mapped function makes itself, with jax.new_ref, may be read "
-            "and written there.",
+            "Pass the value, ref[...], as an argument (with None in in_axes to pass it whole to every replica), and "
+            "return the new value. References that the mapped function creates itself, with jax.new_ref, are "
+            "supported.",
         ]
     close(ref[...], np.zeros(2))
 

@@ -288,7 +288,7 @@ EXPLAINED = {
     ),
     "under jit": (
         lambda call: under_jit(call, {"a": rows(8, 2)}, 1, w=rows(8)),
-        "it is called inside a transformation such as jit, grad or vmap, and was eagerly",
+        "it is called inside a transformation such as jit, grad or vmap, and was called eagerly",
     ),
 }  # fmt: skip
 

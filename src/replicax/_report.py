@@ -50,6 +50,7 @@ def show_replicas(x: ArrayLike, name: str = "array", *, axis: int = 0, console: 
 
     Raises:
         NotAnArrayError: ``x`` is not an array (a pytree, for example), or is a tracer.
+        TypeError: ``axis`` is not an int.
         AxisSpecError: ``x`` does not have this axis, or the axis has size 0.
 
     Example:

@@ -52,7 +52,7 @@ class Signature:
         found += _values(self.static, earlier.static, str)
         found += _values(self.settings, earlier.settings, lambda name: f"JAX's setting {name}")
         if self.surroundings != earlier.surroundings:
-            found.append(f"it is called {self.surroundings}, and was {earlier.surroundings}")
+            found.append(f"it is called {self.surroundings}, and was called {earlier.surroundings}")
         return found
 
     def _types(self, earlier: Signature) -> list[str]:
