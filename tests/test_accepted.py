@@ -79,6 +79,7 @@ def centered(x):
 SPLIT = [(22, 2, 8), (20, 4, 8), (15, 5, 8), (10, 2, 4), (21, 7, 4)]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(("n", "held", "used"), SPLIT)
 def test_rows_split_by_an_explicit_mesh_where_the_map_pads(n, held, used, axis):
@@ -96,6 +97,7 @@ def test_rows_split_by_an_explicit_mesh_where_the_map_pads(n, held, used, axis):
     close(pmap(centered, "i", in_axes=axis, donate_argnums=0, devices=jax.devices()[:used])(x + 0), right(host))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n", [22, 12])
 def test_under_jit_rows_split_by_an_explicit_mesh_of_all_devices(n):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
@@ -209,6 +211,7 @@ SPARSE = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("case", SPARSE)
 @pytest.mark.parametrize("n", [8, 13])
 def test_sparse_matrices(n, case):
@@ -237,6 +240,7 @@ def test_sparse_matrices_that_all_replicas_get_whole_and_in_keywords():
     same(pmap(lambda m: m)(rowwise), jax.vmap(lambda m: m)(rowwise))
 
 
+@pytest.mark.long
 def test_derivatives_by_and_maps_inside_maps_of_sparse_matrices():
     def loss(map_, m):
         return jnp.sin(map_(lambda m: (m @ jnp.ones(3)).sum())(m)).sum()

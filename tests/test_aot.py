@@ -29,6 +29,7 @@ def arguments(n):
 OPTIONS = {"axis_name": "i", "in_axes": (0, None), "out_axes": {"state": 0, "total": None}}
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("pair", SHORT, ids="{0[0]}on{0[1]}".format)
 def test_compiled_for_types_and_called_like_the_map(pair):
     n, d = pair

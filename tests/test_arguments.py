@@ -33,6 +33,7 @@ class Powers:
         return scale * x**n
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "options",
     [
@@ -101,6 +102,7 @@ def test_donated_arguments_are_passed_either_way(n, options):
         assert t.is_deleted() == ("t" in options.get("donate_argnames", ()))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("n", [1, 5, 8, 13, 16])
 def test_a_donated_argument_that_had_to_move_is_freed_before_the_program_runs(n):
     """So that at no moment there are two of it; where its buffer still serves the moved array, right afterwards."""
@@ -157,6 +159,7 @@ def test_keyword_arguments_in_any_order_are_one_program():
     assert len(traced) == 1
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("n", [1, 8, 13])
 @pytest.mark.parametrize("d", [3, 8])
 def test_axis_size_without_arguments_or_without_a_mapped_one(n, d):
@@ -192,6 +195,7 @@ class Axis:
     """A name of the user's own."""
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", [("rows", "cols"), 3.5, frozenset({1}), Axis, Axis(), ("nested", ("x", 1)), ""])
 @pytest.mark.parametrize("n", [8, 13])
 def test_any_hashable_names_an_axis(n, name):

@@ -147,6 +147,7 @@ def test_no_two_numbers_are_called_the_same():
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "title",
     [

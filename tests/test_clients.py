@@ -11,6 +11,7 @@ from replicax import compat
 CLIENTS = Path(__file__).parents[1] / "clients"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["chex", "equinox"])
 def test_client(name, monkeypatch):
     pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[clients]'")

@@ -37,6 +37,7 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs" / "collectives.md"
 CELLS = [(context, pair) for k, context in enumerate(CONTEXTS) for pair in ((7, 3), ((3, 8), (4, 4), (8, 2))[k % 3])]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("context", "pair"), CELLS, ids=lambda x: x if isinstance(x, str) else "{}on{}".format(*x))
 def test_every_cell_equals_the_reference(context, pair):
     """``make table`` has every context with every pair."""
@@ -105,6 +106,7 @@ EXTREMES = (np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 0.25, -0.5, 3.5, -2.0)
 FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e5m2")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("groups", [None, [[0, 3, 6], [1, 4, 7, 2], [5]], [[0, 1], [2, 3], [4, 5], [6, 7]]])
 @pytest.mark.parametrize("pair", [(8, 8), (8, 3)], ids="{0[0]}on{0[1]}".format)
 def test_the_greatest_and_the_least_of_floats(pair, groups):
@@ -144,6 +146,7 @@ def test_a_softmax_that_no_derivative_goes_through_the_maximum_of():
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("d", [1, 4, 6])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_data_of_every_dtype_moves(dtype, d):
@@ -366,6 +369,7 @@ HIGHER_ORDER = {
 }
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("pair", [(5, 3), (4, 4)], ids="{0[0]}on{0[1]}".format)
 @pytest.mark.parametrize("name", HIGHER_ORDER)
 def test_higher_order_functions_with_collectives_inside(name, pair):

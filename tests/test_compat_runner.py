@@ -125,6 +125,7 @@ def test_a_program_is_run_as_python_runs_it(tmp_path, monkeypatch, program):
     assert re.sub("0x[0-9a-f]+", "", ours) == re.sub("0x[0-9a-f]+", "", theirs)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("text", "how"),
     [
@@ -242,6 +243,7 @@ COUNTING = """
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("devices", [1, 3, 8])
 def test_a_program_for_eight_devices_on_fewer(tmp_path, devices):
     script = tmp_path / "script.py"

@@ -99,6 +99,7 @@ def run(start, *programs, nproc=None):
     return done.stdout.split(), done.stderr
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("start", "programs"),
     [

@@ -58,6 +58,7 @@ RULES = {
 }
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("d", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", RULES)
 def test_results_equal_in_all_replicas(name, d):
@@ -157,6 +158,7 @@ def equal_in_the_forward_rule(x):
 equal_in_the_forward_rule.defvjp(lambda x: (lax.pmean(x, AXIS), x), lambda x, ct: (ct * x,))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("d", [1, 2, 3, 6, 8])
 def test_cotangents_of_rules_on_any_number_of_devices(d):
     """Also of a broadcast result, of which each replica has its part, 1/N, as in jax.pmap."""
@@ -208,6 +210,7 @@ def test_the_types_in_a_rule_are_plain(n, d):
             assert all(mesh.empty for each in meshes for mesh in each)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("n", "d"), [(8, 8), (12, 8), (5, 3)])
 def test_a_checkpointed_loop_of_equinox(n, d):
     """That of every diffrax solve; its reverse rule compares the types that it is called with."""
@@ -257,6 +260,7 @@ communicates_backward.defvjp(lambda x: (jnp.sin(x), jnp.cos(x)), lambda r, ct: (
 IN_RULES = [communicates_forward, communicates_ahead, communicates_backward]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("n", "d"), [(4, 8), (12, 8), (5, 3)])
 @pytest.mark.parametrize("rule", IN_RULES, ids=["jvp", "fwd", "bwd"])
 def test_a_branch_that_replicas_disagree_on_and_whose_rule_communicates(rule, n, d):

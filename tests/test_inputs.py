@@ -51,6 +51,7 @@ def test_broadcast_arguments_may_lie_anywhere(n, place):
         np.testing.assert_array_equal(fun(np.ones((n, 3)), y), np.ones((n, 1)) * w)
 
 
+@pytest.mark.few(22)
 @pytest.mark.parametrize("n", N.values(), ids=N)
 @pytest.mark.parametrize(
     "dtype",
@@ -66,6 +67,7 @@ def test_every_dtype(n, dtype):
     check(lambda a: (a, a.reshape(2, 1)), jnp.asarray(x))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_typed_keys(n):
     keys = jax.random.split(jax.random.key(7), n)
@@ -107,6 +109,7 @@ def test_scalars_of_python(n):
         check(lambda a, s: a * s, x, scalar, in_axes=(0, None))
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("n", N.values(), ids=N)
 @pytest.mark.parametrize(("in_axis", "out_axis"), [(0, 0), (1, 0), (0, 1), (1, 2), (-1, -1), (2, -2), (-3, -3)])
 def test_any_axis_in_and_out(n, in_axis, out_axis):
@@ -156,6 +159,7 @@ def test_numpy_arguments_may_change_as_soon_as_the_call_returns(n):
         np.testing.assert_array_equal(np.unique(out), expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_closed_over_arrays_may_lie_anywhere(n):
     x = np.arange(n, dtype=np.float32)

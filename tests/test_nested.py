@@ -148,6 +148,7 @@ def given(program, sizes):
     return {collectives: (np.moveaxis(x, 0, 1), rows(2)), control_flow: (x,)}.get(program, (x, rows(2)))
 
 
+@pytest.mark.few(8)
 @two_levels
 @pytest.mark.parametrize("program", [collectives, control_flow, closures, derivatives_inside])
 def test_two_levels_equal_vmap(program, sizes, d):
@@ -179,6 +180,7 @@ def smooth(mapped, *, rules=True):
     return mapped(outer, axis_name="i", in_axes=(0, None))
 
 
+@pytest.mark.few(3)
 @two_levels
 def test_derivatives_from_outside_equal_vmap(sizes, d):
     args = rows(*sizes, 2), rows(2)
@@ -196,6 +198,7 @@ OUTSIDE = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("sizes", "d"), [((2, 4), 8), ((3, 2), 8), ((2, 3), 5)])
 @pytest.mark.parametrize("outside", OUTSIDE)
 def test_transformations_from_outside_equal_vmap(outside, sizes, d):
@@ -206,6 +209,7 @@ def test_transformations_from_outside_equal_vmap(outside, sizes, d):
     compare(str, ours(*args), jax.jit(theirs)(*args), rtol=1e-3)
 
 
+@pytest.mark.few(2)
 @three_levels
 def test_three_levels_equal_vmap(sizes, d):
     def nested(mapped):
@@ -313,6 +317,7 @@ def test_what_goes_from_map_to_map_stays_on_its_devices(program):
     compare(str, *(jax.grad(squares(STAY_APART[program](mapped)))(x) for mapped in (pmap, jax.vmap)))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("sizes", "d"), [((2, 2, 2), 8), ((2, 3, 2), 8), ((3, 2, 3), 6), ((1, 2, 4), 8), ((4, 4, 4), 8)]
 )

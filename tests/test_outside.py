@@ -56,6 +56,7 @@ def test_maps_of_different_sizes_and_names_meet_under_jit():
     close((a, b), (x[:3] * 2 + 3, np.concatenate([x, [3, 3, 3]]) * 2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", [lambda x: jax.device_put(x, jax.devices()[3]), pmap(lambda x: x)])
 def test_arguments_on_other_devices_move(place):
     """Their cotangents move back, also where a vmap has added an axis."""
@@ -131,6 +132,7 @@ def test_debug_nans(n):
                 run(bad)
 
 
+@pytest.mark.long
 def test_checking_leaks():
     n, kept = 13, []
 
@@ -168,6 +170,7 @@ def test_ensure_compile_time_eval(n):
 # Meshes of the user's own
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("n", [16, 13])
 @pytest.mark.parametrize("kind", MESHES, ids=str)
 def test_arrays_on_a_mesh_of_the_users(kind, n):

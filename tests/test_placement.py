@@ -70,11 +70,13 @@ def in_turn(names):
     return [(name, places[0 if name in small else k % len(places)]) for k, name in enumerate(names)]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("context", "layout"), in_turn(CONTEXTS), indirect=["layout"])
 def test_the_table_of_collectives(context, layout):
     assert faults(context, *layout) == {}
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(("name", "layout"), in_turn(TRANSFORMS), indirect=["layout"])
 def test_transformations_from_outside(name, layout):
     n, d = layout
@@ -84,6 +86,7 @@ def test_transformations_from_outside(name, layout):
     compare(str, ours, right, rtol=1e-4)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     "program", [test_nested.collectives, test_nested.control_flow, test_nested.closures, test_nested.derivatives_inside]
 )
@@ -93,6 +96,7 @@ def test_maps_inside_maps(program, sizes, d, layout):
     compare(str, program(test_nested.on_devices(d))(*args), jax.jit(program(jax.vmap))(*args), rtol=2e-4)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("sizes", "d"), [((7, 2), 3), ((2, 5), 6), ((3, 13), 8)])
 def test_derivatives_of_maps_inside_maps(sizes, d, layout):
     args = test_nested.rows(*sizes, 2), test_nested.rows(2)

@@ -63,6 +63,7 @@ def everything(key, x):
     }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("n", "d"), PLACES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_each_replica_draws_from_its_own_key(impl, n, d):
@@ -94,6 +95,7 @@ def test_maps_inside_maps(impl, d):
     equal(mapped(k)[:2], jax.tree.map(lambda *rows: jnp.stack(rows), *right))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("n", "d", "impl"), [(8, 8, "rbg"), (5, 3, "rbg"), (5, 3, "unsafe_rbg")])
 def test_derivatives(n, d, impl):
     """From outside, of what is drawn inside, and through a checkpoint, which draws once more."""

@@ -223,6 +223,7 @@ def test_a_mapped_function_is_no_base_class():
         type("Mine", (type(pmap(triple)),), {})
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("n", [2, 5, 6, 8, 10, 13])
 def test_jacobians_from_outside(n):
     x = np.arange(float(n), dtype=np.float32)
@@ -232,6 +233,7 @@ def test_jacobians_from_outside(n):
         np.testing.assert_allclose(derivative(ours)(x), derivative(theirs)(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("n", [5, 8, 13, 20])
 def test_inside_jit_grad_vmap_and_scan(n):
     x = np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32)

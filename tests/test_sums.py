@@ -100,6 +100,7 @@ FUNCTIONS = [
 ]
 
 
+@pytest.mark.few(11)
 @pytest.mark.parametrize("n", [24, 29, 31])
 @pytest.mark.parametrize("f", FUNCTIONS)
 def test_values(f, n):
@@ -112,6 +113,7 @@ def test_values(f, n):
         assert got.dtype == want.dtype
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("n", [24, 29, 31])
 def test_derivatives_from_outside(n):
     x, y = rows(n, 3), rows(n, 3)[::-1]

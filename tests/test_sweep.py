@@ -48,6 +48,7 @@ def derivatives_of_vmap(n, controls):
     return gradient(jax.vmap(program(controls, ("float32",)), axis_name=AXIS), (rows(n),), {}, jax.jit)
 
 
+@pytest.mark.few(14)
 @every_pair
 def test_values_equal_vmap(n, d):
     controls = rotation(CONTROL, n, d)
@@ -58,6 +59,7 @@ def test_values_equal_vmap(n, d):
         compare(str, {c: out[c] for c in cells}, {c: expected[c] for c in cells}, 0.1 if small else None)
 
 
+@pytest.mark.few(9)
 @every_pair
 def test_derivatives_equal_vmap(n, d):
     controls = rotation(DIFFERENTIABLE, n, d)
@@ -65,6 +67,7 @@ def test_derivatives_equal_vmap(n, d):
     compare(str, gradient(ours, (rows(n),), {}, lambda fun: fun), derivatives_of_vmap(n, controls), rtol=1e-3)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("pair", [(1, 1), (5, 5), (5, 1), (5, 2), (8, 8), (8, 3), (7, 3)], ids="{0[0]}on{0[1]}".format)
 def test_derivative_rules_that_communicate(pair):
     """vmap multiplies cotangents by N where a rule of its own communicates over them; jax.pmap does not."""

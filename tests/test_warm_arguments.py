@@ -136,6 +136,7 @@ def test_what_a_first_call_refuses_a_warm_call_refuses(name, d):
                 assert str(warm.value) == str(cold.value)
 
 
+@pytest.mark.few(21)
 @pytest.mark.parametrize("d", [1, 3, 8])
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_a_first_call_takes_a_warm_call_takes(name, d, tmp_path):

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-import replicax._layout.layout
 from replicax import pmap
 from replicax._engine.collectives import REGISTRY
+from replicax._layout import layout as layouts
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "c64": 8}
 OPERATION = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -123,10 +123,11 @@ def by_the_registry(fun, n, d):
     """What the entry of the one collective in a function says that devices send each other."""
     jaxpr = jax.make_jaxpr(fun, axis_env=[("i", n)])(np.ones(25, np.float32))
     (eqn,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in REGISTRY]
-    axis = replicax._layout.layout("i", n, jax.devices()[:d]).axis
+    axis = layouts.layout("i", n, jax.devices()[:d]).axis
     return REGISTRY[eqn.primitive.name].bytes_sent(axis, [var.aval for var in eqn.invars], eqn.params)
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize("kind", ["all", "neighbours", "interleaved", "halves", "shuffled"])
 @pytest.mark.parametrize("pair", [(8, 8), (16, 8), (6, 2), (12, 4)], ids="{0[0]}on{0[1]}".format)
 @pytest.mark.parametrize("name", COLLECTIVES)
@@ -171,6 +172,7 @@ PERMUTATIONS = {
 }
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("pair", [(8, 8), (16, 8), (64, 8), (12, 4), (6, 2), (6, 1)], ids="{0[0]}on{0[1]}".format)
 @pytest.mark.parametrize("name", PERMUTATIONS)
 def test_only_replicas_that_change_device_travel(name, pair):

@@ -375,6 +375,7 @@ def shown(*names):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_fault_is_still_there(name):
     known = FAULTS[name]
