@@ -306,7 +306,7 @@ def test_modules_with_functions_among_their_leaves_are_partitioned(n):
     traced = pmap(apply, static_broadcasted_argnames="rest")
     traced(arrays, rest, x)
     again = partition(Module(weight=x, act=jnp.tanh, power=2, layers=[Module(w=x, act=jnp.sin)]))
-    assert "compiled already" in traced.explain_cache_miss(*again, x)
+    assert "is already compiled" in traced.explain_cache_miss(*again, x)
     other = partition(Module(weight=x, act=jnp.tanh, power=3, layers=[Module(w=x, act=jnp.sin)]))
     assert "rest is Frozen(" in traced.explain_cache_miss(*other, x)
 

@@ -37,7 +37,7 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs" / "collectives.md"
 CELLS = [(context, pair) for k, context in enumerate(CONTEXTS) for pair in ((7, 3), ((3, 8), (4, 4), (8, 2))[k % 3])]
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("context", "pair"), CELLS, ids=lambda x: x if isinstance(x, str) else "{}on{}".format(*x))
 def test_every_cell_equals_the_reference(context, pair):
     """``make table`` has every context with every pair."""

@@ -63,6 +63,7 @@ def python(*args, code=7, err="", **env):
 RUNNER = ("-m", "replicax.compat")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("how", "env", "count"),
     [

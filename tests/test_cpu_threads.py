@@ -99,7 +99,7 @@ def run(start, *programs, nproc=None):
     return done.stdout.split(), done.stderr
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("start", "programs"),
     [

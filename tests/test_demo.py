@@ -14,6 +14,7 @@ from rich.console import Console
 DEMO = Path(__file__).parents[1] / "demo" / "demo.py"
 
 
+@pytest.mark.long
 def test_demo():
     done = subprocess.run(
         [sys.executable, "-W", "error", DEMO, "--devices", "8"],

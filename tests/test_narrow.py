@@ -9,7 +9,7 @@ import pytest
 SCRIPT = Path(__file__).parent / "narrow.py"
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "n", "d"),
     [("int2", 8, 8), ("uint2", 8, 4), ("int2", 8, 3), ("int4", 8, 4), ("uint4", 6, 4)],

@@ -148,7 +148,7 @@ def given(program, sizes):
     return {collectives: (np.moveaxis(x, 0, 1), rows(2)), control_flow: (x,)}.get(program, (x, rows(2)))
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 @two_levels
 @pytest.mark.parametrize("program", [collectives, control_flow, closures, derivatives_inside])
 def test_two_levels_equal_vmap(program, sizes, d):
@@ -180,7 +180,7 @@ def smooth(mapped, *, rules=True):
     return mapped(outer, axis_name="i", in_axes=(0, None))
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @two_levels
 def test_derivatives_from_outside_equal_vmap(sizes, d):
     args = rows(*sizes, 2), rows(2)
@@ -198,7 +198,7 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("sizes", "d"), [((2, 4), 8), ((3, 2), 8), ((2, 3), 5)])
 @pytest.mark.parametrize("outside", OUTSIDE)
 def test_transformations_from_outside_equal_vmap(outside, sizes, d):

@@ -102,6 +102,7 @@ def steered(x):
     return lax.scan(lambda c, _: (c + lax.pmean(c, AXIS), None), y, None, 2)[0]
 
 
+@pytest.mark.long
 def test_disable_jit():
     n = 13
     with jax.disable_jit():

@@ -63,7 +63,7 @@ def everything(key, x):
     }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("n", "d"), PLACES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_each_replica_draws_from_its_own_key(impl, n, d):

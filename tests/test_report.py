@@ -92,7 +92,7 @@ def test_replicas_divided_among_devices():
     x = jax.device_put(np.arange(32).reshape(8, 4), jax.NamedSharding(mesh, jax.P("replicas", "model")))
     text = picture(x)
     assert rows(text)[3] == ("cpu:3", "2–3 [2:4]", "[10 11] [14 15]")
-    assert "Each device holds a part of each of its replicas." in text
+    assert "Each device holds a part of each replica in its row." in text
 
 
 def test_within_a_mesh_of_the_users():

@@ -84,7 +84,7 @@ SHARDED = {
 }
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("case", "n"), [*((case, 13) for case in SHARDED), ("two axes", 4), ("pmap", 1)])
 def test_shard_map_inside_a_map(n, case):
     fun = SHARDED[case]
