@@ -86,7 +86,46 @@ FAULTS = {
     ),
     "axis_size disagrees": (
         call(add, x8, x8, axis_size=5),
-        replicax.MappedSizeError, ValueError, ["axis_size is 5", "left of shape (8,)"],
+        replicax.MappedSizeError, ValueError, ["axis_size is 5", "left of shape (8,)", "Correct axis_size"],
+    ),
+    "the name of the axis in the place of the function": (
+        lambda: pmap("i"), replicax.NotAFunctionError, TypeError, ["got 'i'", "pmap(axis_name='i')"],
+    ),
+    "names as positions": (
+        lambda: pmap(add, donate_argnums="left"),
+        replicax.OptionTypeError, TypeError, ["donate_argnums must be an int", "got 'left'", "donate_argnames"],
+    ),
+    "an unhashable thing in a static tuple": (
+        call(add, x8, (1, [2]), static_broadcasted_argnums=1),
+        replicax.StaticArgumentError, ValueError, ["right is of type tuple (unhashable type: 'list')"],
+    ),
+    "an int for no int type": (
+        call(add, x8, 2**70, in_axes=(0, None)),
+        replicax.NumberTooLargeError, OverflowError, [f"right is {2**70}", "64-bit int. Pass a float"],
+    ),
+    "an int for no int type, to a helper": (
+        lambda: replicax.replicate({"n": 2**70}, 8),
+        replicax.NotAnArrayError, TypeError, ["tree['n'] is the int 118", "too large for JAX's ints"],
+    ),
+    "an int for no int type, as a result": (
+        lambda: pmap(lambda x: [x, 2**70])(x8),
+        replicax.NotAnArrayError, TypeError, ["result[1] is the int 118", "too large for JAX's ints"],
+    ),
+    "objects to show": (
+        lambda: replicax.show_replicas(np.array([None] * 8)),
+        replicax.NotAnArrayError, TypeError, ["array has dtype object", "dtype=float"],
+    ),
+    "a deleted array to show": (
+        lambda: replicax.show_replicas(deleted()),
+        replicax.DeletedArrayError, RuntimeError, ["array", "donated or deleted"],
+    ),
+    "a deleted array to shard": (
+        lambda: replicax.shard({"a": deleted()}, 4),
+        replicax.DeletedArrayError, RuntimeError, ["tree['a'] was donated or deleted"],
+    ),
+    "a deleted array for a compiled program": (
+        lambda: pmap(lambda x: x).lower(x8).compile()(deleted()),
+        replicax.DeletedArrayError, RuntimeError, ["x was donated to an earlier call, or deleted"],
     ),
     "nothing mapped": (
         call(add, x8, x8, in_axes=None),

@@ -78,6 +78,7 @@ def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Dev
         sharded over the devices.
 
     Raises:
+        DeletedArrayError: lists every array that was donated or deleted.
         NotAnArrayError: lists every leaf that is not an array.
         OptionTypeError: ``axis_size`` is not an int, or ``devices`` is not a list.
         MappedSizeError: lists every array that has no leading axis, or whose leading axis is not divisible by
@@ -90,6 +91,7 @@ def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Dev
         (4, 3, 5)
     """
     check_arrays("shard", tree)
+    _check_deleted("shard", tree, jax.tree.leaves(tree))
     devices = tuple(jax.devices()) if devices is None else check_devices(devices)
     size = len(devices) if axis_size is None else as_int("axis_size", axis_size)
     if size < 1:

@@ -22,9 +22,12 @@ def as_int(which: str, value: object) -> int:
 
 def too_large(which: str, x: object) -> NumberTooLargeError:
     """The error for an int that does not fit into the dtype that JAX gives it."""
+    fits = isinstance(x, int) and -(2**63) <= x < 2**63
     return NumberTooLargeError(
         f"{which} is {x}, which is too large for a 32-bit int. Enable 64-bit types with "
         f"jax.config.update('jax_enable_x64', True), or pass a float."
+        if fits
+        else f"{which} is {x}, which is too large for a 64-bit int. Pass a float."
     )
 
 

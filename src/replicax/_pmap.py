@@ -276,6 +276,11 @@ def pmap(
             donate_argnames=donate_argnames,
         )
     if not callable(fun):
+        if isinstance(fun, str):
+            raise NotAFunctionError(
+                f"The first argument of pmap must be callable, got {fun!r}. To name the axis in a decorator, write "
+                f"pmap(axis_name={fun!r})."
+            )
         raise NotAFunctionError(
             f"The first argument of pmap must be callable, got {fun!r} of type {type(fun).__name__}. Write pmap(f), "
             f"and pass the arguments of f to the callable that pmap returns."

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from replicax._typing import Array, ArrayLike, HostArray
-from replicax.errors import AxisSpecError, NotAnArrayError
+from replicax.errors import AxisSpecError, DeletedArrayError, NotAnArrayError
 
 #: An array on devices or on the host.
 A = TypeVar("A", Array, HostArray)
@@ -52,6 +52,7 @@ def show_replicas(x: ArrayLike, name: str = "array", *, axis: int = 0, console: 
         NotAnArrayError: ``x`` is not an array (a pytree, for example), or is a tracer.
         TypeError: ``axis`` is not an int.
         AxisSpecError: ``x`` does not have this axis, or the axis has size 0.
+        DeletedArrayError: ``x`` was donated or deleted.
 
     Example:
         >>> import numpy as np, replicax
@@ -263,6 +264,13 @@ def _check_array(x: object, name: str) -> None:
             f"show_replicas needs one array, but {name} is of type {type(x).__name__}. Pass a jax.Array or a NumPy "
             f"array. For all arrays of a tree, write jax.tree.map(replicax.show_replicas, tree)."
         )
+    if isinstance(x, np.ndarray) and x.dtype.kind not in "biufcV":
+        raise NotAnArrayError(
+            f"show_replicas needs an array of numbers, but {name} has dtype {x.dtype}. Convert it, as in "
+            f"np.asarray({name}, dtype=float)."
+        )
+    if isinstance(x, jax.Array) and x.is_deleted():
+        raise DeletedArrayError(f"show_replicas cannot read {name}: it was donated or deleted.")
 
 
 def _check_axis(x: Array | HostArray, name: str, axis: int) -> int:

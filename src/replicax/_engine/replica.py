@@ -207,6 +207,8 @@ def describe_type(x: object) -> str:
         return "is a NumPy masked array"
     if _jax.is_unconverted(x):
         return f"is of type {type(x).__name__}, which has __jax_array__"
+    if isinstance(x, int):
+        return f"is the int {x!s:.40}, which is too large for JAX's ints"
     if isinstance(x, np.ndarray):
         return f"is a NumPy array of dtype {x.dtype}"
     if _jax.is_reference(x):

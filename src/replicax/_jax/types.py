@@ -128,7 +128,7 @@ def is_array_type(x: object) -> bool:
         return False
     try:
         core.typeof(x)
-    except TypeError:
+    except (OverflowError, TypeError):
         return False
     except ValueError:
         if is_unconverted(x):

@@ -163,6 +163,11 @@ def choose(which: str, fun: Function, argnums: int | Iterable[int], argnames: st
         OptionTypeError: A position is not an int, or a name is not a string.
         ArgumentNameError: The function has no such parameter.
     """
+    given: object = argnums
+    if isinstance(given, str):
+        raise OptionTypeError(
+            f"{which}_argnums must be an int or a tuple of ints, got {given!r}. Pass names as {which}_argnames."
+        )
     numbers = argnums if isinstance(argnums, Iterable) else (argnums,)
     positions = tuple(as_int(f"{which}_argnums", position) for position in numbers)
     names = _as_names(which, argnames)
@@ -477,6 +482,7 @@ def mapped_size(axes: Axes, leaves: Sequence[Leaf], axis_size: int | None) -> in
             "pmap got inconsistent sizes for array axes to be mapped:",
             faults,
             "Pass arrays of the same size along the mapped axis, or write None in in_axes to pass an argument whole "
-            "to every replica, as in in_axes=(0, None).",
+            "to every replica, as in in_axes=(0, None)."
+            + (" Correct axis_size, or leave it out." if axis_size is not None else ""),
         )
     )

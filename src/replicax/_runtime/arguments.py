@@ -159,8 +159,9 @@ def refuse_static(call: Call) -> None:
         name = names[where] if isinstance(where, int) else where
         try:
             hash(value)
-        except Exception:
-            unhashable.append(f"{name} is of type {kind.__name__}")
+        except Exception as error:
+            what = text_of(error)  # such as "unhashable type: 'list'", of something in a tuple
+            unhashable.append(f"{name} is of type {kind.__name__}" + (f" ({what})" if what else ""))
             continue
         try:
             bool(value == value)

@@ -285,6 +285,7 @@ class Compiled(jax.stages.Compiled):  # type: ignore[misc]
         with jax.ensure_compile_time_eval():  # no argument is a tracer, so run now, even inside a transformation
             return self._run(leaves)
 
+    @_jax.api_boundary
     def _run(self, leaves: Sequence[ArrayLike]) -> PyTree:
         plan = self._plan
         with _jax.own_mesh():
