@@ -19,7 +19,7 @@ collect_ignore = ["typed_calls.py"]
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Marks as long the cases of a test that are not among the few of ``make test``."""
-    for _, group in itertools.groupby(items, lambda item: getattr(item, "originalname", None) or item.name):
+    for _, group in itertools.groupby(items, lambda item: (item.parent, getattr(item, "originalname", item.name))):
         cases = [item for item in group if item.get_closest_marker("long") is None]
         if (few := cases[0].get_closest_marker("few") if cases else None) is not None:
             kept = {k * len(cases) // few.args[0] for k in range(few.args[0])}

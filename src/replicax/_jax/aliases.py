@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import jax
 from jax._src import core
 from jax._src.lib import _jax as jaxlib
 from jax.extend import core as extend_core
-
-Array = jax.Array
-
-#: Any pytree; JAX has no type for it.
-PyTree: TypeAlias = Any
-
-#: Operands and results of equations: arrays, tracers and Python scalars.
-ArrayLike = jax.typing.ArrayLike
 
 #: The abstract value of an array: shape, dtype and weak type.
 ArrayType: TypeAlias = core.ShapedArray

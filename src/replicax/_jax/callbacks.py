@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax._src import dispatch
 
-from replicax._jax.aliases import Array, ArrayLike, Equation, PyTree
+from replicax._jax.aliases import Equation
+from replicax._typing import Array, ArrayLike, PyTree
 
 
 def needs_one_mesh(primitives: set[str]) -> bool:

@@ -13,9 +13,10 @@ from jax._src import traceback_util, tree_util
 from jax._src.interpreters import pxla
 from jax._src.lib import _jax as jaxlib
 
-from replicax._jax.aliases import Array, ArrayType, Known, PyTree
+from replicax._jax.aliases import ArrayType, Known
 from replicax._jax.versions import VERSION
 from replicax._messages import text_of
+from replicax._typing import Array, PyTree
 
 
 def entry(

@@ -22,10 +22,11 @@ from jax._src.sharding_impls import UNSPECIFIED
 from jax.extend import core as extend_core
 from jax.extend.core import DebugInfo
 
-from replicax._jax.aliases import Array, ArrayLike, ArrayType, Atom, Equation, Jaxpr, Literal, PyTree
+from replicax._jax.aliases import ArrayType, Atom, Equation, Jaxpr, Literal
 from replicax._jax.tracing import NO_MESH, AxisName, axis_env
 from replicax._jax.types import as_type, without_sharding
 from replicax._jax.versions import Closed, body, close, constants, is_jaxpr, loop_counts, wrapped_primitive
+from replicax._typing import Array, ArrayLike, PyTree
 
 
 def is_literal(atom: Atom) -> bool:

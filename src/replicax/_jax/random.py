@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from replicax._jax.aliases import Array, Equation
+from replicax._jax.aliases import Equation
 from replicax._jax.jaxprs import primitives
+from replicax._typing import Array
 
 
 def draws_batches(eqn: Equation) -> bool:

@@ -9,11 +9,12 @@ import jax
 from jax._src import ad_util, core
 from jax._src import linear_util as lu
 
-from replicax._jax.aliases import Array, ArrayLike, ArrayType, Equation, Jaxpr, PyTree
+from replicax._jax.aliases import ArrayType, Equation, Jaxpr
 from replicax._jax.jaxprs import bind_with, trace_to_jaxpr
 from replicax._jax.tracing import NO_MESH, replica_traced
 from replicax._jax.types import is_array_type, plain_type
 from replicax._jax.versions import body, close, is_jaxpr, wrapped_primitive
+from replicax._typing import Array, ArrayLike, PyTree
 
 
 def bind_again(

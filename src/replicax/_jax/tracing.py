@@ -13,7 +13,7 @@ from jax._src import config, core
 from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 
-from replicax._jax.aliases import ArrayLike, PyTree
+from replicax._typing import ArrayLike, PyTree
 
 AxisName = Hashable
 

@@ -9,7 +9,7 @@ from typing import Any
 from jax._src import tree_util
 from jax.tree_util import PyTreeDef
 
-from replicax._jax.aliases import PyTree
+from replicax._typing import PyTree
 
 
 def one_level(tree: PyTree) -> tuple[list[PyTree], Any] | None:

@@ -13,7 +13,8 @@ from jax._src.lax import lax as lax_internal
 from jax._src.lib import _jax as jaxlib
 from jax._src.state.types import AbstractRef
 
-from replicax._jax.aliases import Array, ArrayLike, ArrayType, Equation
+from replicax._jax.aliases import ArrayType, Equation
+from replicax._typing import Array, ArrayLike
 
 
 def typeof(x: object) -> ArrayType:

@@ -9,7 +9,8 @@ import jax
 from jax.extend import core as extend_core
 from jaxlib import version as jaxlib_version
 
-from replicax._jax.aliases import Array, Equation, Jaxpr, PyTree
+from replicax._jax.aliases import Equation, Jaxpr
+from replicax._typing import Array, PyTree
 
 VERSION: str = jax.__version__
 

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 from jax._src.interpreters import batching
 
-from replicax._jax.aliases import Array, ArrayType
+from replicax._jax.aliases import ArrayType
 from replicax._jax.jaxprs import is_literal
 from replicax._jax.versions import body
+from replicax._typing import Array
 
 
 def is_vmappable(x: object) -> bool:
