@@ -32,7 +32,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """The exceptions, which are in :mod:`replicax.errors` and were here before."""
+    """Looks up exceptions, which earlier versions exported here: they are now in :mod:`replicax.errors`."""
     if name.endswith("Error") and hasattr(errors, name):
         return vars(errors)[name]
     raise AttributeError(f"module 'replicax' has no attribute {name!r}")

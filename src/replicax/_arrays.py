@@ -27,7 +27,7 @@ def replicate(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax
     """Copies every array once per replica, sharded over the devices.
 
     Replaces ``jax.device_put_replicated``, for example for the initial training state. Each device receives the
-    array once and copies it for its own replicas, so no device ever holds all copies.
+    array once, and copies it for its own replicas.
 
     Args:
         tree: A pytree of arrays and scalars of any shape ``(...)`` and dtype.
@@ -35,11 +35,13 @@ def replicate(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax
         devices: The devices; all devices when None.
 
     Returns:
-        The same pytree with ``jax.Array`` leaves of shape ``(replicas, ...)`` and the same dtypes, sharded as results
+        The same pytree with ``jax.Array`` leaves of shape ``(replicas, ...)`` and the same dtypes, sharded like results
         of :func:`pmap`.
 
     Raises:
         NotAnArrayError: lists every leaf that is not an array.
+        DeletedArrayError: lists every array that was donated or deleted.
+        UnsupportedDtypeError: an array has a 2-bit dtype, and the replicas need padding.
         OptionTypeError: ``axis_size`` is not an int, or ``devices`` is not a list.
         MappedSizeError: ``axis_size`` is less than 1.
         DevicesError: ``devices`` is empty, contains a non-device or a duplicate, or mixes platforms.
@@ -66,10 +68,10 @@ def _identity(tree: Tree) -> Tree:
 def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Device] | None = None) -> Tree:
     """Splits the leading axis of every array into one equal part per replica.
 
-    Prepares a batch for :func:`pmap`. Each device receives only its own part.
+    Prepares a batch for :func:`pmap`. Each device receives only its own shard.
 
     Args:
-        tree: A pytree of arrays of shape ``(batch, ...)`` and any dtype. ``axis_size`` must divide each batch size.
+        tree: A pytree of arrays of shape ``(batch, ...)`` and any dtype. ``axis_size`` must divide ``batch``.
         axis_size: The number of replicas; the number of devices when None.
         devices: The devices; all devices when None.
 
@@ -159,15 +161,15 @@ _first = jax.jit(lambda blocks: [block[0] for block in blocks])
 
 
 def local_replicas(tree: Tree) -> list[Tree]:
-    """Returns one pytree per replica on this process's devices, without a gather.
+    """Returns a list with one pytree for each replica on the devices of this process, without a gather.
 
     Args:
         tree: A pytree of arrays of shape ``(replicas, ...)`` and any dtype.
 
     Returns:
-        A list with one pytree per replica, in order. Its leaves are NumPy arrays of shape ``(...)`` and the same
-        dtypes (NumPy scalars for shape ``()``). On a CPU they are not copied. PRNG keys stay ``jax.Array``, because
-        NumPy has no dtype for them.
+        The pytrees, in the order of the replicas. Their leaves are NumPy arrays of shape ``(...)`` and the same dtypes
+        (NumPy scalars for shape ``()``). On a CPU, arrays are not copied. PRNG keys stay ``jax.Array``, because NumPy
+        has no dtype for them.
 
     Raises:
         NotAnArrayError: lists every leaf that is not an array.
@@ -204,8 +206,9 @@ def fetch(tree: Tree) -> Tree:
         tree: A pytree of arrays of any shape ``(...)`` and dtype, such as a result of :func:`pmap`.
 
     Returns:
-        The same pytree with NumPy arrays of the same shapes and dtypes. Do not write to them: on a CPU, an array that
-        is whole on one device is not copied. PRNG keys stay ``jax.Array``, because NumPy has no dtype for them.
+        The same pytree with NumPy arrays of the same shapes and dtypes. Do not write to these arrays: on a CPU, an
+        array that is complete on one device is not copied. PRNG keys stay ``jax.Array``, because NumPy has no dtype
+        for them.
 
     Raises:
         NotAnArrayError: lists every leaf that is not an array.
@@ -237,7 +240,7 @@ def _whole(x: ArrayLike, parts: Parts | None) -> ArrayLike:
 
 @dataclass(frozen=True)
 class Parts:
-    """The distinct shards of an array that this process can address, each listed once even if several devices hold it.
+    """The distinct shards of an array that this process can address. A shard on several devices is listed once.
 
     Attributes:
         dims: The sharded dimensions.
@@ -259,7 +262,7 @@ class Parts:
         return self.dims in ((), (0,))
 
 
-#: Cache by sharding, shape and dtype: computing the parts costs more than reading the shards.
+#: Parts, cached by sharding, shape and dtype: computing them costs more than reading the shards.
 _KNOWN: dict[Any, Parts] = {}
 
 

@@ -11,9 +11,9 @@ from replicax.errors import SimulationError
 def simulate_devices(count: int) -> None:
     """Makes JAX use ``count`` simulated CPU devices in this process, and no other devices.
 
-    Simulated devices share the machine's cores: use them to test correctness, not speed. Call this function before
-    JAX initializes its backends, that is, before the first array is created. Importing JAX earlier is fine. JAX then
-    starts with enough threads for these devices: see ``docs/simulated-devices.md``.
+    Simulated devices share the machine's cores: use them to test correctness, not speed. You may import JAX first, but
+    call this function before JAX initializes its backends, that is, before the first array is created. The
+    function also makes JAX start enough threads for these devices: see ``docs/simulated-devices.md``.
 
     Args:
         count: The number of devices, at least 1.

@@ -21,7 +21,7 @@ def as_int(which: str, value: object) -> int:
 
 
 def too_large(which: str, x: object) -> NumberTooLargeError:
-    """The error for an int that does not fit into the dtype that JAX gives it."""
+    """Returns the error for an int that does not fit into the dtype that JAX converts it to."""
     fits = isinstance(x, int) and -(2**63) <= x < 2**63
     return NumberTooLargeError(
         f"{which} is {x}, which is too large for a 32-bit int. Enable 64-bit types with "
@@ -32,7 +32,7 @@ def too_large(which: str, x: object) -> NumberTooLargeError:
 
 
 def nameless(error: ReplicaxError) -> ReplicaxError:
-    """Marks an error whose message lacks the argument's name, because the name is not known here."""
+    """Marks an error whose message lacks the argument's name, because the code that raises it does not know it."""
     error.nameless = True
     return error
 
@@ -46,7 +46,7 @@ def text_of(error: BaseException) -> str:
 
 
 def report(headline: str, faults: Sequence[str], remedy: str) -> str:
-    """One message for all offending arguments: a headline, one line per fault, and what to write instead."""
+    """Returns one message for all offending arguments: headline, one line per fault, and what to write instead."""
     shown = [f"  * {fault}" for fault in faults[: MOST if len(faults) <= MOST else MOST - 1]]
     if len(faults) > len(shown):
         shown.append(f"  * and {len(faults) - len(shown)} more")

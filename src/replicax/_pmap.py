@@ -23,7 +23,7 @@ from replicax.errors import NotAFunctionError, OptionTypeError, StaticArgumentEr
 
 R = TypeVar("R")
 
-#: Default of ``fun``: pmap was called with options only, as a decorator.
+#: The default of ``fun``. It means that pmap was called with options only, as a decorator.
 _ABSENT: Any = object()
 
 
@@ -31,7 +31,8 @@ _ABSENT: Any = object()
 class MappedFunction(PathTaker[R]):
     """Callable returned by :func:`pmap`: runs the mapped function once per replica."""
 
-    __slots__ = ("__dict__", "_dispatcher", "_fun", "options")  # slots, because functools.wraps copies __dict__
+    # Slots, because functools.wraps copies all attributes in __dict__ to the wrapper.
+    __slots__ = ("__dict__", "_dispatcher", "_fun", "options")
 
     def __init__(self, fun: Callable[..., R], options: Options) -> None:
         functools.update_wrapper(self, fun)
@@ -52,7 +53,7 @@ class MappedFunction(PathTaker[R]):
         )
 
     def __copy__(self) -> MappedFunction[R]:
-        return self  # a function is its own copy in Python, too
+        return self  # copy.copy of a Python function returns the function, too
 
     def __deepcopy__(self, memo: object) -> MappedFunction[R]:
         return self
@@ -69,15 +70,15 @@ class MappedFunction(PathTaker[R]):
         """Traces the map for these arguments, without lowering, compiling or running it.
 
         Args:
-            args: Positional arguments as in a call: arrays, or ``jax.ShapeDtypeStruct`` in their place.
-            kwargs: Keyword arguments, likewise.
+            args: Positional arguments of a call. Arrays ``(replicas, ...)`` may be ``jax.ShapeDtypeStruct`` instead.
+            kwargs: Keyword arguments of a call, in the same form.
 
         Returns:
             The traced program, with ``jaxpr``, ``out_info`` and ``lower()``.
 
         Raises:
-            AheadOfTimeError: the map is inside another map, or closes over a tracer.
-            ReplicaxError: any error of a call with these arguments.
+            AheadOfTimeError: the call is inside another mapped function, or ``fun`` closes over a tracer.
+            ReplicaxError: a call with these arguments is invalid.
 
         Example:
             >>> import numpy as np, replicax
@@ -90,16 +91,16 @@ class MappedFunction(PathTaker[R]):
         """Lowers the map for these arguments, without compiling or running it.
 
         Args:
-            args: Positional arguments as in a call: arrays, or ``jax.ShapeDtypeStruct`` in their place.
-            kwargs: Keyword arguments, likewise.
+            args: Positional arguments of a call. Arrays ``(replicas, ...)`` may be ``jax.ShapeDtypeStruct`` instead.
+            kwargs: Keyword arguments of a call, in the same form.
 
         Returns:
             The lowered program, a ``jax.stages.Lowered``. ``as_text()`` returns StableHLO. ``compile()`` returns a
             ``jax.stages.Compiled`` that is called like the map.
 
         Raises:
-            AheadOfTimeError: the map is inside another map, or closes over a tracer.
-            ReplicaxError: any error of a call with these arguments.
+            AheadOfTimeError: the call is inside another mapped function, or ``fun`` closes over a tracer.
+            ReplicaxError: a call with these arguments is invalid.
 
         Example:
             >>> import jax, numpy as np, replicax
@@ -113,14 +114,14 @@ class MappedFunction(PathTaker[R]):
         """Computes the shapes and dtypes of the result, without compiling or running anything.
 
         Args:
-            args: Positional arguments as in a call: arrays, or ``jax.ShapeDtypeStruct`` in their place.
-            kwargs: Keyword arguments, likewise.
+            args: Positional arguments of a call. Arrays ``(replicas, ...)`` may be ``jax.ShapeDtypeStruct`` instead.
+            kwargs: Keyword arguments of a call, in the same form.
 
         Returns:
-            The result's pytree with ``jax.ShapeDtypeStruct`` leaves.
+            The result's pytree with ``jax.ShapeDtypeStruct`` leaves, of shape ``(replicas, ...)`` for ``out_axes=0``.
 
         Raises:
-            ReplicaxError: any error of a call with these arguments.
+            ReplicaxError: a call with these arguments is invalid.
 
         Example:
             >>> import jax, replicax
@@ -140,14 +141,14 @@ class MappedFunction(PathTaker[R]):
         for every compilation.
 
         Args:
-            args: Positional arguments as in a call: arrays, or ``jax.ShapeDtypeStruct`` in their place.
-            kwargs: Keyword arguments, likewise.
+            args: Positional arguments of a call. Arrays ``(replicas, ...)`` may be ``jax.ShapeDtypeStruct`` instead.
+            kwargs: Keyword arguments of a call, in the same form.
 
         Returns:
-            The differences to the most similar call that is already compiled.
+            A text: how the call differs from the most similar compiled call, or that it needs no compilation.
 
         Raises:
-            ReplicaxError: any error of a call with these arguments.
+            ReplicaxError: a call with these arguments is invalid.
 
         Example:
             >>> import numpy as np, replicax
@@ -211,45 +212,44 @@ def pmap(
 ) -> Any:
     """Maps a function over an axis of its arguments, in parallel on all devices.
 
-    You write the program of one replica. ``pmap`` compiles it once, and all devices run it in parallel, each on its
-    shard of the arguments. Replicas communicate with the collectives of ``jax.lax``. The number of replicas does not
-    depend on the number of devices: ``pmap(f)`` computes what ``jax.vmap(f)`` computes.
+    You write the program of one replica. ``pmap`` compiles it once, and each device runs it on its own shard of the
+    arguments. Replicas communicate with the collectives of ``jax.lax``. The number of replicas does not depend on the
+    number of devices: ``pmap(f)`` computes what ``jax.vmap(f)`` computes.
 
     Args:
         fun: The program of one replica. Its arguments and results are arrays, scalars and pytrees of them. Without
             ``fun``, ``pmap`` returns a decorator.
         axis_name: The name of the mapped axis, for collectives such as ``jax.lax.psum(x, axis_name)``. Any hashable
-            except an int.
+            value except an int.
         in_axes: The mapped axis of each positional argument: one int for all arguments, or a tuple with one entry
             per argument. An entry is an int, None, or a pytree prefix of ints and None. Negative ints count from the
-            end. An argument, or a subtree, with None is passed whole to every replica. Keyword arguments are always
-            mapped along axis 0.
-        out_axes: The position of the mapped axis in each result: an int, None, or a pytree prefix of the result. A
-            result with None must be equal in all replicas, and is returned once, without the mapped axis.
-        static_broadcasted_argnums: The positions of arguments that are compile-time constants. Their values must be
+            end. With None, every replica gets the full argument or subtree. Keyword arguments are always mapped along
+            axis 0.
+        out_axes: The position of the mapped axis in each result: an int, None, or a pytree prefix of ints and None.
+            A result with None must be equal in all replicas, and is returned once, without the mapped axis.
+        static_broadcasted_argnums: The positions of static arguments: compile-time constants. Their values must be
             hashable, and each new value triggers a compilation. Every call must pass them, by position or by name.
-        static_broadcasted_argnames: The names of such arguments. A call may leave out one with a default value.
+        static_broadcasted_argnames: The names of static arguments. A call may leave out one with a default value.
         devices: The devices to use; all devices of the backend when None. Only the outermost map may set them: maps
             inside ``fun`` run on the devices of the outer map.
         backend: The platform to use: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
         axis_size: The number of replicas. Required only if no argument is mapped.
-        donate_argnums: The positions of arguments whose buffers the program may reuse, passed by position or by
-            name. The caller can no longer read them after the call. If an array has to be moved to other devices,
-            the original is freed after the move.
-        donate_argnames: The names of such arguments.
+        donate_argnums: The positions of donated arguments: the program may reuse their buffers, and the caller can no
+            longer read them after the call. A call may pass these arguments by position or by name. If an
+            array has to be moved to other devices, the original is freed after the move.
+        donate_argnames: The names of donated arguments.
 
     Returns:
-        A callable that runs ``fun`` for all N replicas. Its arguments have the mapped axis; each array is a NumPy
-        array, a scalar, or a ``jax.Array`` on any devices. Its results are ``jax.Array`` with the mapped axis, of
-        shape ``(replicas, ...)`` for ``out_axes=0``, sharded over the devices. Each of the D devices runs
-        L = ceil(N / D) replicas, and replica r runs on device ``r // L``. JAX has no uneven sharding: if the
-        D' = ceil(N / L) devices that are used do not divide N, a result is split into gcd(N, D') equal shards, each
-        on D' / gcd(N, D') devices.
+        A callable that runs ``fun`` for all N replicas. Arguments are NumPy arrays, or ``jax.Array`` on any devices, of
+        shape ``(replicas, ...)`` for ``in_axes=0``, or scalars where ``in_axes`` is None. Results are ``jax.Array``, of
+        shape ``(replicas, ...)`` for ``out_axes=0``, sharded over the devices. Replica r runs on device ``r // L``,
+        where L = ceil(N / D) for D devices, so D' = ceil(N / L) devices are used. JAX has no uneven sharding: if D'
+        does not divide N, a result is split into gcd(N, D') equal shards, each on D' / gcd(N, D') devices.
 
     Raises:
         NotAFunctionError: ``fun`` is not callable.
         OptionTypeError: an option has the wrong type.
-        AxisSpecTypeError: ``in_axes`` or ``out_axes`` contains something other than an int or None.
+        AxisSpecTypeError: ``in_axes`` or ``out_axes`` contains an entry that is not an int or None.
         ArgumentNameError: an option names a parameter that ``fun`` does not have.
         DevicesError: ``devices`` is empty, contains a non-device or a duplicate, or mixes platforms.
         StaticArgumentError: an argument is both static and donated.

@@ -22,7 +22,7 @@ from replicax.errors import AxisSpecError, DeletedArrayError, NotAnArrayError
 #: An array on devices or on the host.
 A = TypeVar("A", Array, HostArray)
 
-#: The maximum number of devices, of replicas per device (half of it for non-scalars) and of values per replica shown.
+#: At most this many devices, replicas per device (half as many for non-scalars) and values per replica are shown.
 DEVICES, REPLICAS, VALUES = 16, 4, 3
 
 #: Devices with the same replicas get the same colour.
@@ -42,7 +42,7 @@ def show_replicas(x: ArrayLike, name: str = "array", *, axis: int = 0, console: 
 
     Args:
         x: An array of shape ``(replicas, ...)`` and any dtype: a result of :func:`pmap`, any other ``jax.Array``
-            (PRNG keys, too), or a NumPy array. With several processes, each process prints its own devices.
+            (PRNG keys, too), or a NumPy array. If there are several processes, each prints its own devices.
         name: The name of the array in the output.
         axis: The replica axis: the ``out_axes`` of the map.
         console: The console to print to, instead of stdout: ``rich.console.Console(file=...)`` for a file,
@@ -97,8 +97,8 @@ class Part:
     Attributes:
         place: The name of the device.
         replicas: The replicas in the shard.
-        within: The part of each replica in the shard, as an index; empty for whole replicas.
-        block: The shard.
+        within: Which part of each replica the shard holds, as an index; empty if it holds whole replicas.
+        block: The values of the shard.
     """
 
     place: str
@@ -108,7 +108,7 @@ class Part:
 
 
 def _parts(x: Array | HostArray, axis: int) -> list[Part]:
-    """The addressable shards of an array, ordered by replica."""
+    """Returns the addressable shards of an array, ordered by replica."""
     if not isinstance(x, jax.Array):
         return [Part("host", range(x.shape[axis]), "", x)]
     parts = [
@@ -142,7 +142,7 @@ def _headline(x: Array | HostArray, name: str, axis: int, devices: int) -> str:
 
 
 def _summary(parts: Sequence[Part], size: int, devices: int) -> str:
-    """The last line. All shards of an array have the same shape in JAX, so one sentence describes all rows."""
+    """Returns the last line. In JAX, all shards of an array have the same shape, so one sentence describes all rows."""
     if not devices:
         return "pmap copies to each device its own part."
     if not parts:
@@ -193,7 +193,7 @@ def _span(replicas: range) -> str:
 
 
 def _bar(replicas: range, size: int, width: int) -> str:
-    """A bar of at most ``width`` cells that marks ``replicas`` among all replicas."""
+    """Returns a bar of at most ``width`` cells, in which the cells of ``replicas`` are marked."""
     width = min(size, width)
     start = replicas.start * width // size
     stop = max(start + 1, replicas.stop * width // size)
@@ -225,7 +225,7 @@ def _elided(shown: Sequence[str], n: int) -> str:
 
 
 def _few(block: A, axis: int) -> A:
-    """The first and last values of the first and last replicas of a shard.
+    """Returns the first and last values of the first and last replicas of a shard.
 
     Returns:
         An array of shape ``(shown replicas, shown values)``.
@@ -274,7 +274,7 @@ def _check_array(x: object, name: str) -> None:
 
 
 def _check_axis(x: Array | HostArray, name: str, axis: int) -> int:
-    """The axis as a non-negative int."""
+    """Returns the axis as a non-negative int."""
     axis = operator.index(axis)
     if not -x.ndim <= axis < x.ndim or not x.shape[axis]:
         raise AxisSpecError(

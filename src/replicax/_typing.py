@@ -12,7 +12,7 @@ import numpy as np
 # ---------------------------------------------------------------------------------------------------------------
 # Arguments and results
 
-#: A pytree of arrays; of any objects before validation. JAX has no type for it.
+#: A pytree of arrays, or of any objects before validation. JAX has no type for pytrees.
 PyTree: TypeAlias = Any
 
 #: The positional and the keyword arguments of a call.
@@ -66,10 +66,10 @@ class Aval(ShapeAndDtype, Protocol):
         """Whether the dtype is weak, as that of a Python scalar is."""
 
     def update(self, **changed: object) -> Aval:
-        """A copy with these attributes replaced."""
+        """Returns a copy with these attributes replaced."""
 
     def to_tangent_aval(self) -> Aval:
-        """The abstract value of a tangent of this value."""
+        """Returns the abstract value of a tangent of this value."""
 
 
 class Atom(Protocol):

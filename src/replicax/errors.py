@@ -1,10 +1,11 @@
 """The exception tree.
 
-Every error that replicax raises is a :class:`ReplicaxError`. It is also the builtin exception that ``jax.pmap`` raises
-for the same fault (or ``jax.vmap``, if ``jax.pmap`` has no such error), so existing ``except`` clauses keep working::
+Every error that replicax raises is a :class:`ReplicaxError`. Its class also inherits from the builtin exception that
+``jax.pmap`` raises for the same fault (``jax.vmap`` if ``jax.pmap`` has no such error), so existing ``except`` clauses
+keep working::
 
     ReplicaxError
-    ├── OptionError                                            an option of pmap, or of another function, is invalid
+    ├── OptionError                                            an option of a replicax function is invalid
     │   ├── OptionTypeError                TypeError           an option has the wrong type
     │   ├── AxisSpecTypeError              TypeError           an entry of in_axes or out_axes is not an int or None
     │   ├── AxisSpecError                  ValueError          in_axes or out_axes does not match the arrays
@@ -12,25 +13,25 @@ for the same fault (or ``jax.vmap``, if ``jax.pmap`` has no such error), so exis
     │   ├── NotAFunctionError              TypeError           the object passed to pmap is not callable
     │   ├── DevicesError                   ValueError          devices is empty, has duplicates or mixes platforms
     │   ├── UnknownBackendError            RuntimeError        this installation of JAX has no such backend
-    │   ├── SimulationError                RuntimeError        simulate_devices called after JAX has started
-    │   └── ReplicasError                  ValueError          compat cannot show the program that many devices
+    │   ├── SimulationError                RuntimeError        simulate_devices cannot set this number of devices
+    │   └── ReplicasError                  ValueError          the program cannot see this number of devices
     ├── ArgumentError                                          the arguments of a call are invalid
     │   ├── MappedSizeError                ValueError          the arguments do not agree on one number of replicas
     │   ├── NotAnArrayError                TypeError           an argument or a result is not an array
     │   │   └── UnconvertedArrayError      ValueError          a masked array, or an object with __jax_array__
     │   ├── UnsupportedDtypeError          TypeError           XLA cannot pad the dtype of an argument or a result
-    │   ├── NumberTooLargeError            OverflowError       an int does not fit into the dtype that JAX gives it
+    │   ├── NumberTooLargeError            OverflowError       an int does not fit into the dtype that JAX uses
     │   ├── DeletedArrayError              RuntimeError        an array was donated or deleted, or is donated twice
     │   ├── StaticArgumentError            ValueError          a static argument is missing, unhashable or donated
-    │   ├── AheadOfTimeError               TypeError           a compiled program is called with unsuitable arguments
+    │   ├── AheadOfTimeError               TypeError           lower() or a compiled program cannot be called here
     │   └── ShardsError                    ValueError          the shards of device_put_sharded do not match
     ├── ProgramError                                           the mapped function does something a map cannot run
     │   ├── UnboundAxisError               NameError           a collective names an axis that no map binds
     │   ├── UnsupportedCollectiveError     NotImplementedError replicax has no rule for a collective
     │   ├── CollectiveArgumentError        ValueError          a permutation, group or index is invalid
     │   ├── DivergentOutputError           ValueError          out_axes=None for a result that differs between replicas
-    │   ├── NestedMapError                 ValueError          a map inside a mapped function that cannot run there
-    │   ├── UnsupportedTransformationError NotImplementedError a vmap of a map that shards its batch over a mesh
+    │   ├── NestedMapError                 ValueError          a map cannot run inside a mapped function
+    │   ├── UnsupportedTransformationError NotImplementedError a vmap over a map shards the batch axis
     │   ├── OrderedCallbackError           ValueError          a callback with ordered=True in a mapped function
     │   ├── UnsupportedCallbackError       NotImplementedError an io_callback where JAX cannot vectorize it
     │   └── CallbackError                  RuntimeError        a user callback raised an exception
@@ -42,14 +43,14 @@ class ReplicaxError(Exception):
     """Base class of every error that replicax raises.
 
     Attributes:
-        nameless: Whether the message lacks the name of an argument, because the name was not known at the raise.
+        nameless: Whether the message lacks the argument's name, because the code that raised it did not know it.
     """
 
     nameless = False
 
 
 class OptionError(ReplicaxError):
-    """An option of ``pmap``, or of another function of the package, is invalid."""
+    """An option of ``pmap`` or of another replicax function is invalid."""
 
 
 class ArgumentError(ReplicaxError):
@@ -61,15 +62,15 @@ class ProgramError(ReplicaxError):
 
 
 class MappedSizeError(ArgumentError, ValueError):
-    """The mapped arguments and ``axis_size`` give different numbers of replicas, none, or zero."""
+    """The number of replicas is unknown, is less than 1, or does not match an array."""
 
 
 class AxisSpecError(OptionError, ValueError):
-    """``in_axes`` or ``out_axes`` does not match the arguments or results, or an array lacks that axis."""
+    """``in_axes`` or ``out_axes`` does not match the arguments or results, or an array has no such axis."""
 
 
 class AxisSpecTypeError(OptionError, TypeError):
-    """``in_axes`` or ``out_axes`` contains something other than an int or None."""
+    """``in_axes`` or ``out_axes`` contains an entry that is not an int or None."""
 
 
 class NotAnArrayError(ArgumentError, TypeError):
@@ -77,7 +78,7 @@ class NotAnArrayError(ArgumentError, TypeError):
 
 
 class UnconvertedArrayError(NotAnArrayError, ValueError):
-    """A value is a masked array or has ``__jax_array__``: JAX accepts neither without a conversion."""
+    """A value is a masked array or an object with ``__jax_array__``, and must be converted first."""
 
 
 class UnsupportedDtypeError(ArgumentError, TypeError):
@@ -101,7 +102,7 @@ class DeletedArrayError(ArgumentError, RuntimeError):
 
 
 class NumberTooLargeError(ArgumentError, OverflowError):
-    """An int argument does not fit into the dtype that JAX gives it."""
+    """An int argument does not fit into the dtype that JAX converts it to."""
 
 
 class StaticArgumentError(ArgumentError, ValueError):
@@ -113,7 +114,7 @@ class ArgumentNameError(OptionError, ValueError):
 
 
 class AheadOfTimeError(ArgumentError, TypeError):
-    """A compiled program is called with arguments it was not compiled for, or inside a transformation."""
+    """A compiled program cannot take these arguments, or a map cannot be lowered here."""
 
 
 class DevicesError(OptionError, ValueError):
@@ -133,40 +134,40 @@ class UnsupportedCollectiveError(ProgramError, NotImplementedError):
 
 
 class UnsupportedTransformationError(ProgramError, NotImplementedError):
-    """A ``vmap`` of a map asks to shard its batch over a mesh axis."""
+    """A ``vmap`` over a map shards the batch axis over a mesh axis."""
 
 
 class CollectiveArgumentError(ProgramError, ValueError):
-    """A permutation, group or source of a collective does not match the replicas."""
+    """An argument of a collective, such as its permutation, groups or source, is invalid."""
 
 
 class DivergentOutputError(ProgramError, ValueError):
-    """``out_axes=None`` for a result that differs, or may differ, between replicas."""
+    """``out_axes`` is None for a result that may differ between replicas."""
 
 
 class OrderedCallbackError(ProgramError, ValueError):
-    """A mapped function has a callback with ``ordered=True``; replicas run in parallel, without an order."""
+    """A mapped function calls a callback with ``ordered=True``, but replicas run in parallel, without an order."""
 
 
 class UnsupportedCallbackError(ProgramError, NotImplementedError):
-    """An ``io_callback`` in control flow that replicas on one device execute differently."""
+    """An ``io_callback`` is in a branch or loop whose predicate differs between replicas on one device."""
 
 
 class CallbackError(ProgramError, RuntimeError):
-    """A user callback raised an exception in a replica; JAX reports it as text in its own error."""
+    """A user callback raised an exception in a replica. A ``JaxRuntimeError`` contains this error as text."""
 
 
 class ShardsError(ArgumentError, ValueError):
-    """``device_put_sharded`` needs one shard per device, all with the same structure, shapes and dtypes."""
+    """The shards for ``device_put_sharded`` are not one per device, or differ in structure, shape or dtype."""
 
 
 class SimulationError(OptionError, RuntimeError):
-    """JAX has already started, so the number of simulated devices cannot change."""
+    """``simulate_devices``: JAX has already started with other devices, or the number of devices is less than 1."""
 
 
 class ReplicasError(OptionError, ValueError):
-    """``replicax.compat`` cannot show the program that number of devices, or cannot change it any more."""
+    """``replicax.compat`` cannot make a program see this number of devices, or can no longer change the number."""
 
 
 class MismatchError(ReplicaxError, AssertionError):
-    """A program computes something else under ``pmap`` than under the reference."""
+    """The results of a program under ``pmap`` differ from the results of the reference."""

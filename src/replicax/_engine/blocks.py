@@ -1,8 +1,8 @@
-"""A device's lanes as one array inside the program of one replica, and exchanges between devices.
+"""Access to all lanes of a device inside the program of one replica, and exchanges between devices.
 
 Inside the ``vmap`` over lanes, each value belongs to one lane. :func:`block` returns the values of all lanes of the
-device, stacked along a new first dimension. :func:`own_lane` is the inverse. Between the two calls, a collective is
-array arithmetic and a collective over devices. Both functions are free: ``vmap`` only renames a dimension.
+device, stacked along a new first dimension. :func:`own_lane` is the inverse. Between the two calls, a rule uses array
+operations and collectives over devices. Both functions cost nothing: ``vmap`` only renames a dimension.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from replicax._typing import Array, DType, HostArray
 
 
 def block(axis: LogicalAxis, x: Array) -> Array:
-    """Returns ``x`` of all lanes of this device, as ``(lanes, ...)``."""
+    """Returns the values of ``x`` in all lanes of this device, as ``(lanes, ...)``."""
     return x[None] if axis.lane_axis is None else lax.all_gather(x, axis.lane_axis)
 
 
@@ -33,7 +33,7 @@ def own_lane(axis: LogicalAxis, x: Array) -> Array:
 
 
 def as_unbatched(axis: LogicalAxis, x: Array) -> Array:
-    """Returns ``x`` as an unbatched value. ``x`` is equal in all lanes, but ``vmap`` may track it as batched."""
+    """Returns ``x``, which is equal in all lanes, as a value that ``vmap`` tracks as unbatched."""
     return block(axis, x)[0] if axis.lane_axis is not None and isinstance(x, jax.core.Tracer) else x
 
 
@@ -47,11 +47,11 @@ def as_batched(axes: Iterable[LogicalAxis], x: Array) -> Array:
 def one_lane_at_a_time(
     axes: Sequence[LogicalAxis], function: Callable[..., Sequence[Array]], *args: Array
 ) -> list[Array]:
-    """Runs ``function`` on one lane at a time, because its batching rule gives a different result.
+    """Runs a function whose batching rule gives a different result, on one lane at a time.
 
     Args:
         axes: The mapped axes whose lanes run one at a time.
-        function: The function of one lane's operands.
+        function: The function, which takes the operands of one lane.
         args: The operands.
     """
     if not axes:
@@ -70,7 +70,7 @@ def on_device(axis: LogicalAxis, table: Table) -> HostArray | Array:
 
 
 def take(x: Array, rows: HostArray | Array) -> Array:
-    """Returns ``x[rows]``, with slices instead of a gather if ``rows`` is a NumPy array of few contiguous runs."""
+    """Returns ``x[rows]``. Uses slices instead of a gather if ``rows`` is a NumPy array of few contiguous runs."""
     if isinstance(rows, np.ndarray):
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
         if 0 < len(runs) <= _FEW:
@@ -87,7 +87,7 @@ _FEW = 8
 
 
 def without_folding(x: Array) -> Array:
-    """Returns ``x`` behind an optimization barrier if it is complex. The cotangent of ``x`` gets the same barrier.
+    """Puts a complex ``x``, and its cotangent, behind an optimization barrier. Returns any other ``x`` unchanged.
 
     XLA crashes the process when it constant-folds a sum of complex constants between devices (CPU, JAX 0.10 and
     0.12). Workaround: complex_constants.
@@ -140,7 +140,7 @@ def fetch(logical: LogicalAxes, names: Sequence[Hashable], items: Array, wants: 
 
 
 def only_axis(logical: LogicalAxes, names: Sequence[Hashable]) -> LogicalAxis | None:
-    """Returns the mapped axis if the collective is over this axis alone, else None."""
+    """Returns the mapped axis if ``names`` contains only this axis, else None."""
     return logical.get(names[0]) if len(names) == 1 else None
 
 
@@ -161,7 +161,7 @@ def replica_index(logical: LogicalAxes, names: Sequence[Hashable]) -> jax.Array:
 
 
 def replica_along(axis: LogicalAxis) -> jax.Array:
-    """Returns the replica's index along one mapped axis. A padding lane has the index of the replica it copies."""
+    """Returns the replica's index along one mapped axis. A padding lane has the index of the replica that it copies."""
     position = lane_position(axis)
     if not axis.padding:
         return position
@@ -178,7 +178,7 @@ def lane_position(axis: LogicalAxis) -> jax.Array:
 
 
 def gather(logical: LogicalAxes, names: Sequence[Hashable], x: Array) -> Array:
-    """Returns ``x`` of all replicas along the given axes, as ``(replicas, ...)``."""
+    """Returns the values of ``x`` in all replicas along the given axes, as ``(replicas, ...)``."""
     shape = x.shape
     for name in reversed(names):
         x = _gather_along(logical[name], x) if name in logical else _gather(x, name)
@@ -199,12 +199,12 @@ def real_rows(x: Array, dim: int, placement: Placement) -> Array:
 
 
 def _gather(x: Array, name: Hashable) -> Array:
-    """Calls ``lax.all_gather`` with ``tiled=True``. JAX can ``vmap`` its transpose. Workaround: untiled_collectives."""
+    """Calls a tiled ``lax.all_gather``, whose transpose JAX can ``vmap``. Workaround: untiled_collectives."""
     return lax.all_gather(x[None], name, tiled=True)
 
 
 def on_data(function: Callable[[Array], Array], x: Array) -> Array:
-    """Applies a function that only moves data. Typed PRNG keys are moved as key data, 2-bit integers as bytes."""
+    """Applies a function that only moves data, to key data for typed PRNG keys, and to bytes for 2-bit integers."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(function(jax.random.key_data(x)), impl=jax.random.key_impl(x))
     return narrow(function(wide(x)), x.dtype)
@@ -213,10 +213,10 @@ def on_data(function: Callable[[Array], Array], x: Array) -> Array:
 def wide(x: Array, bits: int = 2) -> Array:
     """Returns ``x`` as int8 or uint8 if its dtype is an integer type of at most ``bits`` bits.
 
-    XLA has three faults with such dtypes (JAX 0.10 and 0.12). The CPU backend overruns its buffers when it gathers,
-    concatenates or exchanges 2-bit arrays; ``jax.jit(lambda x: jnp.concatenate([x, x]))`` reproduces this. XLA has no
-    sum of 2-bit arrays between devices. A sum of 4-bit arrays between devices returns values of more than 4 bits;
-    ``jax.pmap`` of ``psum`` reproduces this.
+    XLA has three bugs with such dtypes (JAX 0.10 and 0.12). The CPU backend overruns its buffers when it gathers,
+    concatenates or exchanges 2-bit arrays; ``jax.jit(lambda x: jnp.concatenate([x, x]))`` reproduces this. XLA does not
+    support sums of 2-bit arrays between devices. A sum of 4-bit arrays between devices returns values of more than
+    4 bits; ``jax.pmap`` of ``psum`` reproduces this.
     Workarounds: two_bits_concatenated, two_bits_gathered, two_bits_summed, four_bits_summed.
     """
     return x.astype("int8" if x.dtype.name.startswith("i") else "uint8") if is_narrow(x.dtype, bits) else x

@@ -1,15 +1,15 @@
-"""Callbacks into Python in a program of many replicas: an exception in one replica ends the run of all replicas.
+"""Callbacks into Python in a mapped function: if a callback raises in one replica, the call fails on every device.
 
 Before a program is rewritten, each callback becomes a :func:`callback_primitives.guarded` callback. The number of the
-first failure is data in the program: an extra carry of each loop and an extra result of each branch. The module
-:mod:`replicax._engine.failures` says why a callback must not raise at once, and raises the exception at the end.
+first failure is a value of the program: an extra carry of each loop and an extra result of each branch. The module
+:mod:`replicax._engine.failures` explains why a callback must not raise at once, and raises the exception at the end.
 
-Forward rules of ``custom_jvp`` and ``custom_vjp`` run only under differentiation. A derivative from outside the map
-comes after the program is lowered. So rules that may run are traced beforehand, to find callbacks in them. A reverse
-rule has no result that could carry a failure number.
+Forward rules of ``custom_jvp`` and ``custom_vjp`` run only under differentiation. If a map is differentiated from
+outside, its program is already lowered. So the forward rules are traced first, to find their callbacks. A reverse rule
+cannot return a failure number.
 
-After a failure, callbacks return zeros, so a predicate may differ from that of the other replicas. Where replicas
-communicate inside a loop or branch, all of them therefore leave the loop, or take the same branch.
+After a failure, callbacks return zeros, so a predicate may differ from that of the other replicas. So if replicas
+communicate in a loop or branch, all of them leave the loop or take the first branch after a failure.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class GuardedProgram(NamedTuple):
     Attributes:
         jaxpr: The program.
         consts: The values of its constants. The constants of the original program come last.
-        in_rules: The names of the primitives in the forward rules that a derivative would run.
+        in_rules: The names of the primitives in the forward rules.
     """
 
     jaxpr: Jaxpr
@@ -65,7 +65,7 @@ class GuardedProgram(NamedTuple):
 
 
 def guard(jaxpr: Jaxpr, consts: Sequence[ArrayLike], axis: LogicalAxis, name: str) -> GuardedProgram | None:
-    """Guards all callbacks in the program of one replica. Returns None if the program has no callbacks.
+    """Replaces all callbacks in the program of one replica by guarded callbacks. Returns None if there are none.
 
     Args:
         jaxpr: The program.
@@ -95,7 +95,7 @@ class _Search:
 
     Args:
         sizes: The mapped axes in scope, with their sizes.
-        rules: Whether a derivative from outside is possible. It would run the user's forward rules.
+        rules: Whether to search forward rules, because the map may be differentiated from outside.
         in_rules: The names of the primitives in all forward rules searched so far. The search adds to this set.
     """
 
@@ -122,14 +122,14 @@ class _Search:
             return False
         if id(eqn) not in self._calls:
             rule = callback_primitives.forward_rule(eqn, self.sizes)
-            # Do not search rules inside the rule. A rule often calls its own function, so the search would not end.
+            # Do not search the rules inside a rule. A rule often calls its own function, so the search would not end.
             itself = _Search(self.sizes, rules=False, in_rules=set())
             self._calls[id(eqn)] = (eqn, rule is not None and itself.calls_back(rule))
             self.in_rules |= _jax.primitives(rule) if rule is not None else set()
         return self._calls[id(eqn)][1]
 
     def inside(self, eqn: Equation) -> _Search:
-        """Returns the search for the program of a nested map."""
+        """Returns the search inside a nested map."""
         name, size = eqn.params["name"], eqn.params["size"]
         if (name, size) not in self._inside:
             sizes = {**self.sizes, name: size}
@@ -137,7 +137,7 @@ class _Search:
         return self._inside[name, size]
 
     def named(self, jaxprs: Sequence[Jaxpr]) -> frozenset[Hashable]:
-        """Returns the names of the mapped axes in scope that collectives in the jaxprs use, at any depth."""
+        """Returns the mapped axes in scope that collectives in the jaxprs name, at any depth."""
         names: frozenset[Hashable] = frozenset()
         for jaxpr in jaxprs:
             if id(jaxpr) not in self._named:
@@ -163,7 +163,7 @@ class _Guarding:
         self.search, self.name = search, name
 
     def anywhere(self, failed: Array, jaxprs: Sequence[Jaxpr]) -> Array:
-        """Returns the number of a failure in any replica that communicates in the jaxprs."""
+        """Returns the number of the first failure among the replicas that communicate in the jaxprs."""
         names = self.search.named(jaxprs)
         return lax.pmax(failed, tuple(name for name in self.search.sizes if name in names)) if names else failed
 
@@ -227,7 +227,7 @@ class _Guarding:
         return [*carry, *ys], failed
 
     def _while(self, eqn: Equation, args: list[ArrayLike], failed: Array) -> tuple[list[Array], Array]:
-        """Runs a loop that ends at a failure. If replicas communicate in it, it ends at a failure in any of them."""
+        """Runs a loop that ends after a failure in its replica, or in any replica that it communicates with."""
         cond, body = _jax.sub_jaxprs(eqn)
         first, last = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
 
@@ -248,7 +248,7 @@ class _Guarding:
         return carry, failed
 
     def _cond(self, eqn: Equation, args: list[ArrayLike], failed: Array) -> tuple[list[Array], Array]:
-        """Runs a branch. If replicas communicate in it, all of them take the first branch after a failure."""
+        """Runs a ``cond``. If its replicas communicate, all of them take the first branch after a failure."""
         branches, (index, *operands) = list(_jax.sub_jaxprs(eqn)), args
 
         def branch(jaxpr: Jaxpr) -> Callable[..., tuple[list[Array], Array]]:
@@ -276,7 +276,7 @@ class _Guarding:
         return run(failed, *args)
 
     def _nested(self, eqn: Equation, args: list[ArrayLike], failed: Array) -> tuple[list[Array], Array]:
-        """Runs a nested map. An earlier failure enters all its replicas; the first failure of any replica leaves it."""
+        """Runs a nested map. All its replicas get ``failed``. The returned failure is the first in any replica."""
         (inner,), (name, size) = _jax.sub_jaxprs(eqn), (eqn.params["name"], eqn.params["size"])
         inside = _Guarding(self.search.inside(eqn), self.name)
 
@@ -325,8 +325,8 @@ def _like(results: Sequence[ArrayLike], carry: Sequence[Array]) -> list[Array]:
 def call_guarded(scope: Scope, eqn: Equation, args: Sequence[ArrayLike], varying: Varying) -> list[Array]:
     """Calls a guarded callback once for each replica, or once for each device if its operands do not vary.
 
-    A callback with a side effect runs exactly once for each replica. It does not run in padding lanes. If several
-    devices run the same program (those of nested maps), it runs on one of them.
+    A callback with a side effect runs exactly once for each replica: not in padding lanes, and on one of the devices
+    that run the same replica (those for nested maps).
 
     Args:
         scope: The mapped axes in scope.
@@ -338,7 +338,7 @@ def call_guarded(scope: Scope, eqn: Equation, args: Sequence[ArrayLike], varying
     name, eqn, avals = eqn.params["name"], eqn.params["eqn"], [var.aval for var in eqn.invars[1:]]
     operands = [_jax.as_array(x, aval) for x, aval in zip(operands, avals, strict=True)]
     lanes = tuple(axis.lane_axis for axis in scope.axes if axis.lane_axis is not None)
-    # One value for all lanes. A batched operand would change how vmap batches the callback.
+    # One failure number for all lanes: a batched operand would change how vmap batches the callback.
     failed = lax.pmax(failed, lanes) if lanes else failed
     places, widths = [], []
     for axis in scope.axes:
@@ -354,14 +354,14 @@ def call_guarded(scope: Scope, eqn: Equation, args: Sequence[ArrayLike], varying
         for copy in scope.copies:  # devices that did not run the callback have zeros
             outs = [primitives.total(x, copy) for x in outs]
     elif scope.copies:
-        outs[-1] = lax.pmax(outs[-1], scope.copies)  # all devices ran it, and must agree on whether it failed
+        outs[-1] = lax.pmax(outs[-1], scope.copies)  # all devices ran the callback, and must agree on whether it failed
     return outs
 
 
 def runs_here(scope: Scope) -> list[Array]:
-    """Returns a list with one bool scalar: whether this lane on this device runs the side effects of its replica.
+    """Returns whether this lane on this device runs the side effects of its replica, as a list of one bool scalar.
 
-    The list is empty if every lane on every device does.
+    The list is empty if all lanes on all devices run them.
     """
     conditions = [is_replica(axis) for axis in scope.axes if axis.padding]
     conditions += [lax.axis_index(name) == 0 for name in scope.copies]
@@ -374,7 +374,7 @@ def raise_after(results: Sequence[Array], failed: Array) -> None:
     """Raises a failure on every device, after the last collective.
 
     Args:
-        results: The device's blocks of all results. The raising callback depends on them, so it runs last.
+        results: The device's blocks of all results. The callback that raises takes them as operands, so it runs last.
         failed: The number of the failure, equal on all devices.
     """
     waits = [_first(x) for x in results if x.size]

@@ -1,4 +1,4 @@
-"""What a program communicates: which equations must be rewritten, and which replicas must participate."""
+"""Analyses communication in a program: equations to rewrite, and axes whose replicas must participate."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis, Scope
 from replicax.errors import CollectiveArgumentError
 
-#: How many nested derivatives to search. A rule often calls its own function, so an unlimited search would not end.
+#: How many levels of derivative rules to search. A rule often calls its own function, so the search needs a limit.
 NESTED_DERIVATIVES = 2
 
 
 class Communication:
-    """The communication in one traced program. Each jaxpr is analysed once.
+    """The analysis of the communication in one traced program. Each jaxpr is analysed once.
 
     Args:
         scope: The mapped axes in scope.
@@ -32,14 +32,14 @@ class Communication:
         self._awaits: dict[tuple[int, int], tuple[Jaxpr, frozenset[LogicalAxis]]] = {}
 
     def inside(self, eqn: Equation) -> Communication:
-        """Returns the communication of the program of a nested map."""
+        """Returns the analysis of the program inside a nested map."""
         key = eqn.params["name"], eqn.params["size"]
         if key not in self._inside:
             self._inside[key] = Communication(self.scope.enter(*key))
         return self._inside[key]
 
     def changes(self, jaxpr: Jaxpr) -> list[bool]:
-        """Returns, for each equation of a jaxpr, whether it must be rewritten. The others are bound unchanged."""
+        """Returns for each equation of a jaxpr whether it must be rewritten. Other equations are bound unchanged."""
         if id(jaxpr) not in self._changing:
             self._changing[id(jaxpr)] = (jaxpr, list(map(self._change, _jax.body(jaxpr).eqns)))
         return self._changing[id(jaxpr)][1]
@@ -60,18 +60,18 @@ class Communication:
         )
 
     def axes_inside(self, eqn: Equation) -> frozenset[LogicalAxis]:
-        """Returns the mapped axes of all collectives inside the equation, at any depth."""
+        """Returns the mapped axes that collectives inside the equation name, at any depth."""
         if primitives.is_nested_map(eqn):
             inside = self.inside(eqn)
             return inside.axes_of(*_jax.sub_jaxprs(eqn)) - {inside.scope.axes[-1]}
         return frozenset().union(*map(self.axes_of, _jax.sub_jaxprs(eqn)))
 
     def awaited(self, eqn: Equation, *, in_rules: int) -> frozenset[LogicalAxis]:
-        """Returns the mapped axes whose replicas must participate in a collective inside the equation.
+        """Returns the mapped axes whose replicas must all run the collectives inside the equation.
 
         Args:
             eqn: The equation.
-            in_rules: Also search derivative rules, for this many nested derivatives.
+            in_rules: How many levels of derivative rules to search, too; 0 for none.
         """
         if primitives.is_nested_map(eqn):
             inside, (jaxpr,) = self.inside(eqn), _jax.sub_jaxprs(eqn)
@@ -96,12 +96,12 @@ class Communication:
         try:
             with _jax.axis_env({axis.name: axis.size for axis in axes}):
                 rules = list(_jax.rule_jaxprs(eqn))
-        except Exception:  # the user's rule raised. JAX may never call the rule; if it does, the user sees the error
+        except Exception:  # the user's rule raised. If JAX calls the rule later, the user sees the error
             return frozenset(axes)
         return frozenset().union(*(self._awaited_in(rule, further) for rule in rules))
 
     def axes_of(self, jaxpr: Jaxpr) -> frozenset[LogicalAxis]:
-        """Returns the mapped axes of all collectives in a jaxpr, at any depth."""
+        """Returns the mapped axes that collectives in a jaxpr name, at any depth."""
         if id(jaxpr) not in self._communicates:
             axes: set[LogicalAxis] = set()
             for eqn in _jax.body(jaxpr).eqns:
@@ -110,10 +110,10 @@ class Communication:
         return self._communicates[id(jaxpr)][1]
 
     def _axes_named(self, eqn: Equation) -> set[LogicalAxis]:
-        """Returns the mapped axes whose replicas must participate in a collective.
+        """Returns the mapped axes whose replicas must all run a collective.
 
-        With nested maps, XLA treats a permutation along one mesh axis as a permutation of all devices.
-        Workaround: permutations_of_a_part.
+        With nested maps, XLA treats a permutation along one mesh axis as a permutation of all devices, so the
+        replicas of all axes must run it. Workaround: permutations_of_a_part.
         """
         axes = {self.scope[name] for name in _jax.named_axes(eqn) if name in self.scope}
         entry = REGISTRY.get(eqn.primitive.name)
@@ -122,7 +122,7 @@ class Communication:
 
     @cached_property
     def runs_duplicates(self) -> bool:
-        """Whether a replica runs more than once: in padding lanes, or on the devices of nested maps."""
+        """Whether several lanes or devices run the same replica: padding lanes, or the devices of nested maps."""
         return any(axis.padding for axis in self.scope.axes) or bool(self.scope.copies)
 
     @cached_property

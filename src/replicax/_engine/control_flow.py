@@ -1,4 +1,4 @@
-"""Loops and branches whose predicate differs between replicas, and which communicate.
+"""Loops and branches that contain collectives, and whose predicate differs between replicas.
 
 All replicas participate in every iteration and every branch, as in ``vmap``.
 """
@@ -20,7 +20,7 @@ from replicax._typing import Array, ArrayLike
 
 
 def is_divergent(runner: Runner, eqn: Equation, varying: Sequence[Varying]) -> bool:
-    """Whether the predicate of a loop or branch differs between replicas that communicate inside it."""
+    """Whether the predicate of a loop or branch differs between replicas that communicate in this loop or branch."""
     disagree = runner.analysis.predicate(eqn, varying)
     return bool(disagree) and bool(disagree & runner.communication.awaited(eqn, in_rules=NESTED_DERIVATIVES))
 
@@ -31,9 +31,9 @@ def run_divergent(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], vary
 
 
 def _loop(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: Sequence[Varying]) -> list[Array]:
-    """Runs a communicating loop whose trip count differs between replicas, until the last replica is done.
+    """Runs a loop with collectives, whose trip count differs between replicas, until all replicas are done.
 
-    As in ``vmap``, a replica that is done keeps its carry and still participates in the collectives.
+    As in ``vmap``, a replica that is done keeps its carry, and still participates in the collectives.
     """
     cond, body = _jax.sub_jaxprs(eqn)
     for_cond, for_body = runner.analysis.operands(eqn, varying)
@@ -56,10 +56,10 @@ def _loop(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: Seq
 
 
 def _choice(runner: Runner, eqn: Equation, args: Sequence[ArrayLike], varying: Sequence[Varying]) -> list[Array]:
-    """Runs all branches of a communicating ``cond`` on all replicas, and selects each replica's result, as in ``vmap``.
+    """Runs all branches of a ``cond`` with collectives on all replicas, and selects each replica's result.
 
-    If only derivative rules communicate, branches that a replica did not take contribute nothing to its derivatives.
-    For the same technique in ``vmap``, see https://github.com/jax-ml/jax/issues/1052.
+    This is what ``vmap`` does. If only derivative rules communicate, the gradients of branches that a replica does not
+    take are stopped. For the same technique in ``vmap``, see https://github.com/jax-ml/jax/issues/1052.
     """
     index, *operands = args
     by_rules = not varying[0] & runner.communication.awaited(eqn, in_rules=0)
@@ -78,7 +78,7 @@ def _where_taken(taken: Array, x: ArrayLike) -> ArrayLike:
 
 
 def _where_still(goes_on: Array, new: Array, old: Array) -> Array:
-    """Selects ``new`` where the loop continues, else ``old``.
+    """Returns ``new`` where the loop continues, else ``old``.
 
     Under the user's ``vmap``, ``goes_on`` has batch dimensions.
     """

@@ -1,8 +1,8 @@
-"""Exceptions from callbacks: stored when the callback fails, raised after the program's last collective.
+"""Stores the exceptions of failed callbacks, and raises them after the program's last collective.
 
-If a callback raised in one replica while others wait for that replica in a collective, XLA would end the process after
-a minute. So a :class:`Guarded` callback does not raise. It returns zeros and a failure number. The program passes this
-number on as data, and raises the exception on every device after the last collective.
+If a callback raises in one replica while other replicas wait for that replica in a collective, XLA ends the process
+after a minute. So a :class:`Guarded` callback does not raise. It returns zeros and a failure number. The program
+carries this number to its end, and raises the exception on every device after the last collective.
 Workaround: failing_callbacks.
 """
 
@@ -28,17 +28,17 @@ NONE = 0
 class Guarded:
     """A callback that returns a failure number after its results, instead of raising.
 
-    Its operands are: the number of an earlier failure on the device (if not ``NONE``, the callback does not run); one
-    slot for each mapped axis; a bool if ``conditional``; then the operands of the user's callback. Operands of a
-    vectorized callback have the batch dimensions first.
+    Its operands are: an earlier failure number of the device (if this is not ``NONE``, the callback does not run); a
+    slot for each mapped axis; a bool if ``conditional``; then the operands of the user's callback. If the callback is
+    vectorized, its operands have the batch dimensions first.
 
     Attributes:
         call: The user's callback, from flat operands to flat results.
         results: The types of the results.
         ranks: The number of dimensions of each operand, without batch dimensions.
         axes: The mapped axes.
-        widths: For each axis, how many replicas one call covers, starting at the given slot.
-        conditional: Whether an operand says if the callback runs.
+        widths: For each axis, the number of consecutive slots that one call covers. The operand is the first of them.
+        conditional: Whether a bool operand decides if the callback runs.
         name: The name of the user's function, for error messages.
     """
 
@@ -71,7 +71,7 @@ class Guarded:
     def _checked(self, given: Sequence[ArrayLike], batch: tuple[int, ...]) -> list[HostArray]:
         """Returns the results as arrays of the declared types.
 
-        XLA checks the types too, but outside of the ``try``.
+        XLA also checks the types, but its error could not be caught and recorded.
         """
         arrays = [np.asarray(x) for x in given]
         if len(arrays) != len(self.results):
@@ -80,7 +80,7 @@ class Guarded:
             )
         for k, (x, aval) in enumerate(zip(arrays, self.results, strict=True)):
             if x.dtype != aval.dtype and x.dtype.itemsize == 8 and np.can_cast(x.dtype, aval.dtype, "same_kind"):
-                arrays[k] = x = x.astype(aval.dtype)  # JAX converts 64-bit results in the same way
+                arrays[k] = x = x.astype(aval.dtype)  # JAX also converts 64-bit results
             if (x.shape, x.dtype) != ((*batch, *aval.shape), aval.dtype):
                 raise TypeError(
                     f"result {k} of the callback is {x.dtype}{list(x.shape)}, but result_shape_dtypes says "
@@ -108,12 +108,12 @@ class _Failure:
     what: str
 
 
-#: Failure numbers count down, so the first of several failures has the largest number, and ``pmax`` finds it.
+#: Failure numbers count down, so the earliest of several failures has the largest number, and ``pmax`` selects it.
 _numbers = itertools.count(2**31 - 1, -1)
 _failures: dict[int, _Failure] = {}
 _lock = threading.Lock()
 
-#: How many failures to store. A run can fail on several devices, and the user may not wait for the results of a run.
+#: How many failures to store. One run can fail on several devices, and users may start many runs without waiting.
 _KEPT = 1024
 
 
@@ -130,7 +130,7 @@ def raise_failure(number: ArrayLike, *_: ArrayLike) -> None:
     """Raises the failure with this number, with the message and the traceback of the user's exception.
 
     Raises:
-        CallbackError: Always, unless ``number`` is ``NONE``.
+        CallbackError: ``number`` is not ``NONE``.
     """
     failed = int(np.max(number))
     if failed == NONE:

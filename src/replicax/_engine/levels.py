@@ -1,4 +1,4 @@
-"""One level of maps: arguments and results of a map as blocks of lanes on devices."""
+"""Runs a function on all lanes of a device, and converts arguments and results of a map to blocks of lanes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OneReplica = Callable[..., Sequence[Array]]
 
 
 def over_lanes(one_replica: OneReplica, axis: LogicalAxis, in_axes: Axes, out_axes: Axes) -> OneReplica:
-    """Returns the function that one device runs on its block of each argument: ``vmap`` over its lanes."""
+    """Returns the function that a device runs on its block of each argument: ``vmap`` over the lanes of the device."""
     if axis.lane_axis is not None:
         options = {"axis_name": axis.lane_axis, "axis_size": axis.lanes}
         vectorized = jax.vmap(one_replica, tuple(in_axes), tuple(out_axes), **options)
@@ -36,7 +36,7 @@ def over_lanes(one_replica: OneReplica, axis: LogicalAxis, in_axes: Axes, out_ax
 
 
 def _with_clear_errors(vectorized: OneReplica, axis: LogicalAxis, *blocks: Array) -> Sequence[Array]:
-    """Runs several lanes. Replaces JAX's errors about callbacks under ``vmap`` with errors in the user's terms."""
+    """Calls ``vectorized``, and replaces JAX's errors about callbacks under ``vmap`` with clearer errors."""
     try:
         return vectorized(*blocks)
     except Exception as error:  # JAX has no error class for these
@@ -66,7 +66,7 @@ UNVECTORIZED = {
 
 
 def pad_rows(x: Array, dim: int, placement: Placement) -> Array:
-    """Pads ``x`` along ``dim`` to one row per slot. Padding rows are copies, and their cotangents are dropped."""
+    """Pads ``x`` along ``dim`` to one row per slot. Padding rows are copies. Their cotangents are dropped."""
     return on_data(lambda x: primitives.pad_rows(x, dim, placement), x) if placement.padding else x
 
 
@@ -91,14 +91,14 @@ def own_rows(x: Array, dim: int, first: Array, placement: Placement) -> Array:
 
 
 def as_equal(x: Array, names: Sequence[Hashable]) -> Array:
-    """Returns ``x``, which is equal on all devices along these mesh axes. Its cotangent goes to the first device."""
+    """Returns ``x``, which is equal on all devices along these mesh axes. The first device gets the full cotangent."""
     for name in names:
         x = on_data(functools.partial(primitives.equal_parts, axis=name), x)
     return x
 
 
 def as_per_device(y: Array, names: Sequence[Hashable]) -> Array:
-    """Returns ``y``, which is equal on all devices along these mesh axes. Its cotangent is summed over the devices."""
+    """Returns ``y``, which is equal on all devices along these mesh axes. The cotangent is summed over the devices."""
     for name in names:
         y = on_data(functools.partial(primitives.share, axis=name), y)
     return y

@@ -37,8 +37,8 @@ def lower(replica: Replica, layout: Layout, inputs: Inputs, outputs: Outputs, na
 
     Raises:
         AxisSpecError: ``out_axes`` does not fit the result.
-        DivergentOutputError: ``out_axes`` is None for a result that differs between replicas.
-        UnsupportedCollectiveError: The program communicates in a way for which replicax has no rule.
+        DivergentOutputError: ``out_axes`` is None for a result that may differ between replicas.
+        UnsupportedCollectiveError: replicax has no rule for a collective in the program.
         OrderedCallbackError: The program contains a callback with ``ordered=True``.
         UnsupportedDtypeError: The program takes or returns 2-bit integers, and the layout has padding.
     """
@@ -83,11 +83,11 @@ class _Body:
         guarded: Whether it contains callbacks. If so, its last result is a failure number.
         varying: The mapped axes over which each argument varies.
         out_axes: The mapped axis of each result.
-        in_places: For each argument, its splits over the devices of nested maps.
-        out_places: For each result, its splits over the devices of nested maps.
+        in_places: The splits of each argument over the devices of nested maps.
+        out_places: The splits of each result over the devices of nested maps.
         passed: The indices of the closed-over arrays that are passed as arguments, after the user's arguments.
         in_rules: The names of the primitives in forward rules that contain callbacks.
-        by_replica: Whether each replica must get its own part of the cotangent of an equal result.
+        by_replica: Whether each replica must get an equal part of the cotangent of a result that is not mapped.
     """
 
     replica: Replica
@@ -106,7 +106,7 @@ class _Body:
         return tuple(self.replica.consts[k] for k in self.passed)
 
     def one_replica(self, rewriter: Rewriter) -> OneReplica:
-        """Returns the program as a function of the arguments, followed by the closed-over arrays that are passed."""
+        """Returns the program as a function of the arguments, followed by the passed closed-over arrays."""
         axis = rewriter.scope.axes[-1]
 
         def one_replica(*args: Array) -> tuple[Array, ...]:
@@ -127,7 +127,7 @@ class _Body:
         return one_replica
 
     def one_device(self, rewriter: Rewriter, in_axes: Axes) -> OneReplica:
-        """Returns the program of all lanes of a device, as a function of blocks. It raises a failure of a callback."""
+        """Returns the program of all lanes of a device, as a function of blocks. It raises if a callback has failed."""
         lanes = over_lanes(self.one_replica(rewriter), rewriter.scope.axes[-1], in_axes, self.out_axes)
         return _raising(lanes) if self.guarded else lanes
 
@@ -169,7 +169,7 @@ def _must_be_argument(const: ArrayLike) -> bool:
 
 
 def _refuse_two_bits(dtypes: Sequence[DType], layout: Layout) -> None:
-    """Refuses padding of 2-bit arrays: XLA overruns its buffers when it concatenates or slices split 2-bit arrays.
+    """Refuses padding of 2-bit arrays. XLA overruns its buffers when it concatenates or slices sharded 2-bit arrays.
 
     Workaround: two_bits_padded.
     """
@@ -240,7 +240,7 @@ def _over_devices(
 
 
 def _advice(name: str, layout: Layout) -> str:
-    """Returns text for JAX's error about arguments on other devices than the map, inside a traced program."""
+    """Returns text for JAX's error about an argument of a traced program that is on other devices than the map."""
     every = layout.mesh.size
     used = -(-layout.size // -(-layout.size // every))
     which = f"as in pmap(f, devices=jax.devices()[:{used}])" if used < every else "as many as the smallest map uses"

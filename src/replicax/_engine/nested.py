@@ -1,9 +1,9 @@
-"""Nested maps: recorded as one equation, run on the devices that the outer map leaves for them.
+"""Records a nested map as one equation, and runs it on the devices that the layout reserves for nested maps.
 
 In the program of an outer replica, all devices of a nested map run the same program on equal arrays. Inside the nested
-map, each device runs its own lanes. So :func:`enter` slices an argument, and :func:`leave` keeps a result split as a
-:class:`DeviceShard`. A shard that passes from one nested map to the next, or out of the program, stays split. Any other
-use gathers it first. Splits of maps at any depth pass through the levels between.
+map, each device runs its own lanes. So :func:`enter` slices an argument, and :func:`leave` returns a split result as a
+:class:`DeviceShard`. A shard stays split if it is an argument of another nested map, or a result of the program. Any
+other use gathers the shard first. This holds for maps at any depth.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Split:
     axis: LogicalAxis
 
     def has_rows_of(self, other: Split) -> bool:
-        """Whether both splits give each device the same rows, even if the axis names differ."""
+        """Whether both splits give each device the same rows. The axis names may differ."""
         return (self.dim, self.axis.device_axis, self.axis.placement) == (
             other.dim,
             other.axis.device_axis,
@@ -52,11 +52,11 @@ class Split:
         )
 
     def outside(self, dim: int | None) -> Split:
-        """Returns this split for the stacked array of all replicas of a map, with mapped axis ``dim``."""
+        """Returns this split of one replica's array as a split of the stacked array with mapped axis ``dim``."""
         return Split(self.dim + (dim is not None and dim <= self.dim), self.axis)
 
     def inside(self, dim: int | None) -> Split:
-        """Returns this split for one replica's array, without the mapped axis ``dim``."""
+        """Returns this split of the stacked array with mapped axis ``dim`` as a split of one replica's array."""
         return Split(self.dim - (dim is not None and dim < self.dim), self.axis)
 
 
@@ -73,14 +73,14 @@ class DeviceShard:
     splits: tuple[Split, ...]
 
     def join(self, *splits: Split) -> DeviceShard:
-        """Gathers the array along the given splits. The result is equal on all devices along their mesh axes."""
+        """Gathers the array along ``splits``. The result is equal on all devices along the mesh axes of the splits."""
         value = self.value
         for split in splits:
             value = on_data(functools.partial(_joined_along, split), value)
         return DeviceShard(value, tuple(split for split in self.splits if split not in splits))
 
     def only(self, kept: Sequence[Split]) -> Array:
-        """Gathers the array along all splits except the given ones."""
+        """Gathers the array along all splits except ``kept``."""
         return self.join(*(split for split in self.splits if not any(map(split.has_rows_of, kept)))).value
 
 
@@ -104,7 +104,7 @@ def as_shard(x: Array, splits: tuple[Split, ...]) -> Array | DeviceShard:
 
 
 def enter(axis: LogicalAxis, x: Array | DeviceShard, dim: int | None) -> tuple[Array, tuple[Split, ...]]:
-    """Returns the lanes of an argument that this device runs, and the splits that each replica's array still has.
+    """Returns this device's lanes of an argument, and the splits that remain in the array of each replica.
 
     Args:
         axis: The mapped axis of the nested map.
@@ -135,7 +135,7 @@ def leave(axis: LogicalAxis, y: Array, dim: int | None, splits: Iterable[Split])
 
     Args:
         axis: The mapped axis of the nested map.
-        y: The result of this device's lanes. If ``dim`` is None, the one value of all replicas.
+        y: The result of this device's lanes; the value of all replicas if ``dim`` is None.
         dim: The mapped dimension of the result.
         splits: The splits of each replica's result.
     """
@@ -155,8 +155,8 @@ def run_inside(
     """Runs a nested map.
 
     Args:
-        axis: Its mapped axis.
-        one_replica: Its program, from one replica's arguments to its results. Both may be device shards.
+        axis: The mapped axis of the nested map.
+        one_replica: Function from the arguments of one replica to its results. Both may be device shards.
         args: The arguments, which may be device shards.
         in_axes: The mapped axis of each argument.
         out_axes: The mapped axis of each result. A result without a mapped axis is a full array.
@@ -175,11 +175,11 @@ def run_inside(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Arguments and results of a program that stay split: never over a padded axis, because JAX's shardings are even
+# Arguments and results of a program that stay split. Splits over a padded axis do not: JAX's shardings are even.
 
 
 def splits_taken(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
-    """Returns the splits of each argument of a program: those that all its uses, in nested maps, have in common."""
+    """Returns the splits of each argument of a program: those that all its uses take. Only nested maps take splits."""
     opened = inline_jits_with_maps(jaxpr, scope)
     wanted: dict[Atom, list[frozenset[Split]]] = {var: [] for var in opened.invars}
     for eqn in opened.eqns:
@@ -202,7 +202,7 @@ def _wants(eqn: Equation, scope: Scope) -> list[frozenset[Split]]:
 
 
 def splits_made(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
-    """Returns the splits of each result of a program, if the result comes from a nested map."""
+    """Returns the splits of each result of a program. A result that is not from a nested map has none."""
     opened = inline_jits_with_maps(jaxpr, scope)
     made: dict[Atom, tuple[Split, ...]] = {}
     for eqn in opened.eqns:
@@ -215,14 +215,14 @@ def splits_made(jaxpr: Jaxpr, scope: Scope) -> list[tuple[Split, ...]]:
 
 
 def _across(axis: LogicalAxis, dim: int | None, splits: Iterable[Split]) -> Iterable[Split]:
-    """Yields the splits of one replica's array, and of the map itself, for the stacked array of all its replicas."""
+    """Yields the splits of the stacked array of all replicas: those of one replica's array, and that of the map."""
     yield from (split.outside(dim) for split in splits)
     if dim is not None and axis.device_axis is not None and not axis.padding:
         yield Split(dim, axis)
 
 
 def inline_jits_with_maps(jaxpr: Jaxpr, scope: Scope) -> Jaxpr:
-    """Returns the open jaxpr, with each of the user's ``jit`` calls inlined if it contains a nested map."""
+    """Returns the open jaxpr. Those of the user's ``jit`` calls that contain a nested map are inlined."""
     return _jax.inline(jaxpr, _hides_maps) if scope.levels else _jax.body(jaxpr)
 
 
@@ -239,7 +239,7 @@ class Recorded:
     """A nested map, recorded in the program of an outer replica. The outer map lowers it.
 
     Attributes:
-        closed: The closed-over arrays that it takes after its arguments.
+        closed: The closed-over arrays that ``staged`` takes after the argument leaves.
         out_tree: The structure of the result.
         staged: The function from argument leaves and closed-over arrays to result leaves.
     """
@@ -250,7 +250,7 @@ class Recorded:
 
     @property
     def reusable(self) -> bool:
-        """Whether another call may use it: it closes over no tracer of an enclosing transformation."""
+        """Whether other calls may reuse it, because it closes over no tracer of an enclosing transformation."""
         return not any(isinstance(x, jax.core.Tracer) for x in self.closed)
 
 
@@ -266,7 +266,7 @@ def record(replica: Replica, axis: LogicalAxis, in_axes: Axes, outputs: Outputs,
 
     Raises:
         AxisSpecError: ``out_axes`` does not fit the result.
-        DivergentOutputError: ``out_axes`` is None for a result that differs between replicas.
+        DivergentOutputError: ``out_axes`` is None for a result that may differ between replicas.
         OrderedCallbackError: The program contains a callback with ``ordered=True``.
     """
     refuse_ordered(replica.jaxpr, name)

@@ -1,4 +1,4 @@
-"""The results that a map returns, and the meaning of a result without a mapped axis."""
+"""The options for results of a map: ``out_axes``, and which value a result with ``out_axes=None`` has."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from replicax.errors import DivergentOutputError
 
 
 class OutputPolicy(Enum):
-    """The value of a result with ``out_axes=None``."""
+    """Which value a result with ``out_axes=None`` has."""
 
-    REQUIRE_EQUAL = auto()  #: the value of all replicas; refused if replicas may differ
-    TAKE_FIRST = auto()  #: the value of each device's first replica, read as replica 0's, as in ``jax.pmap``
+    REQUIRE_EQUAL = auto()  #: the value of all replicas; an error if it may differ between them
+    TAKE_FIRST = auto()  #: the value of each device's first replica (replica 0 if read), as in ``jax.pmap``
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The results that a map returns.
+    """The options for the results of a map.
 
     Attributes:
         axes: ``out_axes``.
-        policy: The value of a result with ``out_axes=None``.
+        policy: Which value a result with ``out_axes=None`` has.
     """
 
     axes: Spec
@@ -55,7 +55,7 @@ def check_outputs(
         axis: The mapped axis of the map.
 
     Raises:
-        DivergentOutputError: A result may differ. The message names each of them.
+        DivergentOutputError: lists every such result.
     """
     if policy is not OutputPolicy.REQUIRE_EQUAL:
         return

@@ -1,4 +1,4 @@
-"""Reductions over named axes and over array dimensions, from which the rules of collectives are built."""
+"""Sum, maximum and minimum over named axes and over array dimensions, for the rules of collectives."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Reduction:
 
     Attributes:
         name: The name of JAX's primitive.
-        named: Reduces over named axes.
-        between: Reduces over named device axes.
+        named: Reduces over lane axes.
+        between: Reduces over device axes.
         local: Reduces over array dimensions.
     """
 
@@ -34,7 +34,7 @@ class Reduction:
 def _by_rank(
     reduce: Function, x: Array, names: AxisName | Sequence[AxisName], axis_index_groups: IndexGroups = None
 ) -> Array:
-    """Returns a maximum or minimum of floats over device axes, as an integer reduction in which NaN comes first.
+    """Returns the maximum or minimum over device axes. Floats are compared as integers, so that NaN is never lost.
 
     XLA's own reduction loses NaN values (CPU, JAX 0.10 to 0.12). Workaround: lost_nans.
     """
@@ -54,9 +54,9 @@ def _by_rank(
 
 
 def _rank(x: Array, ranks: DType) -> Array:
-    """Maps the bits of floats to integers of the same order, and back: the function is its own inverse.
+    """Converts floats to integers of the same order. The function is its own inverse.
 
-    If the sign bit is set, it flips all other bits.
+    If the sign bit is set, all other bits are flipped.
     """
     bits = lax.bitcast_convert_type(x, ranks)
     return bits ^ (lax.shift_right_arithmetic(bits, ranks.type(8 * ranks.itemsize - 1)) & np.iinfo(ranks).max)

@@ -1,4 +1,4 @@
-"""Refuses ``jax.Ref`` from outside of the mapped function: each device would write to its own copy."""
+"""Refuses a ``jax.Ref`` that was created outside the mapped function: each device would write to its own copy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def refuse_passed(names: Sequence[str], values: Sequence[PyTree]) -> None:
     """Refuses references among the arguments.
 
     Raises:
-        NotAnArrayError: An argument is a reference. The message names each of them.
+        NotAnArrayError: lists every argument that is a reference.
     """
     faults = [f"{name} of shape {x.shape}" for name, x in zip(names, values, strict=True) if _jax.is_reference(x)]
     if faults:
@@ -31,10 +31,10 @@ def refuse_passed(names: Sequence[str], values: Sequence[PyTree]) -> None:
 
 
 def refuse_closed_over(name: str, consts: Sequence[ShapeAndDtype]) -> None:
-    """Refuses references from outside that the function ``name`` reads or writes.
+    """Refuses references that the function ``name`` closes over.
 
     Raises:
-        NotAnArrayError: The function closes over a reference. The message has the shape of each of them.
+        NotAnArrayError: lists the shape and dtype of every such reference.
     """
     faults = [f"one of shape {x.shape} and dtype {x.dtype}" for x in consts if _jax.is_reference(x)]
     if faults:

@@ -60,7 +60,7 @@ class Replica:
 
     @property
     def closes_over_tracers(self) -> bool:
-        """Whether the program closes over tracers of an enclosing transformation. If so, no other call may reuse it."""
+        """Whether the program closes over tracers of an enclosing transformation. If so, only this call may use it."""
         return any(isinstance(const, jax.core.Tracer) for const in self.consts)
 
 
@@ -76,7 +76,7 @@ def trace_replica(
 
     Args:
         fun: The user's function.
-        args: The positional arguments of one replica: trees of ``jax.ShapeDtypeStruct``; static arguments unchanged.
+        args: The positional arguments of one replica: static values, and trees of ``jax.ShapeDtypeStruct``.
         kwargs: The keyword arguments, in the same form.
         static: The positions of the static arguments.
         name: The user's name of the mapped axis.
@@ -141,7 +141,7 @@ _OVER_A_VMAP_TOO = (
     "axis after the other, or map the inner function with replicax.pmap."
 )
 
-#: JAX's errors while it traces or differentiates a collective: a part of its message, and the note to add.
+#: JAX's errors while it traces or differentiates a collective: a part of the message, and the note to add.
 REFUSALS = {
     "axis size doesn't match": _OVER_A_VMAP_TOO,
     "Please open a feature request": (
@@ -191,7 +191,7 @@ def _check_results(out: PyTree) -> None:
 
 
 def no_arrays(headline: str, named: Mapping[str, object], remedy: str) -> NotAnArrayError:
-    """Returns the error that names the values that are not arrays."""
+    """Returns the error for values that are not arrays. The message lists all of them."""
     unconverted = list(filter(_jax.is_unconverted, named.values()))
     if any(map(_jax.is_masked, unconverted)):
         remedy += " JAX would ignore the mask of a masked array: write x.filled(0)."
@@ -202,7 +202,7 @@ def no_arrays(headline: str, named: Mapping[str, object], remedy: str) -> NotAnA
 
 
 def describe_type(x: object) -> str:
-    """Describes, for an error message, a value that is not an array."""
+    """Describes a value that is not an array, for an error message."""
     if _jax.is_masked(x):
         return "is a NumPy masked array"
     if _jax.is_unconverted(x):

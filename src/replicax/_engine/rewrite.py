@@ -1,8 +1,8 @@
 """The rewriter: runs a program of one replica, traced with logical axes, on lanes and devices.
 
-The rewriter walks the equations of a jaxpr. For a collective over a logical axis it calls the registered rule. It binds
-a higher-order equation again, with each jaxpr inside rewritten. It binds all other equations unchanged. Rewriting does
-not change types.
+The rewriter evaluates the equations of a jaxpr in order. For a collective over a logical axis, it calls the registered
+rule. For a higher-order equation, it rewrites the jaxprs inside and binds the primitive with them. It binds all other
+equations unchanged. Rewriting does not change types.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Values:
     Args:
         jaxpr: The open jaxpr.
         values: The values of its constants and arguments.
-        kept: Variables that are not dropped, because replaced equations use them too.
+        kept: Variables that are not dropped, because sums of products read them later.
     """
 
     def __init__(self, jaxpr: Jaxpr, values: Sequence[ArrayLike | DeviceShard], kept: Sequence[Atom]) -> None:
@@ -73,8 +73,8 @@ class Rewriter:
 
     Args:
         scope: The mapped axes in scope.
-        analysis: The analysis of the program, if it exists already.
-        communication: The communication of the program, if it is known already.
+        analysis: The analysis of which values vary, if it exists already.
+        communication: The analysis of the communication, if it exists already.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Rewriter:
         args: Sequence[ArrayLike | DeviceShard],
         varying: Sequence[Varying],
     ) -> list[ArrayLike | DeviceShard]:
-        """Runs a jaxpr like :meth:`run`. Arguments and results of nested maps may be :class:`DeviceShard` values."""
+        """Runs a jaxpr like :meth:`run`, but the arguments and results may be :class:`DeviceShard` values."""
         if not any(self.communication.changes(jaxpr)):
             return [*_jax.run(_jax.body(jaxpr), list(map(collect_result, args)), consts)]
         inside = self._inlined(jaxpr)
@@ -189,7 +189,7 @@ class Rewriter:
     def _nested(
         self, eqn: Equation, args: list[ArrayLike | DeviceShard], varying: list[Varying]
     ) -> list[Array | DeviceShard]:
-        """Runs a nested map: its replicas are lanes on the devices of the next level."""
+        """Runs a nested map. Its replicas are lanes on the devices of the next nesting level."""
         inside, (jaxpr,) = self._rewriter_inside(eqn), _jax.sub_jaxprs(eqn)
         axis, in_axes, out_axes = inside.scope.axes[-1], eqn.params["in_axes"], eqn.params["out_axes"]
         operands = mapped(eqn, varying, frozenset({axis}))
@@ -243,13 +243,13 @@ def _draw(scope: Scope, eqn: Equation, args: list[ArrayLike], varying: Varying) 
 
 
 def one_value(axis: LogicalAxis, y: ArrayLike, *, by_replica: bool) -> ArrayLike:
-    """Returns one value for all replicas: the value that is equal in all of them, or the first one.
+    """Returns one value for all replicas: the value that they all have, or the first lane's if they differ.
 
     Args:
         axis: The mapped axis.
         y: The result of one replica.
-        by_replica: Whether each replica must get an equal part of the cotangent (1/N of it). The user's derivative
-            rules, and results that differ between replicas, depend on the part that each replica gets.
+        by_replica: Whether each replica must get 1/N of the cotangent. This matters for the user's derivative rules,
+            and for results that differ between replicas.
     """
     if by_replica and axis.physical and jnp.issubdtype(jnp.result_type(y), jnp.inexact):
         return equal_value(axis, as_batched([axis], y))

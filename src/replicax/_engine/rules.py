@@ -1,4 +1,4 @@
-"""The user's derivative rules, rewritten when JAX calls them."""
+"""Rewrites the user's derivative rules when JAX calls them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from replicax._typing import Array, ArrayLike, Function, PyTree
 def rewritten_rule(runner: Runner, rule: Function, role: str, *, per_lane: int) -> Function:
     """Wraps a derivative rule of the user. The wrapper rewrites the rule when JAX calls it.
 
-    A rule takes and returns the values of one replica. But JAX passes a reverse rule the sum over lanes if it knows
-    that a result is equal in all lanes. It also cannot combine such a result with a tangent that differs between lanes.
-    So with ``per_lane``, results are batched over lanes, and cotangents from padding lanes are zero.
+    A rule takes and returns the values of one replica. But if ``vmap`` tracks a result as unbatched, JAX sums the
+    result's cotangent over the lanes for the reverse rule, and cannot combine the result with a batched tangent. So
+    with ``per_lane``, results are batched over lanes, and a reverse rule returns zeros in padding lanes.
 
     Args:
         runner: Rewrites the program that contains the rule.
         rule: The rule.
         role: ``"jvp"``, ``"fwd"`` or ``"bwd"``.
-        per_lane: The number of results of the function that must be batched over lanes. 0 means that no argument
-            varies; only cotangents may vary.
+        per_lane: The number of results of the function that must be batched over lanes. If it is 0, no argument
+            varies, but cotangents may.
     """
     axes = runner.scope.axes
     everywhere = frozenset(axes)
@@ -48,7 +48,7 @@ def rewritten_rule(runner: Runner, rule: Function, role: str, *, per_lane: int) 
 def expanded(
     runner: Runner, expansion: tuple[Function, Function], args: list[ArrayLike], *, per_lane: int
 ) -> list[Array]:
-    """Runs the expansion of an operation over mapped axes that JAX expands only when it compiles.
+    """Runs an operation over mapped axes as other primitives, because JAX expands it only at compile time.
 
     Args:
         runner: Rewrites the program that contains the operation.

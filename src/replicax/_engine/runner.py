@@ -1,4 +1,4 @@
-"""The interface of the rewriter for the modules that it calls."""
+"""The interface of the rewriter, for modules that the rewriter imports."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from replicax._typing import ArrayLike
 
 
 class Runner(Protocol):
-    """Rewrites one traced program, for the mapped axes in scope.
+    """Rewrites one traced program for the mapped axes in scope.
 
     Attributes:
         scope: The mapped axes in scope.
-        analysis: Which values of the program vary.
-        communication: What the program communicates.
+        analysis: The analysis of which values vary.
+        communication: The analysis of the communication.
     """
 
     scope: Scope

@@ -1,7 +1,7 @@
-"""``jax.shard_map`` and ``jax.pmap`` inside a mapped function become nested maps, one for each axis of their mesh.
+"""Converts ``jax.shard_map`` and ``jax.pmap`` inside a mapped function to nested maps, one for each mesh axis.
 
-Both name devices that the outer map already uses. Their results do not depend on devices: a ``shard_map`` slices its
-arguments along the axes of a mesh, runs a program on each slice, and concatenates the results.
+Both name devices that the outer map already uses, but their results do not depend on the devices: a ``shard_map``
+slices its arguments along the axes of a mesh, runs a program on each slice, and concatenates the results.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from replicax._jax import Equation, Jaxpr
 from replicax._typing import Array, Atom, AxisName, Function, PyTree
 from replicax.errors import NestedMapError
 
-#: Primitives that only annotate an array: its sharding, or the axes over which it may vary.
+#: Primitives that only annotate an array with its sharding, or with the axes over which it may vary.
 ABOUT_PLACES = ("pvary", "sharding_constraint", "reshard")
 
-#: A dimension of an array: its position, or the mesh axis over which it is split.
+#: A dimension of a reshaped array: the position of an original dimension, or the mesh axis that it is split over.
 Dimension: TypeAlias = int | AxisName
 
 
@@ -69,7 +69,7 @@ def _equation(eqn: Equation, args: list[Array]) -> list[Array]:
         return _shard_map(eqn, args)
     if eqn.primitive.name in ABOUT_PLACES:
         return args
-    if eqn.primitive.name == "psum_invariant":  # psum of an operand that varies by the types of shard_map
+    if eqn.primitive.name == "psum_invariant":  # what psum becomes in shard_map if the type of its operand varies
         return list(lax.psum(args, eqn.params["axes"]))
     hoist = _jax.bears_no_constants(eqn)
 
@@ -84,8 +84,8 @@ def _equation(eqn: Equation, args: list[Array]) -> list[Array]:
 def _with_clear_errors(rule: Function) -> Function:
     """Wraps a derivative rule that was recorded inside a ``shard_map``, to explain an error of JAX.
 
-    When JAX differentiates from outside, it compares the types of the rule's results with the recorded types. The
-    recorded types say over which axes a value varies. The types of the results no longer do.
+    When JAX differentiates from outside, it compares the types of the rule's results with the recorded types. Only the
+    recorded types still contain the axes over which a value varies.
     """
 
     @functools.wraps(rule)
@@ -111,7 +111,7 @@ def _shard_map(eqn: Equation, args: Sequence[Array]) -> list[Array]:
     joined = [_cut_dimensions(spec, len(y.shape), names) for spec, y in zip(params["out_specs"], outs, strict=True)]
 
     def over(axes: Sequence[Hashable], cut: Sequence[list[Dimension]], args: Sequence[Array]) -> list[Array]:
-        """Maps over each of the axes. Each array has these axes, and no others, among its split dimensions."""
+        """Maps over each of ``axes``. The arrays are split along these mesh axes only."""
         if not axes:
             return _run(params["jaxpr"], args)
         name, *rest = axes
@@ -120,7 +120,7 @@ def _shard_map(eqn: Equation, args: Sequence[Array]) -> list[Array]:
         own = [_jax.without_axis(x, axis) for x, axis in zip(args, in_axes, strict=True)]
         jaxpr, consts = _jax.trace_flat(lambda *own: over(rest, remaining, own), own, {name: mesh.shape[name]})
         out_axes = _positions(name, [[dim for dim in dims if isinstance(dim, int) or dim in axes] for dims in joined])
-        # Without check_vma, JAX does not check that a result is equal on all devices. It takes the first device's.
+        # Without check_vma, JAX takes the first device's result, and does not check that all devices have an equal one.
         first = [axis is None and not params["check_vma"] for axis in out_axes]
         results = primitives.nested_map(
             jaxpr,
@@ -137,12 +137,12 @@ def _shard_map(eqn: Equation, args: Sequence[Array]) -> list[Array]:
 
 
 def _positions(name: AxisName, cut: Sequence[list[Dimension]]) -> list[int | None]:
-    """Returns the position in each array of the dimension for a mesh axis, or None."""
+    """Returns for each array the position of the dimension for a mesh axis, or None."""
     return [dims.index(name) if name in dims else None for dims in cut]
 
 
 def _cut_dimensions(spec: PartitionSpec, rank: int, names: Sequence[Hashable]) -> list[Dimension]:
-    """Returns the dimensions of an array as positions, each after the names of the mesh axes over which it is split."""
+    """Returns the dimensions of an array as positions, each preceded by the mesh axes that split it."""
     dims: list[Dimension] = []
     for dim in range(rank):
         along = spec[dim] if dim < len(spec) else None

@@ -1,4 +1,4 @@
-"""The lowered program before compilation: a frozen value that reports and the call path read."""
+"""The lowered program before compilation, as a frozen dataclass."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class ProgramSpec:
         inputs: The arguments, followed by the closed-over arrays.
         out_axes: The mapped axis of each result leaf.
         out_tree: The structure of the result.
-        in_splits: For each argument leaf, the further dimensions that are split over the devices of nested maps.
+        in_splits: For each argument leaf, the dimensions that are split over the devices of nested maps.
         out_splits: The same for each result leaf.
         function: The function from padded argument leaves to result leaves of N rows, on the layout's devices. Not
             compiled.
-        closed: The closed-over arrays that the program takes after its arguments: tracers of an enclosing trace, and
-            arrays on a mesh.
+        closed: The closed-over arrays that the program takes as additional last arguments: tracers of an enclosing
+            trace, and arrays on a mesh.
         one_mesh: Whether results must be on the mesh of the arguments. If so, padded results are replicated.
-        policy: The value of a result with ``out_axes=None``.
+        policy: Which value a result with ``out_axes=None`` has.
     """
 
     name: str
@@ -98,7 +98,7 @@ class ProgramSpec:
 
     @property
     def donated_in_place(self) -> tuple[int, ...]:
-        """The donated leaves whose buffers the program can reuse. A padded copy has the size of no result."""
+        """The donated leaves whose buffers the program can reuse. No result has the size of a padded argument."""
         padded = self.layout.axis.padding
         return tuple(i for i in self.inputs.donated if self.inputs.axes[i] is None or not padded)
 

@@ -1,8 +1,8 @@
-"""Sums of products over replicas, found in a program before it is rewritten.
+"""Finds each ``psum`` of matrix products, and computes it as one product over all lanes of a device.
 
 The gradient of a matrix is often an outer product in each replica, summed over all replicas by ``psum``. One product
-over all lanes of a device computes this sum without each replica's gradient in memory. XLA finds some of these sums
-itself, but not if padding is masked, or if products are added before the sum.
+over all lanes of a device computes this sum without storing the gradient of each replica. XLA finds some of these sums
+itself, but not if padding is masked, or if several products are added before the ``psum``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Read = Callable[[Atom], Array]
 
 @dataclass(frozen=True, eq=False)
 class Sum:
-    """A ``psum`` whose operand is a linear function of products that have no other use.
+    """A ``psum`` whose operand is a linear function of matrix products that no other equation uses.
 
     Attributes:
         eqn: The equation of the ``psum``.
-        made: The equations that are replaced, by the variable that each of them defines. Only the sum over lanes of
-            such a variable is computed.
+        made: The equations that the sum replaces, by the variable that each defines. For these variables, only the sum
+            over lanes is computed.
     """
 
     eqn: Equation
@@ -42,7 +42,7 @@ class Sum:
 
     @property
     def needs(self) -> set[Atom]:
-        """The variables that the sum reads."""
+        """The variables that the replaced equations read, except those that they define."""
         operands = (atom for eqn in self.made.values() for atom in eqn.invars if not _jax.is_literal(atom))
         return {atom for atom in operands if atom not in self.made}
 
@@ -90,7 +90,7 @@ def find_sums(jaxpr: Jaxpr, scope: Scope, where: Callable[[], dict[Atom, Varying
     Args:
         jaxpr: The open jaxpr.
         scope: The mapped axes in scope.
-        where: Returns the axes over which each of its values varies.
+        where: Returns the mapped axes over which each value of the jaxpr varies.
     """
     psums = [eqn for eqn in jaxpr.eqns if _sums_lanes(eqn, scope)]
     if not psums or not any(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns):
@@ -114,8 +114,8 @@ def find_sums(jaxpr: Jaxpr, scope: Scope, where: Callable[[], dict[Atom, Varying
 def _suits(lanes: Varying, where: Callable[[], dict[Atom, Varying]], padded: bool, eqn: Equation) -> bool:
     """Whether one product over all lanes is better than a sum of one product per lane.
 
-    For one product, XLA may have to copy an operand, and a few large products may be as fast. But XLA cannot combine
-    the products across the mask of padding lanes.
+    Without padding, it may not be: XLA may have to copy an operand, and a few large products may be as fast. With
+    padding it is, because XLA cannot combine masked products itself.
     """
     if eqn.outvars[0].aval.dtype.kind == "c" or any(map(_jax.is_literal, eqn.invars)):
         return False
@@ -142,7 +142,7 @@ def _sums_lanes(eqn: Equation, scope: Scope) -> bool:
 def _finds_products(
     atom: Atom, makers: dict[Atom, Equation], made: dict[Atom, Equation], suits: Callable[[Equation], bool]
 ) -> bool:
-    """Whether a value is computed from products. If so, adds the equations down to the products to ``made``."""
+    """Whether a value is computed from products by linear equations. If so, adds these and the products to ``made``."""
     eqn = None if _jax.is_literal(atom) else makers.get(atom)
     if eqn is None:
         return False
@@ -181,7 +181,7 @@ def _summands(eqn: Equation) -> Sequence[int]:
 def psum_of_product(
     logical: LogicalAxes, a: Array, b: Array, *, axes: Names, dimension_numbers: lax.DotDimensionNumbers, **params: Any
 ) -> Array:
-    """Returns the sum over a device's lanes of ``lax.dot_general(a, b)``, as one product over all lanes.
+    """Returns ``lax.dot_general(a, b)``, summed over the lanes of a device, as one product over all lanes.
 
     Padding lanes are zero in both operands, so a NaN in a padding lane does not reach the sum.
     """
@@ -194,7 +194,7 @@ def psum_of_product(
     def product(a: Array, b: Array) -> Array:
         if not sums_leading(dimension_numbers):
             return lax.dot_general(a, b, dimensions, **params)
-        count = len(dimensions[0][0])  # as one dimension: XLA copies an operand that it contracts over several
+        count = len(dimensions[0][0])  # merge them: XLA copies an operand if it contracts several dimensions
         a, b = (x.reshape(-1, *x.shape[count:]) for x in (a, b))
         return lax.dot_general(a, b, (((0,), (0,)), ((), ())), **params)
 
@@ -210,7 +210,7 @@ def _product_beside_padding(axis: LogicalAxis, product: Function, a: Array, b: A
     """Returns a product over lanes, with zeros in the padding lanes of the smaller operand only.
 
     Used if few lanes of the last device are padding. If the larger operand is finite in the padding lanes, zeros in the
-    smaller one are enough, and save a pass over the larger one.
+    smaller operand are enough, and the larger one need not be copied.
     """
     own, smaller, lanes = where_replica([axis], jnp.bool_(True)), a.size <= b.size, [block(axis, a), block(axis, b)]
     real = block(axis, own)
@@ -236,12 +236,12 @@ def sums_leading(dimension_numbers: lax.DotDimensionNumbers) -> bool:
 
 
 def psum_of_lanes(logical: LogicalAxes, x: Array, *, axes: Names) -> Array:
-    """Returns the sum over the device's own lanes."""
+    """Returns the sum of ``x`` over the lanes of this device."""
     ours = [logical[name] for name in axes]
     return lax.psum(where_replica(ours, x), tuple(axis.lane_axis for axis in ours if axis.lane_axis is not None))
 
 
 def psum_of_devices(logical: LogicalAxes, x: Array, *, axes: Names) -> Array:
-    """Returns the sum over devices of the per-device sums over lanes."""
+    """Returns the sum of ``x`` over all devices. ``x`` is a sum over lanes."""
     names = tuple(logical[name].device_axis for name in axes if logical[name].device_axis is not None)
     return lax.psum(x, names) if names else x

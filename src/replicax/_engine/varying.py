@@ -1,10 +1,10 @@
-"""Which values differ between replicas: a forward analysis of a jaxpr.
+"""A forward analysis of a jaxpr: which values differ between replicas.
 
-A value *varies* over a mapped axis if it is computed from a mapped argument or from the replica's index, and no
-collective in between makes it equal in all replicas. In doubt, the analysis says that a value varies.
+A value *varies* over a mapped axis if it depends on a mapped argument or on the replica's index, unless a collective
+makes it equal in all replicas. In doubt, the analysis says that a value varies.
 
 The analysis decides which results may have ``out_axes=None``. It also finds loops and branches whose predicate differs
-between replicas: there, all replicas must participate in every collective.
+between replicas. In these, all replicas must participate in every collective.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Analysis:
         self._known: dict[tuple[int, tuple[Varying, ...]], tuple[Jaxpr, dict[Atom, Varying]]] = {}
 
     def inside(self, eqn: Equation) -> Analysis:
-        """Returns the analysis of the program of a nested map."""
+        """Returns the analysis of the program inside a nested map."""
         key = eqn.params["name"], eqn.params["size"]
         if key not in self._inside:
             self._inside[key] = Analysis(self.scope.enter(*key))
@@ -70,7 +70,7 @@ class Analysis:
 
     def equation(self, eqn: Equation, args: Sequence[Varying]) -> list[Varying]:
         """Returns the axes over which each result of an equation varies."""
-        if callback_primitives.is_guarded(eqn):  # its results do not depend on an earlier failure
+        if callback_primitives.is_guarded(eqn):  # only its last result, a failure number, depends on args[0]
             return [*[union(args[1:])] * (len(eqn.outvars) - 1), union(args)]
         subs = list(_jax.sub_jaxprs(eqn))
         if primitives.is_nested_map(eqn):
@@ -93,7 +93,7 @@ class Analysis:
         return [union([*args, *map(union, outs)])] * len(eqn.outvars)
 
     def operands(self, eqn: Equation, args: Sequence[Varying]) -> list[list[Varying]]:
-        """Returns the axes over which the arguments of each sub-jaxpr vary, in any iteration of a loop."""
+        """Returns the axes over which each argument of each sub-jaxpr varies, in at least one iteration of a loop."""
         subs = list(_jax.sub_jaxprs(eqn))
         match eqn.primitive.name:
             case "cond":
@@ -155,5 +155,5 @@ class Analysis:
 
 
 def mapped(eqn: Equation, args: Sequence[Varying], own: Varying) -> list[Varying]:
-    """Returns the axes over which the arguments of a nested map vary inside its replicas."""
+    """Returns the axes over which each argument of a nested map varies, inside the map."""
     return [a if axis is None else a | own for a, axis in zip(args, eqn.params["in_axes"], strict=True)]

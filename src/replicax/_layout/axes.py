@@ -1,4 +1,4 @@
-"""``in_axes`` and ``out_axes``: matches specifications with pytrees, and reports errors in the user's terms."""
+"""Matches ``in_axes`` and ``out_axes`` with pytrees, and reports mismatches with the user's names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from replicax._messages import MOST, as_int, report
 from replicax._typing import Axes, Function, KeyPath, PyTree, PyTreeDef
 from replicax.errors import ArgumentNameError, AxisSpecError, AxisSpecTypeError, MappedSizeError, OptionTypeError
 
-#: From a value of a vmappable type and its entry: the mapped axis of each array in it, and the value after mapping.
+#: Function of a vmappable value and its entry: returns the mapped axis of each array, and the value after mapping.
 OfOne: TypeAlias = Callable[[PyTree, PyTree], tuple[list[int | None], PyTree]]
 
 
@@ -31,7 +31,7 @@ def is_none(x: object) -> bool:
 class Spec:
     """``in_axes`` or ``out_axes``: a hashable pytree of ints and None.
 
-    Vmappable types may have entries of other types.
+    An entry for a vmappable type may have another type.
     """
 
     leaves: tuple[PyTree, ...]
@@ -51,7 +51,7 @@ def check_spec(which: str, spec: PyTree) -> Spec:
         spec: The specification.
 
     Raises:
-        AxisSpecTypeError: An entry has another type. The message names each of them.
+        AxisSpecTypeError: lists every entry of another type.
     """
     faults = []
 
@@ -134,13 +134,13 @@ def _parameters(fun: Function) -> list[inspect.Parameter] | None:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The arguments that an option such as ``donate_argnums`` selects, however they are passed.
+    """The arguments that an option such as ``donate_argnums`` selects, passed by position or by name.
 
     Attributes:
         given: The positions that the user wrote. Negative ones count from the end of a call's arguments.
         positions: ``given``, plus the positions of the parameters that the user named.
         names: The names that the user wrote, plus the names of the parameters at the given positions.
-        aliases: The position and the name of each parameter that has both.
+        aliases: (position, name) of each selected parameter that can be passed by position.
     """
 
     given: tuple[int, ...] = ()
@@ -151,7 +151,7 @@ class Chosen:
 
 @_jax.api_boundary
 def choose(which: str, fun: Function, argnums: int | Iterable[int], argnames: str | Iterable[str]) -> Chosen:
-    """Checks ``<which>_argnums`` and ``<which>_argnames``, and completes each of them from the other.
+    """Checks ``<which>_argnums`` and ``<which>_argnames``, and adds to each the arguments that the other selects.
 
     Args:
         which: ``static_broadcasted`` or ``donate``.
@@ -266,7 +266,7 @@ def match_in_axes(
         kwargs: The keyword arguments, which are always mapped along axis 0.
         names: The name of each positional argument, including static ones.
         static: The positions of the function's static arguments, and the names of those passed by name.
-        leaves: The leaves of both.
+        leaves: The leaves of ``args`` and ``kwargs``.
 
     Raises:
         AxisSpecError: ``in_axes`` is not a prefix of the arguments, or a leaf does not have its mapped axis.
@@ -295,7 +295,7 @@ def match_in_axes(
 
 
 def _entries(called: str, in_axes: Sequence[PyTree], names: Mapping[int, str], static: Collection[int | str]) -> str:
-    """Reports which entry of ``in_axes`` belongs to which argument, for too few entries and static arguments."""
+    """Reports which entry of ``in_axes`` belongs to which argument, if entries for static ones are missing."""
     lines, dynamic = [], [i for i in names if i not in static]
     for i, name in names.items():
         entry = f"in_axes[{i}] is {in_axes[i]!r}" if i < len(in_axes) else "no entry"
@@ -337,7 +337,7 @@ def broadcast_prefix(
         what: The name of the tree, for error messages.
         spec: The prefix tree.
         tree: The tree.
-        mapped: From a value of a vmappable type and its entry: the axis of each leaf, and the value after mapping.
+        mapped: Returns the axis of each leaf of a vmappable value, and the value after mapping.
 
     Returns:
         The axis of each leaf, and the tree with each vmappable value replaced by its value after mapping.
@@ -371,7 +371,7 @@ def broadcast_prefix(
 
 
 def _prefix_faults(where: str, spec: PyTree, tree: PyTree) -> list[str]:
-    """Reports where a specification and the tree differ in structure."""
+    """Reports where the structures of a specification and a tree differ."""
     if is_none(spec) or (ours := _jax.one_level(spec)) is None:
         return []
     theirs = _jax.one_level(tree)
@@ -400,10 +400,10 @@ def normalize(which: str, role: str, axes: Axes, leaves: Sequence[Leaf], *, extr
         role: ``argument`` or ``result``, for error messages.
         axes: One entry per leaf.
         leaves: The leaves.
-        extra: How many more axes the mapped array has than the leaf.
+        extra: The number of axes that the mapped array has more than the leaf: 0 or 1.
 
     Raises:
-        AxisSpecError: A leaf does not have its axis. The message names each of them.
+        AxisSpecError: lists every leaf that does not have its axis.
     """
     faults, normal = [], list[int | None]()
     for axis, leaf in zip(axes, leaves, strict=True):
@@ -427,7 +427,7 @@ def normalize(which: str, role: str, axes: Axes, leaves: Sequence[Leaf], *, extr
 
 
 def _by_argument(mapped: Sequence[tuple[Leaf, int, int]]) -> list[str]:
-    """Lists the sizes of the mapped axes: one line per array; if there are many, one line per argument and size."""
+    """Lists the sizes of the mapped axes: one line per array, or one per argument and size if there are many arrays."""
     if len(mapped) <= MOST - 1:  # one line is for axis_size
         return [f"{leaf}: axis {axis} has size {size}" for leaf, axis, size in mapped]
     alike: dict[tuple[str, int, int], list[Leaf]] = {}
@@ -446,7 +446,7 @@ _ARGUMENT = re.compile(r"(?=[.\[])")
 
 
 def mapped_size(axes: Axes, leaves: Sequence[Leaf], axis_size: int | None) -> int:
-    """Returns the number of replicas. All mapped arguments and ``axis_size`` must agree on it.
+    """Returns the number of replicas, on which all mapped arguments and ``axis_size`` must agree.
 
     Args:
         axes: The mapped axis of each leaf.
@@ -454,7 +454,7 @@ def mapped_size(axes: Axes, leaves: Sequence[Leaf], axis_size: int | None) -> in
         axis_size: The number of replicas that the user gave, or None.
 
     Raises:
-        MappedSizeError: The sizes differ. The message lists each argument with its shape, mapped axis and size.
+        MappedSizeError: The sizes differ, are less than 1, or there are none. The message lists every argument.
     """
     mapped = [(leaf, axis, leaf.aval.shape[axis]) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
     sizes = {size for _, _, size in mapped} | ({axis_size} if axis_size is not None else set())

@@ -1,4 +1,4 @@
-"""Routing tables in NumPy: which items devices send each other, and which devices the groups of replicas are on.
+"""Routing tables in NumPy: which items devices send each other, and on which devices each group of replicas is.
 
 An *item* is the unit that one collective sends, for example the operand of one lane. All devices hold the same number
 of items. Items are numbered over all devices: item ``k`` of device ``d`` is number ``d * items + k``. A table has one
@@ -19,7 +19,7 @@ from replicax._layout.layout import LogicalAxis
 Table = NDArray[np.int64]
 DeviceGroups = tuple[tuple[int, ...], ...]
 
-#: The item number that stands for zeros.
+#: The item number that means zeros instead of an item.
 NOTHING = -1
 
 
@@ -29,7 +29,7 @@ class Shift:
 
     Attributes:
         pairs: (source, destination) devices. Each device sends at most once and receives at most once.
-        send: ``(devices, width)`` int64: the indices of the device's own items that it sends.
+        send: ``(devices, width)`` int64: for each device, the indices of the items that it sends among its own.
     """
 
     pairs: tuple[tuple[int, int], ...]
@@ -38,7 +38,7 @@ class Shift:
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """How each device gets the items it needs. An item is sent once to each device that needs it.
+    """How each device gets the items that it needs. Each item is sent at most once to each device.
 
     Attributes:
         shifts: The permutations, in order.
@@ -55,9 +55,9 @@ class Exchange:
 def exchange(wants: Table, items: int) -> Exchange:
     """Returns the exchange in which each device sends the fewest items.
 
-    The items that device a sends to device b are one weighted edge. Edges are grouped into permutations of devices:
-    heavy edges first, and edges of the same rotation next to each other, so that a rotation stays one permutation.
-    Within a permutation, a pair of devices participates for as many items as it has.
+    Pairs (a, b), where device a sends items to device b, are grouped greedily into permutations of devices: the pairs
+    with the most items first, and in a tie in the order of b - a, so that a rotation stays one permutation. If the
+    pairs of a permutation have different numbers of items, it becomes several shifts, each of fewer pairs.
 
     Args:
         wants: ``(devices, wanted)`` int64: item numbers, or :data:`NOTHING`.
@@ -102,7 +102,7 @@ def _lacking(wants: Table, items: int) -> dict[tuple[int, int], Table]:
 
 
 def _matchings(weights: dict[tuple[int, int], int], devices: int) -> list[list[tuple[int, int]]]:
-    """Groups (source, destination) pairs into permutations of devices, first fit."""
+    """Groups (source, destination) pairs into permutations. A pair joins the first one with both devices free."""
     sends, receives = [0] * devices, [0] * devices  # bit masks: permutations in which a device sends or receives
     matchings: dict[int, list[tuple[int, int]]] = {}
     for src, dst in sorted(weights, key=lambda pair: (-weights[pair], (pair[1] - pair[0]) % devices, pair)):
@@ -115,13 +115,13 @@ def _matchings(weights: dict[tuple[int, int], int], devices: int) -> list[list[t
 
 
 def wants_of(axis: LogicalAxis, wants: Table, items: int) -> Table:
-    """Converts the items that each replica needs to the items that each device needs.
+    """Returns the items that each device needs, given the items that each replica needs.
 
     A padding lane needs the items of the replica that it copies.
 
     Args:
         axis: The mapped axis.
-        wants: ``(replicas, wanted)`` int64: numbers of the replicas' items, or :data:`NOTHING`.
+        wants: ``(replicas, wanted)`` int64: item k of replica r as ``r * items + k``, or :data:`NOTHING`.
         items: The number of items that each replica holds.
 
     Returns:
@@ -173,12 +173,12 @@ def groups(axis_index_groups: Sequence[Sequence[int]], size: int) -> Groups:
 
 
 def ranks(counts: Table) -> Table:
-    """Returns 0, 1, 2, … for each of several consecutive runs with these lengths."""
+    """Returns ``[0, …, n - 1]`` for each ``n`` in ``counts``, concatenated."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def device_groups(axis: LogicalAxis, split: Groups) -> DeviceGroups | None:
-    """Returns the groups as groups of devices, or None if a group does not consist of full devices in lane order."""
+    """Converts groups of replicas to groups of devices; None if a group is not whole devices with lanes in order."""
     if axis.padding or any(len(group) % axis.lanes for group in split.groups):
         return None
     lane = np.arange(axis.lanes)
@@ -196,14 +196,14 @@ class Segments:
     """The plan of a reduction over groups. A *segment* is the lanes of one group on one device.
 
     Each device reduces its segments. Then the devices that share a group reduce the results. On every device, the
-    segments of shared groups come first. Groups that share no device can use the same segment number.
+    segments of shared groups come first. Groups that share no device can have the same segment number.
 
     Attributes:
-        lanes: ``(devices, segments * widest)`` int64: the lanes of each segment, padded with the number of lanes.
+        lanes: ``(devices, segments * widest)`` int64: the lanes of each segment. The number L of lanes fills the rest.
         count: The number of segments on each device.
-        shared: Ranges of segments, as (start, stop), and the groups of devices that reduce them.
+        shared: (start, stop, groups of devices that reduce these segments), for each range of shared segments.
         own: ``(devices, lanes)`` int64: the segment of each lane.
-        of: ``(devices, groups)`` int64: the device's segment for each group, or :data:`NOTHING`.
+        of: ``(devices, groups)`` int64: the segment of each group on each device, or :data:`NOTHING`.
     """
 
     lanes: Table
@@ -249,10 +249,10 @@ def _lanes_of(axis: LogicalAxis, own: Table, count: int) -> Table:
 def _shared_segments(
     touched: Mapping[int, tuple[int, ...]], devices: int
 ) -> tuple[dict[int, int], tuple[tuple[int, int, DeviceGroups], ...]]:
-    """Assigns a segment to each group that is on several devices, first fit.
+    """Assigns to each group on several devices the first segment that is free on all of these devices.
 
     Returns:
-        The segment of each group, and the ranges of segments with the same groups of devices.
+        The segment of each group, and the ranges of segments that the same groups of devices reduce.
     """
     slots: list[dict[int, tuple[int, ...]]] = []  # for each segment: group -> its devices
     taken: list[int] = []  # bit mask of the devices of each segment

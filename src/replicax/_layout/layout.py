@@ -1,4 +1,4 @@
-"""The layout of N replicas on D devices: plain values, computed without tracing."""
+"""The layout of N replicas on D devices, as frozen dataclasses. No tracing is needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from replicax._layout.placement import Placement
 
 @dataclass(frozen=True)
 class LaneAxis:
-    """The ``vmap`` axis name of the lanes of a mapped axis. It is not equal to any name that the user can write."""
+    """The ``vmap`` axis name of the lanes of a mapped axis. No name that the user can write is equal to it."""
 
     of: Hashable
     level: int = 0
@@ -27,16 +27,16 @@ class LaneAxis:
 
 @dataclass(frozen=True)
 class LogicalAxis:
-    """A mapped axis of the user, and the device and lane axes that implement it.
+    """The user's mapped axis, and the device axis and lane axis that implement it.
 
     Attributes:
         name: The user's name.
         size: The number of replicas, N.
-        devices: The number of devices, D'.
+        devices: The number of devices along the device axis, D'.
         lanes: The number of lanes on each device, L.
         device_axis: The mesh axis of size D', or None if D' is 1.
         lane_axis: The vmapped axis of size L, or None if L is 1.
-        placement: The replica that each slot runs.
+        placement: The replica that each slot (a lane of a device) runs.
         level: The number of enclosing maps. Axes with the same name at different levels are different axes.
     """
 
@@ -56,17 +56,17 @@ class LogicalAxis:
 
     @property
     def physical(self) -> tuple[tuple[Hashable, int], ...]:
-        """The lane axis and the device axis, with their sizes; None values are left out."""
+        """The name and size of the lane axis and of the device axis, without an axis that is None."""
         axes = ((self.lane_axis, self.lanes), (self.device_axis, self.devices))
         return tuple((name, size) for name, size in axes if name is not None)
 
 
 @dataclass(frozen=True)
 class DeviceAxis:
-    """The mesh axis for the maps of one level.
+    """The mesh axis for the maps of one nesting level.
 
     Attributes:
-        name: Its name; None if it has one device.
+        name: The name of the axis; None if it has one device.
         size: The number of devices along it.
     """
 
@@ -79,11 +79,11 @@ LogicalAxes = Mapping[Hashable, LogicalAxis]
 
 
 class Scope(LogicalAxes):
-    """The mapped axes that a program may name. An inner axis shadows an outer axis of the same name.
+    """The mapped axes that collectives in a program may name. An inner axis shadows an outer axis of the same name.
 
     Args:
         axes: The axes, from the outermost map to the innermost.
-        levels: The mesh axes for nested maps, outermost first. Maps at deeper levels have lanes only.
+        levels: The mesh axes for nested maps, outermost first. Maps nested more deeply run only as lanes.
     """
 
     def __init__(self, axes: Sequence[LogicalAxis], levels: Sequence[DeviceAxis] = ()) -> None:
@@ -108,13 +108,13 @@ class Scope(LogicalAxes):
 
     @property
     def physical(self) -> dict[Hashable, int]:
-        """All lane and device axes, with their sizes. Includes those of shadowed axes and of nested maps."""
+        """All lane and device axes, with their sizes, including those of shadowed axes and of nested maps."""
         axes = {name: size for axis in self.axes for name, size in axis.physical}
         return axes | {level.name: level.size for level in self.levels if level.name is not None}
 
     @property
     def copies(self) -> tuple[Hashable, ...]:
-        """The mesh axes for nested maps. All devices along them run the same program outside of the nested maps."""
+        """The mesh axes for nested maps. Outside the nested maps, all devices along these axes run the same program."""
         return tuple(level.name for level in self.levels if level.name is not None)
 
 
@@ -124,7 +124,7 @@ class Layout:
 
     Attributes:
         axis: The mapped axis, with its device and lane axes.
-        mesh: The devices: D' along the first axis, and those for nested maps along the further axes.
+        mesh: The mesh: its first axis has D' devices, and its other axes are for nested maps.
         inner: The mesh axes for nested maps, outermost first.
     """
 
@@ -144,7 +144,7 @@ class Layout:
 
     @property
     def scope(self) -> Scope:
-        """The mapped axes in scope of the program: only the map's own axis."""
+        """The scope of the program: it contains only the map's own axis."""
         return Scope([self.axis], self.inner)
 
     def spec(self, axis: int | None, inner: Splits = ()) -> PartitionSpec:
@@ -152,29 +152,28 @@ class Layout:
 
         Args:
             axis: The mapped axis; None for an array that is not mapped.
-            inner: Further dimensions of the array, with the mesh axes of nested maps over which they are split.
+            inner: The other split dimensions of the array, each with its mesh axis (of a nested map).
         """
         split = {} if axis is None else {axis: self.mesh.axis_names[0]}
         split |= dict(inner)
         return PartitionSpec(*(split.get(k) for k in range(max(split, default=-1) + 1)))
 
     def sharding(self, axis: int | None, inner: Splits = ()) -> NamedSharding:
-        """Returns the sharding of a padded array mapped along ``axis``: lanes in order, L on each device."""
+        """Returns the sharding of a padded array that is mapped along ``axis``: L consecutive rows on each device."""
         return NamedSharding(self.mesh, self.spec(axis, inner))
 
     def result_sharding(self, axis: int | None, inner: Splits = (), *, on_mesh: bool = False) -> NamedSharding:
         """Returns the sharding of a result of N rows.
 
         JAX has no uneven sharding. If D' divides N, each row stays on the device that computes it. Otherwise the rows
-        are split into g = gcd(N, D') equal parts, and each part is replicated on D'/g devices. This is the most even
-        split on the same devices, so the next call needs no transfer from the host and no copy between device sets.
-        Examples: 14 rows on 4 devices become 2 parts of 7 rows, each on 2 devices. If N is prime, each device has all
-        rows; the mapped axis is then split over a mesh axis of size 1, to distinguish it from a result without a mapped
-        axis.
+        are split into g = gcd(N, D') equal parts, each replicated on D'/g devices: 14 rows on 4 devices become 2 parts
+        of 7 rows, each on 2 devices. This is the most even split on the same devices, so the next call needs no
+        transfer from the host and no copy to other devices. If g = 1, each device has all rows. The mapped axis is
+        then split over a mesh axis of size 1, to distinguish the result from one without a mapped axis.
 
         Args:
             axis: The mapped axis; None for a result that is not mapped.
-            inner: Further dimensions of the result, with the mesh axes of nested maps over which they are split.
+            inner: The other split dimensions of the result, each with its mesh axis (of a nested map).
             on_mesh: Whether the result must be on the layout's own mesh. If so, a padded result is replicated.
         """
         parts = math.gcd(self.size, self.axis.devices)
@@ -187,12 +186,12 @@ class Layout:
         return NamedSharding(mesh, PartitionSpec(*[None] * axis, name))
 
 
-#: Dimensions of an array, each with the mesh axis over which it is split.
+#: The split dimensions of an array, each with the mesh axis over which it is split.
 Splits = Sequence[tuple[int, Hashable]]
 
 
 def mesh_axis_name(name: Hashable) -> str:
-    """Returns the name of the mesh axis: the user's name if it is an identifier, because XLA parses it too."""
+    """Returns a mesh axis name that XLA can parse: the user's name if it is an identifier, else ``replicas``."""
     return name if isinstance(name, str) and name.isidentifier() else "replicas"
 
 
@@ -211,8 +210,8 @@ def layout(
 ) -> Layout:
     """Returns the layout of ``size`` replicas on ``devices``.
 
-    Each device runs L = ceil(N / D) lanes, on the smallest sufficient number of devices, D' = ceil(N / L). The other
-    devices are for nested maps: floor(D / D') for the first level of each replica, and so on.
+    Each device runs L = ceil(N / D) lanes. The replicas need D' = ceil(N / L) devices. Nested maps use the others: at
+    the first level, a nested map gets floor(D / D') devices. Deeper levels divide these in the same way.
 
     With ``use_all_devices``, all D devices participate, even if some have only padding. An outer ``jit`` has one set of
     devices, so maps of different sizes inside it must use the same devices.
@@ -223,7 +222,7 @@ def layout(
         devices: The available devices.
         use_all_devices: Whether all devices must be used.
         avoid_user_names: Whether mesh axes must not have the user's names. An enclosing ``vmap`` may bind the same
-            name, and would capture it.
+            name, and would then capture collectives over the mesh axis.
         nesting: The nested maps.
     """
     levels = [[(name, size)], *nesting]
@@ -241,12 +240,12 @@ def layout(
 
 
 def replicas_of(name: Hashable, size: int) -> LogicalAxis:
-    """Returns a mapped axis that is not on devices yet: the axis of a nested map before the outer map is laid out."""
+    """Returns the axis of a nested map before the layout of the outer map is known: all replicas are lanes."""
     return _axis(name, size, 1, size, None, 0)
 
 
 def _filled(levels: Sequence[Sequence[int]], devices: int) -> list[int]:
-    """Returns the number of devices of each level: as many as it can use, outermost level first."""
+    """Returns the number of devices of each level. The outermost level takes as many as it can use, then the next."""
     counts = []
     for sizes in levels:
         counts.append(max(-(-n // -(-n // devices)) for n in sizes))
@@ -255,9 +254,9 @@ def _filled(levels: Sequence[Sequence[int]], devices: int) -> list[int]:
 
 
 def _factored(levels: Sequence[Sequence[int]], devices: int) -> list[int]:
-    """Returns the number of devices of each level if all must be used: the split with the fewest lanes per device.
+    """Returns the number of devices of each level if all devices must be used.
 
-    Among splits with equally few lanes, the outer levels get more devices.
+    This is the factorization with the fewest lanes per device. In a tie, the outer levels get more devices.
     """
     if len(levels) == 1:
         return [devices]

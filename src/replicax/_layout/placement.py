@@ -1,7 +1,7 @@
 """The placement: which replica each lane of each device runs, and which lanes are padding.
 
 A *slot* is a lane of a device: slot s is lane ``s % lanes`` of device ``s // lanes``. Replicas are on slots in order.
-Slots without a replica are padding, and copy a neighbouring replica.
+Slots without a replica are padding: they run a copy of a neighbouring replica.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Placement:
         size: The number of replicas.
         devices: The number of devices.
         lanes: The number of slots on each device.
-        runs: The runs of slots with replicas: the first slot and the number of replicas of each run.
+        runs: The ranges of consecutive slots with replicas, each as (first slot, number of replicas).
     """
 
     size: int
@@ -70,9 +70,9 @@ class Placement:
 
     @property
     def pieces(self) -> list[tuple[int, int, int]]:
-        """The slots in order, as row ranges of an array of all replicas.
+        """The rows that fill the slots, in order, as ranges of rows of an array ``(replicas, ...)``.
 
-        Each range is (first row, number of rows, copies of its last row). A first range without rows copies row 0.
+        A range is (first row, number of rows, further copies of its last row). A first range without rows copies row 0.
         """
         found, row = ([(0, 0, self.runs[0][0])] if self.runs[0][0] else []), 0
         ends = [first for first, _ in self.runs[1:]] + [self.slots]

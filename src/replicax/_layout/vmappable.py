@@ -1,4 +1,4 @@
-"""Arguments and results of vmappable types: types with their own rules for ``jax.vmap``, such as sparse matrices."""
+"""Arguments and results of vmappable types: types that define rules for ``jax.vmap``, such as sparse matrices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def one_of(value: PyTree, spec: PyTree) -> tuple[list[int | None], PyTree]:
 
     Raises:
         AxisSpecError: The type does not accept this entry.
-        NotAnArrayError: The rule of the type computes on its arrays.
+        NotAnArrayError: The type's rule for ``jax.vmap`` computes new arrays.
     """
     into, _ = _jax.vmap_rules(type(value))
 
@@ -36,7 +36,7 @@ def one_of(value: PyTree, spec: PyTree) -> tuple[list[int | None], PyTree]:
 
 
 def all_of(own: PyTree, spec: PyTree, size: int) -> tuple[list[int | None], PyTree]:
-    """Returns the mapped axis of each array in a result, and the value of all replicas.
+    """Returns the mapped axis of each array in a result, and the stacked value of all replicas.
 
     Args:
         own: The result of one replica.
@@ -45,7 +45,7 @@ def all_of(own: PyTree, spec: PyTree, size: int) -> tuple[list[int | None], PyTr
 
     Raises:
         AxisSpecError: The type does not accept this entry.
-        NotAnArrayError: The rule of the type computes on its arrays.
+        NotAnArrayError: The type's rule for ``jax.vmap`` computes new arrays.
     """
     _, back = _jax.vmap_rules(type(own))
 
@@ -61,7 +61,7 @@ def all_of(own: PyTree, spec: PyTree, size: int) -> tuple[list[int | None], PyTr
 def _mapped(
     which: str, value: PyTree, spec: PyTree, rule: Function, change: Function
 ) -> tuple[list[int | None], PyTree]:
-    """Traces the rule of a type, and checks that the rule maps the arrays of a value and does nothing else."""
+    """Traces a type's rule for ``jax.vmap``, and checks that the rule only adds or removes mapped axes."""
     leaves, tree = jax.tree.flatten(value)
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(_jax.typeof, leaves)]
     axes: list[int | None] = [None] * len(types)

@@ -1,4 +1,4 @@
-"""The arguments of collectives, in the form that JAX's primitives take."""
+"""Converts and checks the axis names and groups of collectives."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def as_names(axis_name: Names | Hashable) -> Names:
 
 
 def direct(axis: LogicalAxis | None) -> Hashable | None:
-    """Returns the mesh axis for JAX's own collective: with one replica per device and no padding, no rule is needed."""
+    """Returns the mesh axis if JAX's collective over it is enough (one replica per device, no padding), else None."""
     return axis.device_axis if axis is not None and axis.lanes == 1 and not axis.padding else None
 
 
 def split_axes(logical: LogicalAxes, axes: Names) -> tuple[list[LogicalAxis], tuple[int, ...], tuple[Hashable, ...]]:
-    """Splits ``axes`` into logical axes, array dimensions (named axes of an inner ``vmap``), and other named axes."""
+    """Splits ``axes`` into logical axes, array dimensions (ints for axes of an inner ``vmap``) and other axis names."""
     ours = [logical[name] for name in axes if name in logical]
     positional = tuple(name for name in axes if isinstance(name, int))
     foreign = tuple(name for name in axes if name not in logical and not isinstance(name, int))
@@ -41,7 +41,7 @@ def groups_of(primitive: str, axis_index_groups: IndexGroups, size: int, *, of_o
         of_one_size: Whether all groups must have the same size.
 
     Raises:
-        CollectiveArgumentError: The groups do not cover each replica exactly once, or differ in size and must not.
+        CollectiveArgumentError: The groups do not cover each replica exactly once, or have different sizes.
     """
     if axis_index_groups is None:
         return None

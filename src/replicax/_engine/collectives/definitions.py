@@ -1,7 +1,7 @@
-"""Common parts of definitions: a collective within each group of replicas, on the stacked operands of all replicas.
+"""Shared parts of definitions, which compute a collective from the stacked operands of all replicas.
 
-A definition implements the documentation of JAX in NumPy terms. It uses ``jax.numpy``, so that it can be
-differentiated. Definitions share no code with the rules: tests compare the two.
+A definition implements a collective as JAX documents it, with ``jax.numpy``, so that it can be differentiated.
+Definitions share no code with the rules, because tests compare the two.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def in_each_group(
     axis_index_groups: IndexGroups,
     results: Callable[[jax.Array], Sequence[jax.Array] | jax.Array],
 ) -> jax.Array:
-    """Returns the results of all replicas, as ``(replicas, ...)``.
+    """Applies ``results`` to each group. Returns the results of all replicas, as ``(replicas, ...)``.
 
     Args:
         size: The number of replicas.
         x: ``(replicas, ...)``: the operands.
         axis_index_groups: The groups; None for one group of all replicas.
-        results: From the operands of one group, in order, to the result of each member.
+        results: Function of the operands ``(group, ...)`` of one group. Returns the result of each member.
     """
     rows: list[Any] = [None] * size
     for group in groups_in(size, axis_index_groups):

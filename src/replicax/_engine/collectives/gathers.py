@@ -48,7 +48,7 @@ def _gathered_rows(
 
 
 def wire_of_gather(axis: LogicalAxis, x: ShapeAndDtype, *, axis_index_groups: IndexGroups = None, **_: object) -> int:
-    """Counts the bytes of each replica's operand, sent to all replicas of its group."""
+    """Returns the bytes that devices send if each operand is sent to all replicas of its group."""
     lane = size_in_bytes(x)
     split = groups_of("all_gather", axis_index_groups, axis.size, of_one_size=True)
     if split is None:
@@ -78,7 +78,7 @@ def all_gather(
     tiled: bool,
     axis_index_groups: IndexGroups = None,
 ) -> Array:
-    """Gathers the operands of the group along a new dimension, or an existing one if tiled. Drops padding rows."""
+    """Gathers the operands of the group along a new dimension, or along an existing one if tiled, without padding."""
     names = as_names(axis_name)
     split = groups_of("all_gather", axis_index_groups, size_of(logical, names), of_one_size=True)
     axis = only_axis(logical, names)
@@ -164,7 +164,7 @@ def psum_scatter(
     """Returns this replica's slice of the sum over the group: the transpose of ``all_gather``.
 
     Raises:
-        CollectiveArgumentError: The operand is of dtype bool, for which JAX has no sum here.
+        CollectiveArgumentError: The operand has dtype bool, which JAX does not support here.
     """
     if x.dtype == bool:
         raise CollectiveArgumentError("psum_scatter does not support bool in JAX. Convert the operand to int32 first.")
@@ -191,7 +191,7 @@ def psum_scatter(
 
 
 def scatter_sum(axis: LogicalAxis, x: Array, whole: DeviceGroups | None) -> Array:
-    """Returns this replica's row of the sum over replicas of ``x``, which has shape ``(replicas, ...)``.
+    """Sums ``x`` over the replicas, and returns this replica's row of the sum.
 
     Args:
         axis: The mapped axis.
@@ -210,7 +210,7 @@ def scatter_sum(axis: LogicalAxis, x: Array, whole: DeviceGroups | None) -> Arra
 
 
 def scatter_sum_over(logical: LogicalAxes, names: Names, x: Array) -> Array:
-    """Returns this replica's row of the sum over several axes, treated as one axis."""
+    """Sums ``x`` over several axes, treated as one axis, and returns this replica's row of the sum."""
     sizes = [size_of(logical, [name]) for name in names]
     x = x.reshape(*sizes, *x.shape[1:])
     for name in names:
@@ -219,9 +219,9 @@ def scatter_sum_over(logical: LogicalAxes, names: Names, x: Array) -> Array:
 
 
 def scatter_sum_over_segments(axis: LogicalAxis, x: Array, split: Groups) -> Array:
-    """Returns this replica's row of the sum over its group, for groups that share devices.
+    """Sums ``x`` over each group, for groups that share devices, and returns this replica's row of the sum.
 
-    A device sends one partial sum for each replica in the groups of its lanes.
+    A device sends one partial sum for each replica of each group that has lanes on the device.
     """
     plan, size = segments(axis, split), x.shape[0]
     sums = over_segments(axis, block(axis, x), plan.lanes, plan.count, SUM)  # (segments, group, ...)
@@ -232,7 +232,7 @@ def scatter_sum_over_segments(axis: LogicalAxis, x: Array, split: Groups) -> Arr
 
 
 def sums_wanted(axis: LogicalAxis, split: Groups, plan: Segments, size: int) -> Table:
-    """Returns the partial sums that each lane needs, as ``(slots, devices)`` item numbers.
+    """Returns the partial sums that each lane needs, as item numbers ``(slots, devices of the largest group)``.
 
     Args:
         axis: The mapped axis.

@@ -22,9 +22,9 @@ from replicax.errors import CollectiveArgumentError
 
 
 def result_of_permutation(params: Params, logical: LogicalAxes) -> Result:
-    """Says whether the result of a permutation is equal in all replicas.
+    """Returns whether the result of a permutation is equal in all replicas.
 
-    Replicas that receive nothing get zeros. If all replicas receive, an equal operand gives an equal result.
+    A replica that receives nothing gets zeros. If every replica receives a value, equal operands give equal results.
     """
     axis = only_axis(logical, as_names(params["axis_name"]))
     return Result.AS_GIVEN if axis is not None and len(params["perm"]) == axis.size else Result.PER_REPLICA
@@ -53,7 +53,7 @@ def _wire_of_permutation(axis: LogicalAxis, x: ShapeAndDtype, *, perm: Sequence[
 )
 @moves_data
 def ppermute(logical: LogicalAxes, x: Array, *, axis_name: Names | Hashable, perm: Sequence[tuple[int, int]]) -> Array:
-    """Returns the operand of another replica, or zeros. Only data that changes device is sent."""
+    """Returns the operand of the source replica, or zeros. Devices send only what another device needs."""
     names = as_names(axis_name)
     sources = permutation(perm, size_of(logical, names))
     if (name := direct(only_axis(logical, names))) is not None:
@@ -69,7 +69,7 @@ def permutation(perm: Sequence[tuple[int, int]], size: int) -> Table:
     As in JAX, a negative index counts from the end.
 
     Raises:
-        CollectiveArgumentError: An index is out of range, or is a source or destination twice.
+        CollectiveArgumentError: An index is out of range, or two pairs have the same source or destination.
     """
     try:
         flat = np.fromiter(map(operator.index, chain.from_iterable(perm)), np.int64)
@@ -112,7 +112,7 @@ def _wire_of_broadcast(axis: LogicalAxis, x: ShapeAndDtype, **_: object) -> int:
 def pbroadcast(logical: LogicalAxes, x: Array, *, axis_name: Names | Hashable, source: int) -> Array:
     """Returns the operand of replica ``source`` in all replicas.
 
-    As JAX defines it, this is a sum in which all other replicas contribute zero.
+    As in JAX's definition, this is a sum in which all other replicas contribute zero.
 
     Raises:
         CollectiveArgumentError: ``source`` is not the index of a replica.

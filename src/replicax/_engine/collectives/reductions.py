@@ -22,7 +22,7 @@ from replicax._typing import Array, IndexGroups, ShapeAndDtype
 
 
 def _of_rows(reduce: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Returns the definition of a reduction over replicas, and over the array dimensions among ``axes``."""
+    """Returns the definition of a reduction over replicas and over integer ``axes``, which are array dimensions."""
 
     def definition(size: int, x: jax.Array, *, axes: Names, axis_index_groups: IndexGroups = None) -> jax.Array:
         over = (0, *(axis + 1 for axis in axes if isinstance(axis, int)))
@@ -82,13 +82,13 @@ def psum(logical: LogicalAxes, x: Array, *, axes: Names, axis_index_groups: Inde
 
 @collective("pmax", result=equal, definition=_of_rows(jnp.max), wire=_wire_of_extremum, by_groups=True)
 def pmax(logical: LogicalAxes, x: Array, *, axes: Names, axis_index_groups: IndexGroups = None) -> Array:
-    """Returns the maximum over the replicas. Padding lanes are copies of a replica, so they do not change it."""
+    """Returns the maximum over the replicas. Padding lanes do not change it, because they are copies of a replica."""
     return extremum(logical, x, axes, axis_index_groups, MAX)
 
 
 @collective("pmin", result=equal, definition=_of_rows(jnp.min), wire=_wire_of_extremum, by_groups=True)
 def pmin(logical: LogicalAxes, x: Array, *, axes: Names, axis_index_groups: IndexGroups = None) -> Array:
-    """Returns the minimum over the replicas. Padding lanes are copies of a replica, so they do not change it."""
+    """Returns the minimum over the replicas. Padding lanes do not change it, because they are copies of a replica."""
     return extremum(logical, x, axes, axis_index_groups, MIN)
 
 
@@ -104,7 +104,7 @@ def extremum(logical: LogicalAxes, x: Array, axes: Names, axis_index_groups: Ind
     between = tuple(name for name in names if name not in lanes)
     if lanes:
         x = which.named(x, lanes)
-    # For complex numbers, XLA's CPU backend only has sums between devices. Workaround: complex_extremes.
+    # XLA's CPU backend has no maximum or minimum of complex numbers between devices. Workaround: complex_extremes.
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         for name in between:
             x = which.local(lax.all_gather(x, name), axis=0)
@@ -117,7 +117,7 @@ def reduce_groups(
 ) -> Array:
     """Reduces over groups, behind an optimization barrier.
 
-    XLA folds a reduction of a constant as if all groups had the size of the first. Workaround: constants_over_groups.
+    XLA constant-folds a reduction as if all groups had the size of the first. Workaround: constants_over_groups.
     """
     hidden = lax.optimization_barrier
     x = x if which is SUM else without_derivative(which.name, x)
@@ -127,10 +127,10 @@ def reduce_groups(
 def _reduce_groups(
     logical: LogicalAxes, x: Array, names: Names, axis_index_groups: IndexGroups, which: Reduction
 ) -> Array:
-    """Reduces over groups of replicas, of any sizes.
+    """Reduces over groups of replicas. Groups may have different sizes.
 
-    Each device first reduces its lanes of a group. Then the devices that share the group reduce their results; each
-    of them sends the bytes of one lane per group.
+    Each device first reduces those of its lanes that are in the same group. Then the devices of a group reduce these
+    results. For each group, a device sends the bytes of one lane.
     """
     split = groups_of(which.name, axis_index_groups, size_of(logical, names), of_one_size=False)
     assert split is not None
@@ -152,19 +152,19 @@ def _reduce_groups(
 def _members(split: Groups, which: Reduction) -> Table:
     """Returns the members of each replica's group, as ``(replicas, largest group)``.
 
-    Rows are filled with :data:`NOTHING` for a sum, and with the first member for a maximum or minimum.
+    Short rows are filled with :data:`NOTHING` for a sum, and with the first member for a maximum or minimum.
     """
     members = split.padded_members()
     return members if which is SUM else np.where(members == NOTHING, members[:, :1], members)
 
 
 def over_segments(axis: LogicalAxis, lanes: Array, table: Table, count: int, which: Reduction) -> Array:
-    """Reduces over each segment of a device's lanes. Returns ``(count, ...)``.
+    """Reduces each segment of the lanes of a device. Returns ``(count, ...)``.
 
     Args:
         axis: The mapped axis.
         lanes: ``(lanes, ...)``: the values of the device's lanes.
-        table: ``(devices, count * widest)``: the lanes of each segment, filled with the number of lanes.
+        table: ``(devices, count * widest)``: the lanes of each segment. The number of lanes fills the rest.
         count: The number of segments.
         which: The reduction.
     """

@@ -1,12 +1,12 @@
-"""The registry of collectives. Each rule is a collective over the lanes, then one over the devices.
+"""The registry of collectives, with one rule for each.
 
 A rule takes the logical axes in scope, the operand of one replica, and the parameters of JAX's primitive. It is traced
-inside the ``vmap`` over lanes and the ``shard_map`` over devices, where the lane and device axes are bound. It reduces
-over lanes first, so that devices exchange as few bytes as possible.
+inside the ``vmap`` over lanes and the ``shard_map`` over devices, where the lane and device axes are bound. It combines
+the lanes of each device first, so that devices exchange as few bytes as possible.
 
 Padding lanes are exact copies of a replica. Every rule keeps this invariant: a padding lane gets the result of the
-replica that it copies. Contributions of padding lanes are masked, sliced off, or harmless (a copy does not change a
-``pmax``).
+replica that it copies. Rules mask or slice off the operands of padding lanes, unless a copy does not change the result
+(as in ``pmax``).
 
 To add a collective, decorate its rule with :func:`collective`, in the file of its family: see CONTRIBUTING.
 """
@@ -40,23 +40,22 @@ ResultOf = Callable[[Params, LogicalAxes], Result]
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective: all information that the engine, the reference and the messages need.
+    """A collective, with all information that the engine, ``replicax.testing`` and error messages need.
 
     ``rule``, ``definition`` and ``wire`` take the parameters of the primitive by keyword. Parameters that the rule does
     not name are checked: see :meth:`known`.
 
     Attributes:
-        primitives: JAX's primitives for it, including those that only start it.
+        primitives: JAX's primitives for the collective, including the asynchronous ones that start it.
         awaited_by: JAX's primitives that wait for a started collective, and return its result.
         names: The names by which users call it.
         rule: ``rule(logical, *operands, **parameters)``: the result of one replica, on lanes and devices.
-        result: From the primitive's parameters and the logical axes: whether the result is equal in all replicas.
-        definition: ``definition(size, *rows, **parameters)``: the results of all replicas at once, in NumPy terms.
-            Operands and results have shape ``(replicas, ...)``. It shares no code with the rule.
+        result: ``result(parameters, logical)``: whether the result is equal in all replicas.
+        definition: ``definition(size, *rows, **parameters)``: the results of all replicas, from all operands. Both
+            have shape ``(replicas, ...)``. It shares no code with the rule.
         wire: ``wire(axis, *operands, **parameters)``: the total bytes that devices send each other, for a collective
             over one mapped axis. Operands need only a shape and a dtype.
-        by_groups: Whether XLA runs it separately in each group of devices, so that groups need not run it at the same
-            time.
+        by_groups: Whether XLA runs it separately in each group of devices, so that no group waits for another.
     """
 
     primitives: tuple[str, ...]
@@ -70,7 +69,7 @@ class Collective:
 
     @property
     def called(self) -> str:
-        """The name of the collective at the beginning of a sentence."""
+        """The names of the collective, as the subject of a sentence in an error message."""
         first, *others = self.names
         return f"{first}, or {' or '.join(others)}," if others else first
 
@@ -83,7 +82,7 @@ class Collective:
         return frozenset(p.name for p in takes if p.kind is p.KEYWORD_ONLY)
 
     def on_lanes(self, logical: LogicalAxes, operands: Sequence[Array], params: Params) -> Array:
-        """Returns the result of one replica."""
+        """Returns the result of one replica, from the rule."""
         return self.rule(logical, *operands, **self.known(params))
 
     def on_rows(self, size: int, rows: Sequence[Array], params: Params) -> Array:
@@ -135,17 +134,17 @@ def collective(
     by_groups: bool = False,
     sums: bool = False,
 ) -> Callable[[Rule], Rule]:
-    """Registers a rule, with all other information about the collective: see :class:`Collective`.
+    """Returns a decorator that registers a rule with the other attributes of its :class:`Collective`.
 
     Args:
         primitives: The names of JAX's primitives.
         result: Whether the result is equal in all replicas: :func:`equal`, :func:`per_replica`, or another function.
         definition: The results of all replicas at once.
         wire: The bytes that devices send each other.
-        names: The names by which users call it; by default the first primitive.
-        awaited_by: The names of the primitives that wait for it.
-        by_groups: Whether groups of devices need not run it at the same time.
-        sums: Whether it adds numbers. If so, 4-bit integers are sent as bytes: see :func:`wide`.
+        names: The names by which users call it; by default, the name of the first primitive.
+        awaited_by: The names of the primitives that wait for a started collective.
+        by_groups: Whether XLA runs the collective in each group of devices separately.
+        sums: Whether the collective adds numbers. If so, 4-bit integers are sent as bytes: see :func:`wide`.
     """
 
     def register(rule: Rule) -> Rule:
@@ -167,7 +166,7 @@ def collective(
 
 
 def refuse(*primitives: str, because: str) -> None:
-    """Registers primitives that JAX does not support in a mapped function, with a remedy for the error message."""
+    """Registers primitives that JAX does not support in a mapped function, with the reason and a remedy."""
     REFUSED.update(dict.fromkeys(primitives, because))
 
 
@@ -198,7 +197,7 @@ def per_replica(params: Params, logical: LogicalAxes) -> Result:
 
 
 def _in_bytes(rule: Function, bits: int) -> Function:
-    """Wraps a rule to convert integer operands of at most ``bits`` bits to bytes, and its result back."""
+    """Wraps a rule: converts integer operands of at most ``bits`` bits to bytes, and the result back."""
 
     @functools.wraps(rule)
     def carrying(logical: LogicalAxes, *operands: Array, **params: Any) -> Array:

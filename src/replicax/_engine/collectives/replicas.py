@@ -1,4 +1,4 @@
-"""Which lanes are replicas and which are padding, and values that are equal in all replicas."""
+"""Masks for padding lanes, and values that are equal in all replicas."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_replica(axis: LogicalAxis) -> jax.Array:
 def physical(axes: Sequence[LogicalAxis]) -> tuple[Hashable, ...]:
     """Returns the names of the lane and device axes of each mapped axis.
 
-    JAX reduces over a vmapped axis before a mesh axis of the same collective. So devices send the bytes of one lane.
+    In one collective over both, JAX reduces over the vmapped axis first. So each device sends the bytes of one lane.
     """
     return tuple(name for axis in axes for name, _ in axis.physical)
 
@@ -47,9 +47,9 @@ def any_replica(axes: Sequence[LogicalAxis], x: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def equal_value(axis: LogicalAxis, x: Array) -> Array:
-    """Returns ``x``, which is equal in all replicas. Each replica gets an equal part of its cotangent.
+    """Returns ``x``, which is equal in all replicas. Each replica gets an equal part of the result's cotangent.
 
-    Use ``as_unbatched`` instead if only the sum of the parts matters. A user's reverse rule may depend on each part.
+    A reverse rule of the user may depend on this part. If only the sum of the parts matters, use ``as_unbatched``.
     """
     return as_unbatched(axis, x)
 

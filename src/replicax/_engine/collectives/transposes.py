@@ -68,12 +68,12 @@ def all_to_all(
     axis_index_groups: IndexGroups,
     tiled: bool,
 ) -> Array:
-    """Returns the chunks of the group for this replica, split along one dimension and concatenated along another.
+    """Splits each operand of the group along one dimension, and concatenates this replica's chunks along another.
 
-    JAX's primitive is always tiled. For an untiled call, JAX adds and removes the dimensions around it.
+    JAX's primitive is always tiled. For an untiled call, JAX adds dimensions before it and removes them after it.
 
     Raises:
-        CollectiveArgumentError: An axis is negative. JAX 0.10 then adds dimensions in the wrong place:
+        CollectiveArgumentError: An untiled call has a negative axis. JAX 0.10 adds dimensions in the wrong place then:
             https://github.com/jax-ml/jax/pull/38998. Workaround: axes_from_the_end.
     """
     if not tiled and min(split_axis, concat_axis) < 0:
@@ -110,7 +110,7 @@ def pieces(logical: LogicalAxes, names: Names, x: Array, split: Groups | None) -
 
 
 def pieces_between_devices(axis: LogicalAxis, x: Array, whole: DeviceGroups | None) -> Array:
-    """Returns the same as :func:`pieces` for groups of full devices, with one exchange between devices.
+    """Returns the same as :func:`pieces`, with one exchange between devices. Groups must consist of whole devices.
 
     Args:
         axis: The mapped axis.
@@ -121,10 +121,11 @@ def pieces_between_devices(axis: LogicalAxis, x: Array, whole: DeviceGroups | No
     if axis.padding:  # a padding lane gets the result of the replica that it copies
         x = primitives.pad_rows(x, 0, axis.placement)
     devices = x.shape[0] // axis.lanes
-    x = block(axis, x).reshape(axis.lanes, devices, axis.lanes, *rest)  # from lanes, to devices, to lanes
+    # (sending lane, receiving device, receiving lane, ...)
+    x = block(axis, x).reshape(axis.lanes, devices, axis.lanes, *rest)
     if devices > 1:
         x = all_to_all_devices(x, axis.device_axis, 1, 1, whole)
-    x = jnp.moveaxis(x, 2, 0).swapaxes(1, 2)  # to lanes, from devices, from lanes
+    x = jnp.moveaxis(x, 2, 0).swapaxes(1, 2)  # (receiving lane, sending device, sending lane, ...)
     x = x.reshape(axis.lanes, devices * axis.lanes, *rest)
     return own_lane(axis, real_rows(x, 1, axis.placement) if axis.padding else x)
 
@@ -195,7 +196,7 @@ def ragged_all_to_all(
     """Returns ``output``, overwritten with the rows that the group sends to this replica.
 
     The number of rows for each replica is known only at run time. So each device of a group receives the full operand
-    of every member, and each replica selects its rows. A later slice overwrites an earlier one, as in JAX's definition.
+    of every member, and each replica selects its rows. Where slices overlap, the last one is kept, as in JAX.
 
     Raises:
         CollectiveArgumentError: The number of slices is not a multiple of the size of the group.
@@ -219,7 +220,7 @@ def ragged_all_to_all(
     me = replica_index(logical, names)
     me = me if split is None else jnp.asarray(split.rank, jnp.int32)[me]
     table = jnp.stack([from_all(x) for x in (input_offsets, send_sizes, output_offsets)])
-    mine = lax.dynamic_index_in_dim(table.reshape(3, size, size, -1), me, 2, keepdims=False)  # (3, from, slices)
+    mine = lax.dynamic_index_in_dim(table.reshape(3, size, size, -1), me, 2, keepdims=False)  # (3, senders, slices)
     sender = jnp.repeat(jnp.arange(size), mine.shape[2])[:, None]
     start, length, target = mine.reshape(3, -1, 1)
     row = jnp.arange(output.shape[0])

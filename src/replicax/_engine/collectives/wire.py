@@ -1,6 +1,6 @@
-"""The bytes that all devices together send each other, for a collective over one mapped axis.
+"""Counts the bytes that all devices together send each other, for a collective over one mapped axis.
 
-For a reduction, each device counts as sending one lane's operand, whatever algorithm the backend uses.
+A reduction counts as one lane's operand sent by each device, whatever algorithm the backend uses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from replicax._typing import ShapeAndDtype
 def size_in_bytes(x: ShapeAndDtype, without: Sequence[int] = ()) -> int:
     """Returns the bytes of one replica's operand, without the dimensions in ``without``.
 
-    Each number counts as at least one byte.
+    An element of fewer than 8 bits counts as one byte.
     """
     rest = [length for dim, length in enumerate(x.shape) if dim not in without]
     return math.prod(rest) * int(x.dtype.itemsize)
@@ -34,7 +34,7 @@ def reduced(axis: LogicalAxis, lane: int) -> int:
 
 
 def gathered(axis: LogicalAxis, lane: int, whole: DeviceGroups | None = None) -> int:
-    """Returns the bytes if each device sends ``lane`` bytes of each of its lanes to all devices of its group.
+    """Returns the bytes if each device sends ``lane`` bytes per lane to every other device of its group.
 
     Args:
         axis: The mapped axis.
@@ -51,5 +51,5 @@ def sent(plan: Exchange) -> int:
 
 
 def fetched(axis: LogicalAxis, wants: Table, items: int = 1) -> int:
-    """Returns the number of items that devices send each other so that each replica has its items: see ``fetch``."""
+    """Returns the number of items that devices send each other in ``fetch``, so that each replica gets its items."""
     return sent(exchange(wants_of(axis, wants, items), axis.lanes * items))

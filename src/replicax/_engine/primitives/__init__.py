@@ -1,6 +1,6 @@
 """The engine's own primitives, each with its rules for JAX's transformations.
 
-A primitive is here if no combination of JAX's operations has the meaning, or the derivative, that a map needs.
+Each of them has a meaning or a derivative that no combination of JAX's operations has.
 """
 
 from replicax._engine.primitives.devices import equal_parts as equal_parts

@@ -24,7 +24,7 @@ from replicax._jax.interpreters import ad, ad_util, batching, callback, core, de
 from replicax._jax.interpreters import linear_util as lu
 from replicax._typing import Array, ArrayLike, Aval, Function, PyTree
 
-#: Runs a jaxpr on constants, arguments and the number of an earlier failure. Returns the results and the new number.
+#: Runs a jaxpr on constants, arguments and a failure number. Returns the results and the new failure number.
 Run = Callable[[Jaxpr, Sequence[ArrayLike], Sequence[ArrayLike], Array], tuple[list[Array], Array]]
 
 _NUMBER = core.ShapedArray((), np.dtype("int32"))
@@ -47,9 +47,9 @@ def is_ordered(eqn: Equation) -> bool:
 
 
 def guarded(eqn: Equation, args: Sequence[ArrayLike], failed: Array, name: str) -> tuple[list[Array], Array]:
-    """Records a callback that takes the number of an earlier failure and returns its own: see ``_engine.failures``.
+    """Records a callback as one equation that also takes and returns a failure number: see ``_engine.failures``.
 
-    Only the rewriter can run it, with :func:`call`.
+    Only the rewriter can run the equation, with :func:`call`.
 
     Args:
         eqn: The equation of the callback.
@@ -89,7 +89,7 @@ def callback_of(eqn: Equation) -> tuple[Callable[..., Sequence[ArrayLike]], tupl
 
 
 def call(eqn: Equation, function: Callable[..., Sequence[ArrayLike]], args: Sequence[ArrayLike]) -> list[Array]:
-    """Binds a callback's equation with another function, which takes ``args`` and returns one extra int32."""
+    """Binds a callback's equation with another function of ``args``, which also returns a failure number (int32)."""
     if eqn.primitive.name not in ("pure_callback", "io_callback"):
         return list(_effect_p.bind(*args, function=function))
     types = (*eqn.params["result_avals"], _NUMBER)
@@ -98,7 +98,7 @@ def call(eqn: Equation, function: Callable[..., Sequence[ArrayLike]], args: Sequ
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A callback for its side effect, which returns an int32
+# A callback with a side effect, which returns one int32
 
 
 def effect(function: Function, *args: Array) -> None:
@@ -166,14 +166,14 @@ mlir.register_lowering(_effect_p, _effect_lowered, cacheable=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Functions with derivative rules of the user
+# Functions with custom derivative rules
 
 
 def bind_custom(eqn: Equation, args: Sequence[ArrayLike], failed: Array, run: Run) -> tuple[list[Array], Array]:
     """Binds a ``custom_jvp`` or ``custom_vjp`` function that contains callbacks, with a failure number passed through.
 
-    The failure number is the last operand and the last result, and has no derivative. A reverse rule has no result that
-    could carry the number, so a callback in it raises at once.
+    The failure number is the last operand and the last result, and has no derivative. A reverse rule cannot return the
+    number, so a callback in a reverse rule raises at once.
 
     Args:
         eqn: The equation.
@@ -207,7 +207,7 @@ def bind_custom(eqn: Equation, args: Sequence[ArrayLike], failed: Array, run: Ru
 
 
 def _with_number(role: str, rule: lu.WrappedFun, failed: Array, run: Run) -> Function:
-    """Wraps a derivative rule of such a function: it takes and returns an extra failure number.
+    """Wraps a derivative rule to take an extra failure number. A ``jvp`` or ``fwd`` rule also returns one.
 
     Args:
         role: ``"jvp"``, ``"fwd"`` or ``"bwd"``.
@@ -227,7 +227,7 @@ def _with_number(role: str, rule: lu.WrappedFun, failed: Array, run: Run) -> Fun
         half = len(results) // 2
         return [*results[:half], number, *results[half:], np.zeros((), jax.dtypes.float0)]
 
-    def fwd(*flat: Array) -> list[Array]:  # JAX passes each operand, then whether it is differentiated
+    def fwd(*flat: Array) -> list[Array]:  # after each operand, JAX passes whether it is differentiated
         results, number = traced(flat[:-2], flat[-2])
         return [*results, number]
 
@@ -238,9 +238,9 @@ def _with_number(role: str, rule: lu.WrappedFun, failed: Array, run: Run) -> Fun
 
 
 def forward_rule(eqn: Equation, sizes: Mapping[Hashable, int]) -> Jaxpr | None:
-    """Traces the forward rule of a ``custom_jvp`` or ``custom_vjp`` function. Returns None if tracing raises.
+    """Traces the forward rule of a ``custom_jvp`` or ``custom_vjp`` function.
 
-    A rule that cannot be traced cannot run later either.
+    Returns None if tracing raises, because such a rule cannot run later either.
 
     Args:
         eqn: The equation.

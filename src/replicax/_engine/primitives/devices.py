@@ -1,4 +1,4 @@
-"""Conversions between values that are equal on all devices of a mesh axis and values that differ between them."""
+"""Primitives that convert between values that are equal on all devices of a mesh axis and per-device values."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from replicax._typing import Array, Aval, AxisName, Function
 # Conversions between equal values and per-device values
 #
 # In the outer program, a value and its cotangent are equal on all devices. In a nested map, each device has its own
-# part of the value and of the cotangent. share and total are transposes of each other, and so are own_part and
-# join_parts. JAX has the same pairs in shard_map with check_vma=True.
+# part of the value and of the cotangent. share is the transpose of total, and own_part is the transpose of join_parts.
+# JAX has the same pairs in shard_map with check_vma=True.
 
 
 def share(x: Array, axis: AxisName) -> Array:
-    """Converts ``x``, equal on all devices, to a per-device value. Its cotangent is summed over the devices."""
+    """Converts ``x``, which is equal on all devices, to a per-device value. The cotangent is summed over devices."""
     return _share_p.bind(x, axis=axis)
 
 
 def total(x: Array, axis: AxisName) -> Array:
-    """Returns the sum over the devices, equal on all of them."""
+    """Returns the sum of ``x`` over the devices. The result is equal on all devices."""
     return _total_p.bind(x, axis=axis)
 
 
@@ -39,7 +39,7 @@ def join_parts(x: Array, axis: AxisName, dim: int) -> Array:
 
 
 def equal_parts(x: Array, axis: AxisName) -> Array:
-    """Returns ``x``, which has the same value on all devices. Its cotangent goes to the first device."""
+    """Returns ``x``, which is equal on all devices. The first device gets the full cotangent, the others get zeros."""
     return _equal_parts_p.bind(x, axis=axis)
 
 
@@ -55,8 +55,8 @@ def _between(name: str, impl: Function, transposed: Function, *, factor: int = 0
         name: The name of the primitive.
         impl: Its implementation, in terms of JAX's functions.
         transposed: Its transpose, in terms of JAX's functions.
-        factor: 1 if dimension ``dim`` of the result is that of the operand times the number of devices, -1 if divided
-            by the number of devices, 0 if equal.
+        factor: 1 if the primitive multiplies the size of dimension ``dim`` by the number of devices, -1 if it divides
+            the size by this number, 0 if it keeps the shape.
     """
     primitive = core.Primitive(name)
 

@@ -14,7 +14,7 @@ from replicax._typing import Array, AxisName
 def grouped_all_to_all(
     x: Array, axis: AxisName, split_axis: int, concat_axis: int, device_groups: tuple[tuple[int, ...], ...]
 ) -> Array:
-    """Calls a tiled ``lax.all_to_all`` over groups of a mesh axis. JAX's own primitive refuses groups under ``vmap``.
+    """Calls a tiled ``lax.all_to_all`` over groups of devices. JAX's own primitive rejects groups under ``vmap``.
 
     Workaround: all_to_all_over_groups.
     """

@@ -1,4 +1,4 @@
-"""Primitives on the lanes of a device: one lane's row of an array, batching over lanes, and padding rows."""
+"""Primitives for the lanes of a device: select a lane's row, batch over lanes, and pad rows."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ batching.fancy_primitive_batchers[_each_lane_p] = _each_lane_batched
 def pad_rows(x: Array, dim: int, placement: Placement) -> Array:
     """Pads ``x`` along ``dim`` from one row per replica to one row per slot. Padding rows are copies.
 
-    The cotangents of padding rows are dropped. Adding them could give NaN: an infinite slope times a zero cotangent.
+    The cotangents of padding rows are dropped. Adding them could give NaN: an infinite derivative times zero.
     """
     return _pad_rows_p.bind(x, dim=dim, placement=placement)
 

@@ -1,4 +1,4 @@
-"""A map inside a replica of another map, as one equation."""
+"""The primitive for a map inside another mapped function."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def nested_map(
     in_axes: Axes,
     out_axes: Axes,
 ) -> list[Array]:
-    """Records a map over a named axis, inside a replica of another map, as one equation.
+    """Records a map inside another mapped function as one equation.
 
     JAX's transformations of the equation record a ``nested_map`` too, so the rewriter still sees which part of the
-    program is mapped. Only the rewriter can run it under a trace.
+    program is mapped. Under a trace, only the rewriter can run the equation.
 
     Args:
         jaxpr: The program of one replica, without closed-over arrays.
@@ -68,7 +68,7 @@ def is_nested_map(eqn: Equation) -> bool:
 
 
 def nesting(jaxpr: Jaxpr) -> list[list[tuple[AxisName, int]]]:
-    """Returns the nested maps in a program by level, outermost first: the axis names and sizes at each level."""
+    """Returns the axis names and sizes of the nested maps at each level of a program, outermost level first."""
     levels: list[dict[tuple[AxisName, int], None]] = []
     seen: set[tuple[int, int]] = set()
 
@@ -110,9 +110,9 @@ def _nested_map_jvp(
     size: int,
     **axes: Axes,
 ) -> tuple[list[Array], list[Array | ad_util.Zero]]:
-    """Differentiates with two maps: one computes the results and the residuals, one applies the linear map to tangents.
+    """Differentiates with two nested maps. The first returns results and residuals. The second maps over tangents.
 
-    A residual that is an argument is read from the arguments. Replicas do not return it.
+    A residual that is an argument is read from the arguments, so the first map does not return it.
     """
     in_axes, out_axes = axes["in_axes"], axes["out_axes"]
     moving = [i for i, t in enumerate(tangents) if type(t) is not ad_util.Zero]
@@ -156,7 +156,7 @@ def _linearized(
         sizes: The mapped axis in scope, with its size.
 
     Returns:
-        The program, its constants, and the tree structure of the residuals: a linear function of tangents.
+        The program, its constants, and the pytree structure that turns the residuals into a linear function.
     """
     pushforward: list[PyTreeDef] = []
 
@@ -181,11 +181,11 @@ def _tangent_type(x: Array) -> Aval:
 
 
 class _Residuals:
-    """The residuals of a linearized nested map: its arguments, or extra results of it.
+    """The residuals of a linearized nested map. Each is an argument or an extra result of the map.
 
     Attributes:
-        jaxpr: The linearized program, without results that are arguments.
-        out_axes: The mapped axes of the residuals among its results.
+        jaxpr: The linearized program. It does not return residuals that are arguments.
+        out_axes: The mapped axes of the residuals that it returns.
         axes: The mapped axes of all residuals.
     """
 
@@ -200,7 +200,7 @@ class _Residuals:
         self.jaxpr = with_results(jaxpr, [*body(jaxpr).outvars[:outs], *own])
 
     def values(self, results: Sequence[Array]) -> list[Array]:
-        """Returns the residuals, given the extra results of the linearized map."""
+        """Returns all residuals, given the extra results of the linearized map."""
         further = iter(results)
         return [next(further) if k is None else self._args[k] for k in self._from]
 
@@ -247,7 +247,7 @@ def _nested_map_transposed(
 
 
 def _share(ct: Array, axis: int | None, size: int, aval: Aval) -> Array:
-    """Returns one replica's cotangent of a result. A result that is equal in all replicas gives each an equal part."""
+    """Returns one replica's cotangent of a result. If the result is not mapped, each replica gets an equal part."""
     return as_type((ct / size if axis is None else ct).astype(aval.dtype), aval)
 
 
@@ -261,7 +261,7 @@ def _nested_map_batched(
     size: int,
     **axes: Axes,
 ) -> tuple[list[Array], list[int | None]]:
-    """Maps the batched program. If the ``vmap`` has the same axis name, the nested map shadows it."""
+    """Batches the program of one replica. A ``vmap`` axis with the name of the mapped axis is shadowed inside."""
     args = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
     in_axes = [a if d is None or a is None else a + 1 for a, d in zip(axes["in_axes"], dims, strict=True)]
     if axis_data.name == name:

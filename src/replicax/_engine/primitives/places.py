@@ -1,4 +1,4 @@
-"""Primitives that move arrays between devices, and that change the shardings in their types."""
+"""Primitives that move arrays between devices, or change the sharding in the type of an array."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ W = TypeVar("W", bound=Where)
 def move(x: Array, here: Where, there: Where) -> Array:
     """Calls ``jax.device_put``. Under ``vmap``, the sharding still applies to the original dimensions.
 
-    The cotangent is moved back to ``here``. With None, the array or cotangent is not moved.
+    The cotangent is moved to ``here``. None means no move.
     """
     return _move_p.bind(x, here=here, there=there)
 
@@ -76,7 +76,7 @@ mlir.register_lowering(_move_p, _not_moved)
 
 
 def pin(x: Array, where: jax.sharding.NamedSharding) -> Array:
-    """Calls ``lax.with_sharding_constraint``. Under ``vmap`` the new dimension is not split; JAX leaves it to XLA."""
+    """Calls ``lax.with_sharding_constraint``. Under ``vmap``, the new dimension is not split. JAX lets XLA split it."""
     return _pin_p.bind(x, where=where)
 
 
@@ -109,7 +109,7 @@ mlir.register_lowering(_pin_p, mlir.lower_fun(_pinned, multiple_results=False))
 
 
 def split_over(x: ArrayLike) -> jax.sharding.NamedSharding | None:
-    """Returns the sharding in the type of ``x`` if its mesh has ``Explicit`` axes, else None."""
+    """Returns the sharding in the type of ``x`` if the mesh of the sharding has ``Explicit`` axes, else None."""
     where = getattr(core.typeof(x), "sharding", None)
     explicit = where is not None and jax.sharding.AxisType.Explicit in where.mesh.axis_types
     return where if explicit else None
@@ -131,9 +131,9 @@ def refuse_split_batches() -> None:
 
 
 def retype(x: Array, where: jax.sharding.NamedSharding | None) -> Array:
-    """Returns ``x`` with the given sharding in its type; with None, without any sharding.
+    """Returns ``x`` with the sharding ``where`` in its type, or with none if ``where`` is None.
 
-    JAX does not combine types on the user's mesh with types on the mesh of a map.
+    JAX cannot combine arrays with types on the user's mesh and arrays with types on the mesh of a map.
     """
     plain = getattr(core.typeof(x), "sharding", None)
     if plain is None or (where is None and plain.mesh.empty):
