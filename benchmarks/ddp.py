@@ -1,6 +1,6 @@
-"""A peer: the MLP of the dense training in torch's DistributedDataParallel, two processes over gloo, a thread each.
+"""The MLP training in torch's DistributedDataParallel: two processes over gloo, with one thread each.
 
-``Workers`` starts the processes and keeps them; each trains on its half of the batch. The file is also what they run.
+``Workers`` starts the processes and keeps them running. Each process imports this file and trains on half of the batch.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Layers = list[tuple[np.ndarray, np.ndarray]]
 
 
 def installed() -> bool:
-    """Whether torch is, with gloo."""
+    """Whether torch is installed, with ``distributed``."""
     return importlib.util.find_spec("torch") is not None and importlib.import_module("torch.distributed").is_available()
 
 
 class Workers:
-    """Processes that wait for a number of steps to train, always from the same start."""
+    """Processes that train for a given number of steps, always from the same parameters."""
 
     def __init__(self, stack: ExitStack, layers: Layers, images: np.ndarray, labels: np.ndarray, rate: float) -> None:
         context = multiprocessing.get_context("spawn")
@@ -44,18 +44,18 @@ class Workers:
             process.start()
             theirs.close()
             stack.callback(process.join, PATIENCE)
-            stack.callback(ours.close)  # before the join, which it ends
+            stack.callback(ours.close)  # runs before the join; a closed pipe ends the process
             self._pipes.append(ours)
         self._answers()
 
     def train(self, steps: int) -> None:
-        """So many steps; back when all processes are done."""
+        """Trains, and returns when all processes are done."""
         for pipe in self._pipes:
             pipe.send(steps)
         self._answers()
 
     def layers(self) -> Layers:
-        """What the last training came to."""
+        """The parameters after the last training."""
         for pipe in self._pipes:
             pipe.send(None)
         return self._answers()[0]
@@ -69,7 +69,7 @@ class Workers:
 def _work(pipe: Any, rank: int, meeting: str, layers: Layers, images: Any, labels: Any, rate: float) -> None:
     torch: Any = importlib.import_module("torch")
     torch.set_num_threads(1)
-    if sys.platform == "linux":  # the machine's name need not resolve to an address of its own
+    if sys.platform == "linux":  # the host name may not resolve to a local address
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=PROCESSES)
     net = torch.nn.Sequential(*_modules(torch, layers))

@@ -1,7 +1,7 @@
 """The time to a program's first result, with JAX's persistent compilation cache.
 
-The cases of compile time run it as a process of its own, ``first_result.py WAY FOLDER EQUATIONS``; it prints one line
-of JSON.
+The compile-time cases run this file in a new process: ``first_result.py WAY FOLDER EQUATIONS``. It prints one line of
+JSON.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Program = Callable[..., Any]
 
 
 def mapped(program: Program, count: int | None = None) -> Program:
-    """By replicax, on the first so many devices."""
+    """Maps with replicax, on the first ``count`` devices."""
     return replicax.pmap(program, axis_name=AXIS, devices=None if count is None else jax.devices()[:count])
 
 
 def hand_mapped(program: Program, count: int | None = None) -> Program:
-    """By hand; the program communicates over the devices and their lanes."""
+    """Maps by hand, with collectives over the axes of devices and lanes."""
     return by_hand(partial(program, axis=(AXIS, LANES)), lanes=LANES, count=count)
 
 
@@ -40,7 +40,7 @@ WAYS = {OURS: mapped, HAND: hand_mapped}
 
 
 def main() -> None:
-    """Prints the time, what the cache had and had not, and the sum of the result."""
+    """Prints the time, the cache hits and misses, and the sum of the result."""
     name, folder, equations = sys.argv[1:]
     replicax.simulate_devices(2)
     jax.config.update("jax_compilation_cache_dir", folder)

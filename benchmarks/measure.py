@@ -1,4 +1,4 @@
-"""Times several ways to do the same work, interleaved, and compares them by ratio."""
+"""Times several ways to do the same work, interleaved, and computes ratios of their times."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ import numpy as np
 #: A way to do the work of a case: called without arguments, it returns the result.
 Way = Callable[[], Any]
 
-#: What each way took for one call, in seconds, round by round.
+#: The seconds per call of each way, one entry per round.
 Seconds = Mapping[str, Sequence[float]]
 
-#: By the clock on the wall, or the processor time of the calling thread alone. With several simulated devices the
-#: latter is the finer one for what a call costs its caller: a microsecond more before the devices start shows as one to
-#: five on the wall, by how their threads then sleep and wake. What other threads do, it does not see.
+#: Wall-clock time, or the CPU time of the calling thread only. With several simulated devices, CPU time measures the
+#: cost of a call more precisely: 1 µs more before the devices start adds 1 to 5 µs of wall-clock time, because their
+#: threads sleep and wake. CPU time excludes other threads.
 CLOCKS = {"wall": time.perf_counter, "caller": time.thread_time}
 
-#: The two ways that nearly every case has: what is measured, and what an expert writes without it.
+#: The two ways of nearly every case: replicax, and the program that an expert writes without it.
 OURS = "replicax"
 HAND = "by hand"  # jit(shard_map(vmap(f)))
 
@@ -35,13 +35,13 @@ MOST_ROUNDS = 2000
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times longer one way takes than another, round by round.
+    """The ratio of the times of two ways, over all rounds.
 
     Attributes:
-        median: Of all rounds.
+        median: The median.
         low: The first quartile.
         high: The third quartile.
-        least: The lower end of the interval in which the true median lies with 95 % confidence.
+        least: The lower end of the 95 % confidence interval of the median.
     """
 
     median: float
@@ -55,10 +55,10 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Absent:
-    """In the place of a way: a peer that cannot run here.
+    """Replaces a way that cannot run here.
 
     Attributes:
-        why: As it stands in the table, such as "not installed".
+        why: The reason in the table, such as "not installed".
     """
 
     why: str
@@ -66,10 +66,10 @@ class Absent:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a way returns that has measured itself: its time in another process, say, or the memory it took.
+    """The return value of a way that measures itself, such as its time in another process or its memory.
 
     Attributes:
-        amount: What counts, in seconds or bytes.
+        amount: The measured value, in seconds or bytes.
         value: The result.
     """
 
@@ -79,14 +79,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Limit:
-    """One number of a case, and how large it may be.
+    """One measured number of a case, and its limit.
 
     Attributes:
-        words: What is divided by what.
-        ways: The ways that it is made of; where one is absent, so is the number.
-        of: The number, round by round.
-        most: The limit; None for a peer that nothing was promised about.
-        clock: One of ``CLOCKS``.
+        words: The formula of the number, for the table.
+        ways: The ways in the formula. If one is absent, the number is skipped.
+        of: Computes the number for each round.
+        most: The limit; None for a comparison without a promise.
+        clock: A key of ``CLOCKS``.
     """
 
     words: str
@@ -101,16 +101,16 @@ class Case:
     """The same work, done in several ways.
 
     Attributes:
-        title: What is done.
-        line: What was promised, in a few words; cases of one line stand together in the table.
-        devices: How many simulated devices the process has; 0 for the machine's own accelerator.
-        prepare: Makes the ways, once JAX has its devices. What it puts on the stack is undone in the end.
-        limits: The numbers that go into the table.
-        calls: How many calls of a way are timed together, with one wait for the last result.
-        seconds: How long to measure, and in the quick form.
+        title: The work.
+        line: The promise, in a few words. The table groups cases by line.
+        devices: The number of simulated devices of the process; 0 for the accelerator of the machine.
+        prepare: Creates the ways when JAX has its devices. Its ``ExitStack`` is closed after the case.
+        limits: The numbers for the table.
+        calls: The number of calls that are timed together, with one wait for the last result.
+        seconds: How long to measure, in normal and in quick runs.
         before: Runs before each way, untimed.
-        warm_up: How many rounds are not counted; no more than one where they take a second or longer.
-        tolerance: How far the results of the ways may differ, relatively and absolutely; None: nothing to compare.
+        warm_up: The number of rounds that are not counted; at most one if a round takes longer than a second.
+        tolerance: The relative and absolute tolerance between results; None to skip the comparison.
     """
 
     title: str
@@ -126,19 +126,19 @@ class Case:
 
 
 def over(numerator: str, *others: str, most: float | None, words: str = "") -> Limit:
-    """The time of one way over that of another, or over that of the fastest of several (by their medians)."""
+    """The time of one way divided by that of another, or of the fastest of several (by median)."""
 
     def of(seconds: Seconds) -> list[float]:
         present = [name for name in others if name in seconds]
         fastest = min(present, key=lambda name: statistics.median(seconds[name]))
         return [a / b for a, b in zip(seconds[numerator], seconds[fastest], strict=True)]
 
-    # A peer among several may be absent: the others are compared with.
+    # If one of several other ways is absent, the rest are compared.
     return Limit(words or f"{numerator} / {' or '.join(others)}", (numerator, others[0]), of, most)
 
 
 def added(numerator: str, other: str, allowance: float, *, words: str, clock: str = "wall") -> Limit:
-    """The time that one way takes longer than another, over what it may."""
+    """The additional time of one way over another, divided by the allowance."""
 
     def of(seconds: Seconds) -> list[float]:
         return [(a - b) / allowance for a, b in zip(seconds[numerator], seconds[other], strict=True)]
@@ -147,7 +147,7 @@ def added(numerator: str, other: str, allowance: float, *, words: str, clock: st
 
 
 def growth(numerator: tuple[str, str], other: tuple[str, str], *, most: float, words: str) -> Limit:
-    """How many times longer one way takes when its work grows, over how many times longer another takes."""
+    """The growth of one way's time with its work, divided by the growth of another way's time."""
 
     def of(seconds: Seconds) -> list[float]:
         rounds = zip(*(seconds[name] for name in (*numerator, *other)), strict=True)
@@ -166,19 +166,19 @@ def interleaved(
     warm_up: int = 2,
     fewest: int = 5,
 ) -> dict[str, dict[str, list[float]]]:
-    """The seconds that a call of each way takes, in each of so many rounds, by each clock.
+    """The seconds per call, by clock, by way and by round.
 
-    In each round every way runs once, in an order of chance, so that what else the machine does, and what a way
-    leaves behind for the next, falls on all alike. Python's cyclic garbage is collected between rounds, not in them.
+    In each round, every way runs once, in random order. So other load on the machine, and the after-effects of a way,
+    affect all ways equally. Python's garbage collector runs between rounds, not during them.
 
     Args:
-        ways: What to time.
-        rounds: How many; as many as fit into ``seconds``, from ``fewest`` to 2,000, when None.
+        ways: The ways to time.
+        rounds: The number of rounds; None for as many as fit into ``seconds``, from ``fewest`` to 2,000.
         seconds: The time to spend.
-        calls: How many calls are timed together, with one wait for the last result.
+        calls: The number of calls that are timed together, with one wait for the last result.
         before: Runs before each way, untimed.
-        warm_up: How many rounds are not counted; no more than one where they take a second or longer.
-        fewest: The least number of rounds.
+        warm_up: The number of rounds that are not counted; at most one if a round takes longer than a second.
+        fewest: The minimum number of rounds.
     """
     names, chance = list(ways), random.Random(0)
     taken: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in names} for clock in CLOCKS}
@@ -219,7 +219,7 @@ def _time(way: Way, calls: int) -> dict[str, float]:
 
 
 def ratio(each: Sequence[float]) -> Ratio:
-    """The median of all rounds, and how far they spread."""
+    """The median of all rounds, and their spread."""
     low, median, high = statistics.quantiles(each, n=4)
     # Order statistics: the number of rounds below the median is binomial, with standard deviation √n / 2.
     rank = math.floor(len(each) / 2 - 1.96 * math.sqrt(len(each)) / 2)
@@ -227,9 +227,9 @@ def ratio(each: Sequence[float]) -> Ratio:
 
 
 def verdict(measured: Ratio, most: float | None) -> str:
-    """What the table says of a number: met or not met, or faster or slower where there is no limit.
+    """The verdict in the table: met or not met; faster or slower if there is no limit.
 
-    Within the noise is a median above the limit that may, to 95 %, truly be below it.
+    "within noise": the median is above the limit, but its 95 % confidence interval reaches below the limit.
     """
     if measured.median <= (1.0 if most is None else most):
         return "faster" if most is None else "met"
@@ -239,13 +239,13 @@ def verdict(measured: Ratio, most: float | None) -> str:
 
 
 def agree(ways: Mapping[str, Way], tolerance: float, before: Callable[[], object] | None = None) -> None:
-    """Holds the ways' results against the first one's.
+    """Checks that all ways return the same results as the first way.
 
-    A result that is a function is called for its value, which so need not be fetched while the clock runs. Arrays may
-    have other shapes, as where the replicas are split into devices and lanes.
+    If a way returns a function, the function is called for the value, outside the timing. The shapes of arrays may
+    differ, for example if the replicas are split into devices and lanes.
 
     Raises:
-        AssertionError: They differ.
+        AssertionError: results differ.
     """
     expected: list[Any] | None = None
     for name, way in ways.items():
@@ -265,11 +265,11 @@ def run(case: Case, *, quick: bool) -> list[dict[str, Any]]:
     """Checks and times one case.
 
     Args:
-        case: What to run, in a process with the devices it asks for.
-        quick: Whether to take the shorter time.
+        case: The case. This process must have its number of devices.
+        quick: Whether to measure for the shorter time.
 
     Returns:
-        One row of the table for each of its limits, as JSON holds it.
+        One row of the table for each limit, as JSON data.
     """
     with ExitStack() as stack:
         prepared = case.prepare(stack)

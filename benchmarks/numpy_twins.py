@@ -1,4 +1,4 @@
-"""Functions of NumPy that the cases map in other processes; each has a twin in JAX, in the cases. No JAX here."""
+"""NumPy functions that the cases map in other processes. Each has a JAX twin in the cases. Does not import JAX."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ SWINGS = 1000
 
 
 def pendulum(angles: np.ndarray) -> np.ndarray:
-    """Where damped pendulums stand after SWINGS steps of Euler and Cromer's method, from these angles at rest."""
+    """The angles of damped pendulums, starting at rest, after SWINGS steps of the Euler-Cromer method."""
     speeds = np.zeros_like(angles)
     for _ in range(SWINGS):
         speeds = speeds * np.float32(0.999) - np.float32(0.01) * np.sin(angles)
@@ -17,9 +17,9 @@ def pendulum(angles: np.ndarray) -> np.ndarray:
 
 
 def call_price(spot: np.ndarray) -> np.ndarray:
-    """Black and Scholes' price of a call option for many spots, strike 100, rate 3 %, volatility 20 %, one year.
+    """The Black-Scholes price of a call option for many spots: strike 100, rate 3 %, volatility 20 %, one year.
 
-    The normal distribution as 1/2 + tanh(√(2/π) (d + 0.044715 d³)) / 2: Page, Applied Statistics 26, 1977.
+    Approximates the normal distribution: 1/2 + tanh(√(2/π) (d + 0.044715 d³)) / 2: Page, Applied Statistics 26, 1977.
     """
     d = (np.log(spot / np.float32(100)) + np.float32(0.05)) / np.float32(0.2)
     discount = np.float32(100 * np.exp(-0.03))

@@ -1,4 +1,4 @@
-"""Draws the results: ``plot.py results.json picture.png``. Each number over its limit, on a logarithmic scale."""
+"""``plot.py results.json picture.png``: plots each number divided by its limit, on a logarithmic scale."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEAST, MOST = 0.01, 300.0
 
 
 def draw(results: dict[str, Any], picture: Path) -> None:
-    """One line for each number: its median as a dot, its quartiles as a bar; left of 1 the limit is met."""
+    """Draws one line per number: its median as a dot, its quartiles as a bar. Left of 1, the limit is met."""
     lines = by_line([row for row in results["rows"] if "ratio" in row])
     figure, axes = plt.subplots(figsize=(9, 1 + 0.2 * sum(len(rows) + 1.5 for rows in lines.values())))
     y = 0.0

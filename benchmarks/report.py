@@ -1,4 +1,4 @@
-"""The results as a table: in a terminal, and in Markdown between two markers of a file."""
+"""The results as a table, in a terminal or as Markdown between two markers of a file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def number(value: float) -> str:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """One row of the table as text, without its line."""
+    """One row of the table as text, without ``line``."""
     limit = "–" if row["limit"] is None else f"≤ {row['limit']:.2f}"
     what = str(row["devices"] or "GPU"), row["case"], row["words"]
     if "ratio" not in row:
@@ -41,7 +41,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Rows as text; what a case's other ways take stands in the first of its rows alone."""
+    """Rows as text. Only the first row of a case shows the times of the other ways."""
     found: list[tuple[str, ...]] = []
     for before, row in zip([None, *rows], rows, strict=False):
         text = cells(row)
@@ -51,7 +51,7 @@ def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def by_line(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each line, in the order in which the lines come up."""
+    """The rows of each line, in order of first appearance."""
     lines: dict[str, list[Row]] = {}
     for row in rows:
         lines.setdefault(row["line"], []).append(row)
@@ -59,7 +59,7 @@ def by_line(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How many numbers are within their limits, in one sentence."""
+    """The count of each verdict, in one sentence."""
     count = Counter(row["verdict"] for row in rows)
     known = ("met", "within noise", "NOT MET", "faster", "even", "slower", "skipped", "FAILED")
     return ", ".join(f"{count[verdict]} {verdict}" for verdict in known if count[verdict])
@@ -72,7 +72,7 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 
 def console() -> Console:
-    """Where the table is printed: in a file as wide as it needs."""
+    """The console for the table; 220 columns in a file."""
     return Console(width=None if sys.stdout.isatty() else 220)
 
 
@@ -102,10 +102,10 @@ def _line(texts: Sequence[str]) -> str:
 
 
 def write_between_markers(path: Path, text: str) -> None:
-    """Puts the text between the two markers of a file, in the place of what was there.
+    """Replaces the text between the two markers of a file.
 
     Raises:
-        ValueError: The file has not both markers once, in this order.
+        ValueError: the file does not contain both markers once, in this order.
     """
     whole = path.read_text()
     if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):

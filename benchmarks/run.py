@@ -1,7 +1,7 @@
-"""Runs the benchmarks and prints a table of ratios to their limits: ``make bench``, or in two minutes ``QUICK=1``.
+"""``make bench``: runs the benchmarks and prints a table of ratios with their limits. ``QUICK=1`` takes two minutes.
 
-JAX's number of devices is fixed once it has started, so the cases run in one process for each number of simulated
-devices, one after the other. In each, every way to do the work of a case runs interleaved with the others.
+The number of devices is fixed when JAX starts. So the cases run in one process per number of simulated devices, one
+after the other. In each process, the ways of a case run interleaved.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from measure import Case, blank, run
 
 HERE = Path(__file__).parent
 
-PATIENCE = 1800  # seconds for one process
+PATIENCE = 1800  # seconds until a process is killed
 
-#: NumPy's linear algebra, and the LAPACK that JAX calls, use one thread for each process or device that calls them, so
-#: that two of them on two cores do not get in each other's way.
+#: Limits NumPy's linear algebra, and the LAPACK that JAX calls, to one thread per calling process or device, so that
+#: two of them do not compete for two cores.
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 PEERS = ("jax", "jaxlib", "numpy", "torch", "joblib", "parajax")
 
 
 def arguments() -> argparse.Namespace:
-    """What the command was called with."""
+    """Parses the command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, for a first look")
     parser.add_argument(
@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="exit with status 1 where a limit is not met")
     parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where to write the results")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the table between the markers of this file")
-    parser.add_argument("--devices", type=int, help=argparse.SUPPRESS)  # in the process for these
+    parser.add_argument("--devices", type=int, help=argparse.SUPPRESS)  # set in subprocesses
     return parser.parse_args()
 
 
@@ -72,7 +72,7 @@ def chosen(quick: bool, only: list[str]) -> list[Case]:
 
 
 def run_here(cases: list[Case], devices: int, options: argparse.Namespace, console: Console) -> None:
-    """Runs the cases for so many devices in this process, and adds their rows to the file as lines of JSON."""
+    """Runs the cases with this number of devices in this process, and appends their rows to the file as JSON lines."""
     if devices:
         replicax.simulate_devices(devices)
     for case in cases:
@@ -83,7 +83,7 @@ def run_here(cases: list[Case], devices: int, options: argparse.Namespace, conso
         else:
             try:
                 rows = run(case, quick=options.quick)
-            except Exception as fault:  # the other cases still count
+            except Exception as fault:  # continue with the other cases
                 traceback.print_exc()
                 why = f"{type(fault).__name__}: {fault}".splitlines()[0]
                 rows = [blank(case, limit) | {"verdict": "FAILED", "why": why} for limit in case.limits]
@@ -94,14 +94,14 @@ def run_here(cases: list[Case], devices: int, options: argparse.Namespace, conso
 
 
 def run_in_processes(cases: list[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs each number of devices in a process of its own, one after the other; the rows in the order of the cases."""
+    """Runs one process per number of devices, one after the other. Returns the rows in the order of the cases."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for devices in sorted({case.devices for case in cases}):
         with tempfile.TemporaryDirectory() as folder:
             lines = Path(folder) / "rows"
             command = [sys.executable, __file__, "--devices", str(devices), "--json", str(lines)]
             command += ["--quick"] * options.quick + [f"--only={text}" for text in options.only]
-            with contextlib.suppress(subprocess.TimeoutExpired):  # one that dies or hangs leaves cases without rows
+            with contextlib.suppress(subprocess.TimeoutExpired):  # cases without rows are reported as FAILED
                 subprocess.run(command, env=os.environ | ONE_THREAD, check=False, timeout=PATIENCE)
             for line in lines.read_text().splitlines() if lines.exists() else ():
                 row = json.loads(line)
@@ -116,7 +116,7 @@ def _name(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine and the versions."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     versions = {"Python": platform.python_version()}
@@ -135,14 +135,14 @@ def machine() -> dict[str, Any]:
 
 
 def merged(earlier: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The earlier rows, each one of a case that was measured again in its place, and the new ones after those."""
+    """The earlier rows, replaced by new rows for the same number; then the other new rows."""
     key = itemgetter("line", "case", "devices", "words")
     new = {key(row): row for row in rows}
     return [new.pop(key(row), row) for row in earlier] + list(new.values())
 
 
 def main() -> int:
-    """Runs the cases, prints and writes the results; the exit status."""
+    """Runs the cases, reports the results, returns the exit status."""
     options, console = arguments(), report.console()
     cases = chosen(options.quick, options.only)
     if options.list:

@@ -1,4 +1,4 @@
-"""What the cases share: the devices, and the ways that an expert writes without replicax."""
+"""Shared by the cases: the mesh, and programs that an expert writes without replicax."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ WHOLE = PartitionSpec()
 
 @cache
 def mesh(count: int | None = None) -> Mesh:
-    """The first so many devices, or all, along one axis that is named "i"."""
+    """The first ``count`` devices, or all, as a mesh with the axis "i"."""
     return Mesh(np.array(jax.devices()[:count]), ("i",))
 
 
 def place(tree: Any, spec: PartitionSpec = ROWS) -> Any:
-    """The arrays of a tree where the programs want them: their rows spread over the devices, or whole on each."""
+    """Puts the arrays of a tree on all devices: rows sharded, or replicated with ``WHOLE``."""
     return jax.block_until_ready(jax.device_put(tree, NamedSharding(mesh(), spec)))
 
 
@@ -36,17 +36,17 @@ def by_hand(
     count: int | None = None,
     **options: Any,
 ) -> Any:
-    """``jit(shard_map(vmap(f)))``, over all devices or the first so many.
+    """``jit(shard_map(vmap(f)))`` over the first ``count`` devices.
 
     Args:
-        f: The program of one replica. Its collectives go over ``("i", lanes)``.
-        in_specs: How the arguments lie.
-        out_specs: How the results lie.
-        in_axes: What ``vmap`` maps.
-        out_axes: Likewise, of the results.
-        lanes: The name of the axis that ``vmap`` maps.
-        count: How many devices; all when None.
-        options: Those of ``jax.jit``.
+        f: The program of one replica, with collectives over ``("i", lanes)``.
+        in_specs: The ``in_specs`` of ``shard_map``.
+        out_specs: The ``out_specs`` of ``shard_map``.
+        in_axes: The ``in_axes`` of ``vmap``.
+        out_axes: The ``out_axes`` of ``vmap``.
+        lanes: The ``axis_name`` of ``vmap``.
+        count: The number of devices; None for all.
+        options: The options of ``jax.jit``.
     """
     mapped = jax.vmap(f, in_axes=in_axes, out_axes=out_axes, axis_name=lanes)
     sharded = jax.shard_map(mapped, mesh=mesh(count), in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -1,4 +1,4 @@
-"""The programs of one replica that several groups of cases run, each as one would write it for itself."""
+"""Programs of one replica, and data, that several groups of cases share."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-#: Weights and biases, layer by layer.
+#: The weights and biases of each layer.
 Layers = list[tuple[Any, Any]]
 
 AXIS = "i"
-LANES = "lanes"  # of programs by hand, beside "i" for the devices
+LANES = "lanes"  # the vmap axis in programs by hand, next to "i" for devices
 RATE = 0.05
 
 
 def mlp(sizes: Sequence[int], seed: int = 0) -> Layers:
-    """A multilayer perceptron's layers, of NumPy, small enough that training is stable."""
+    """The layers of an MLP as NumPy arrays, scaled so that training is stable."""
     rng = np.random.default_rng(seed)
     return [(rng.normal(0, m**-0.5, (m, n)).astype(np.float32), np.zeros(n, np.float32)) for m, n in pairwise(sizes)]
 
 
 def data(rows: int, inputs: int, classes: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels by chance."""
+    """Random images and labels."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(rows, inputs)).astype(np.float32), rng.integers(0, classes, rows).astype(np.int32)
 
 
 def logits(layers: Layers, image: jax.Array) -> jax.Array:
-    """What the network makes of one image, or of many."""
+    """The logits of one image, or of several."""
     for w, b in layers[:-1]:
         image = jax.nn.relu(image @ w + b)
     w, b = layers[-1]
@@ -40,13 +40,13 @@ def logits(layers: Layers, image: jax.Array) -> jax.Array:
 
 
 def losses(layers: Layers, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """The cross entropy of each image, or of one."""
+    """The cross entropy of each image, or of one image."""
     scores = jax.nn.log_softmax(logits(layers, images))
     return -jnp.take_along_axis(scores, labels[..., None], -1)[..., 0]
 
 
 def mean_loss(layers: Layers, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """The mean cross entropy of a batch, or that of one image."""
+    """The mean cross entropy of a batch, or the cross entropy of one image."""
     return losses(layers, images, labels).mean()
 
 
@@ -56,17 +56,17 @@ def train(layers: Layers, images: jax.Array, labels: jax.Array, axis: Any = AXIS
     return jax.tree.map(lambda w, g: w - RATE * g, layers, gradient), loss
 
 
-ESCAPE_LIMIT = 20_000  # long enough that the cost of the call itself is small beside the loop's
+ESCAPE_LIMIT = 20_000  # so large that the loop costs much more than the call
 
 
 def escape_time(c: jax.Array) -> jax.Array:
-    """How many rounds of z → z² + c a point takes to leave the disc of radius 2, at most ESCAPE_LIMIT.
+    """The number of iterations of z → z² + c until z leaves the disc of radius 2, at most ESCAPE_LIMIT.
 
     Args:
-        c: The point: its two coordinates, of shape (2,).
+        c: The real and imaginary parts, of shape (2,).
 
     Returns:
-        The number of rounds, an int32 scalar.
+        The number of iterations, an int32 scalar.
     """
 
     def goes_on(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
@@ -81,23 +81,23 @@ def escape_time(c: jax.Array) -> jax.Array:
 
 
 def plane(points: int) -> np.ndarray:
-    """So many points over [−2, 1] × [−1.5, 1.5], of shape (points, 2)."""
+    """A grid of points in [−2, 1] × [−1.5, 1.5], of shape (points, 2)."""
     side = int(points**0.5)
     x, y = np.meshgrid(np.linspace(-2, 1, side), np.linspace(-1.5, 1.5, side))
     return np.stack([x.ravel(), y.ravel()], 1).astype(np.float32)
 
 
 def small(x: jax.Array, axis: Any = AXIS) -> jax.Array:
-    """A program of a few equations and one sum over the replicas."""
+    """A program with a few equations and one psum."""
     return jax.nn.softmax(jnp.sin(x) * 2 + 1) / lax.psum(x * x, axis)
 
 
 def large(x: jax.Array, axis: Any = AXIS, *, equations: int) -> jax.Array:
-    """A program of about so many equations, in loops inside branches inside loops, and a sum over the replicas."""
+    """A program with about this number of equations, in loops in branches in loops, and one pmean."""
     block = equations // 8
 
     def chain(x: jax.Array, count: int) -> jax.Array:
-        for k in range(count // 6):  # a comparison, a sine, a product, a sum, and where, which is two
+        for k in range(count // 6):  # 6 equations: gt, sin, mul, add, and two for where
             x = jnp.where(x > k, lax.sin(x) * 0.5, x + 0.01 * k)
         return x
 

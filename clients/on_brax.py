@@ -17,7 +17,7 @@ PACKAGES = ["brax"]
 
 
 def rewards_of(agent, environment="fast", **options):
-    """The rewards at the evaluations, and the trained policy's last one."""
+    """Trains a policy, and returns the reward at each evaluation."""
     rewards = []
     _, params, metrics = agent.train(
         envs.get_environment(environment),

@@ -42,7 +42,7 @@ def each_client():
     ours, theirs = per_client("pmap", data), per_client("jit", data)
     assert sorted(ours) == sorted(theirs) == list(range(11))
     for i in ours:
-        # The mapped axis is still there, of length 1: fedjax relies on what addressable_data gave it before JAX 0.8.
+        # fedjax expects addressable_data to drop the mapped axis, as before JAX 0.8. Now an axis of length 1 remains.
         assert int(np.ravel(ours[i][0]["steps"])[0]) == int(theirs[i][0]["steps"])
         np.testing.assert_allclose(np.ravel(ours[i][0]["delta"]), np.ravel(theirs[i][0]["delta"]), rtol=1e-4, atol=1e-5)
         assert len(ours[i][1]) == len(theirs[i][1])
@@ -81,6 +81,6 @@ def average():
 CASES = [each_client, averaging, averaging_with_tree_map]
 OF_ITS_OWN = {
     averaging: "module 'jax' has no attribute 'tree_map'",
-    # It takes what addressable_data gives it for one client's model, without the mapped axis, as before JAX 0.8.
+    # fedjax expects addressable_data to return one client's model without the mapped axis, as before JAX 0.8.
     averaging_with_tree_map: "dot_general requires contracting dimensions to have the same shape, got (2,) and (1,)",
 }

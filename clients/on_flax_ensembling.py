@@ -1,4 +1,4 @@
-"""flax: an ensemble with one model on each device, in the manner of its guide to ensembling, which counts devices."""
+"""flax: an ensemble with one model per device, like its ensembling guide, which uses the device count."""
 
 import functools
 
@@ -49,7 +49,7 @@ def dataset(size, seed):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, size)
     images = rng.normal(size=(size, 8, 8, 1)).astype(np.float32)
-    for image, label in zip(images, labels, strict=True):  # a brighter corner, of four
+    for image, label in zip(images, labels, strict=True):  # makes the corner of this class brighter
         image[4 * (label // 2) :, 4 * (label % 2) :][:4, :4] += 0.7
     return {"image": images, "label": labels}
 

@@ -1,4 +1,4 @@
-"""flax: a translation model in the manner of its WMT example, which counts devices."""
+"""flax: a translation model like its WMT example, which uses the device count."""
 
 import collections
 import functools
@@ -19,7 +19,7 @@ VOCABULARY, LENGTH, WIDTH, STEPS, PER_DEVICE = 16, 6, 16, 30, 4
 
 
 class Translator(nn.Module):
-    """Reads a sequence, and writes it from end to start."""
+    """Reads a sequence and writes it in reverse order."""
 
     @nn.compact
     def __call__(self, source, target, train):
@@ -61,7 +61,7 @@ def eval_step(params, batch):
 
 
 def predict_step(inputs, params, length):
-    """Greedy decoding, of a length that is fixed when it is compiled."""
+    """Greedy decoding. The length is a static argument."""
     target = jnp.zeros((inputs.shape[0], LENGTH), jnp.int32)
     for i in range(length):
         logits = Translator().apply({"params": params}, inputs, target, False)
@@ -70,7 +70,7 @@ def predict_step(inputs, params, length):
 
 
 def sum_over_hosts(tree):
-    """A sum over one device of each host."""
+    """A sum over one device per host."""
     by_host = collections.defaultdict(list)
     for device in jax.devices():
         by_host[device.process_index].append(device)

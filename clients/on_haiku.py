@@ -1,4 +1,4 @@
-"""haiku: a small residual network in the manner of its ImageNet example, which counts devices."""
+"""haiku: a small residual network like its ImageNet example, which uses the device count."""
 
 import functools
 from typing import NamedTuple
@@ -78,7 +78,7 @@ def device_put_sharded(tree, devices):
 
 
 def double_buffer(batches):
-    """Keeps the next batch on its way to the devices."""
+    """Transfers the next batch ahead of its use."""
     batch, devices = None, jax.local_devices()
     for following in batches:
         following = device_put_sharded(following, devices)

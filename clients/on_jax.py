@@ -1,4 +1,4 @@
-"""Programs on JAX alone."""
+"""Programs that use only JAX."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ def train(n):
     state = jnp.zeros((n, 3))
     for _ in range(100):
         state, loss = step(state, x, x @ w)
-        loss.block_until_ready()  # many unfinished steps can use up the threads of XLA's simulated devices
+        loss.block_until_ready()  # many unfinished steps can occupy all threads of XLA's CPU client
     np.testing.assert_allclose(state, np.tile(w, (n, 1)), atol=0.05)
 
 

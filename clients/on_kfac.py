@@ -1,4 +1,4 @@
-"""kfac-jax: second-order training on several devices, which counts devices."""
+"""kfac-jax: second-order training on several devices. It uses the device count."""
 
 from unittest import mock
 
@@ -40,7 +40,7 @@ def network(params, x):
 
 def loss_fn(params, rng, batch):
     x, y = batch
-    x = x + 0.01 * jax.random.normal(rng, x.shape)  # each device has noise of its own
+    x = x + 0.01 * jax.random.normal(rng, x.shape)  # different noise on each device
     prediction = network(params, x)
     kfac_jax.register_squared_error_loss(prediction, y, weight=1.0)
     return jnp.mean(jnp.sum((prediction - y) ** 2, axis=-1)), {"bias": jnp.mean(prediction - y)}
@@ -100,5 +100,5 @@ def training_put_right():
 
 
 CASES = [training, training_put_right]
-# kfac-jax 0.0.8 takes two results of get_bind_params, which has returned one since JAX 0.9.2.
+# kfac-jax 0.0.8 unpacks two results of get_bind_params, which returns one since JAX 0.9.2.
 OF_ITS_OWN = {training: "not enough values to unpack (expected 2, got 1)"}

@@ -1,4 +1,4 @@
-"""What JAX 0.10 removed, as its migration guide has it, for programs that need it on JAX's own pmap."""
+"""The functions that JAX 0.10 removed, as in its migration guide, for programs on JAX's own pmap."""
 
 import jax
 import jax.numpy as jnp

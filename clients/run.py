@@ -1,4 +1,4 @@
-"""Runs every client on JAX's own pmap and on replicax, in processes of their own, and prints tables."""
+"""Runs every client on JAX's own pmap and on replicax, each in a new process, and prints tables."""
 
 import ast
 import importlib
@@ -18,20 +18,20 @@ from rich.table import Table
 HERE = Path(__file__).parent
 NAMES = sorted(path.stem.removeprefix("on_") for path in HERE.glob("on_*.py"))
 DEVICES = 8
-FEWER = (8, 3, 1)  # the devices that clients which count them get in place of 8
+FEWER = (8, 3, 1)  # the real devices for clients with COUNTS_DEVICES, which see 8
 OWN = "its own error"
 MARK = "result of a case: "
 
 
 def constants(name):
-    """What a client says of itself, without an import of it."""
+    """A client's constants, read without importing the client."""
     tree = ast.parse((HERE / f"on_{name}.py").read_text())
     named = {a.targets[0].id: a.value for a in tree.body if isinstance(a, ast.Assign) and hasattr(a.targets[0], "id")}
     return {key: ast.literal_eval(named[key]) for key in ("PACKAGES", "COUNTS_DEVICES") if key in named}
 
 
 def run_cases(name):
-    """In a client's process: one line for each case."""
+    """Runs in the client's process: prints one line per case."""
     try:
         client = importlib.import_module(f"on_{name}")
     except Exception as error:
@@ -56,7 +56,7 @@ def run_cases(name):
 
 
 def run_client(name, *how, devices=DEVICES, removed=False):
-    """From outside, in an interpreter with the options ``how``: {case: (outcome, what was said, numbers)}."""
+    """Runs a client in a new interpreter with the options ``how``. Returns {case: (outcome, message, numbers)}."""
     env = {key: value for key, value in os.environ.items() if key != "REPLICAX_REPLICAS"}
     env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     env["JAX_PLATFORMS"] = "cpu"
@@ -72,7 +72,7 @@ def run_client(name, *how, devices=DEVICES, removed=False):
 
 
 def compare(before, after, rtol=1e-3):
-    """What replicax made of a case, held against what JAX's own pmap made of it."""
+    """The outcome of a case on replicax, compared with the outcome on JAX's own pmap."""
     outcome, _, numbers = after
     if outcome == "ok" and before[0] == "ok" and not np.allclose(numbers, before[2], rtol, rtol / 100):
         return f"differs: {numbers[:3]} for {before[2][:3]}"
@@ -80,7 +80,7 @@ def compare(before, after, rtol=1e-3):
 
 
 def largest_difference(before, after):
-    """As an outcome, where both have numbers: that of the largest, over the larger of the two."""
+    """The largest relative difference between the numbers of two outcomes, as text; empty without numbers."""
     ours, theirs = np.asarray(after[2]), np.asarray(before[2])
     if before[0] != "ok" or not ours.size:
         return ""
@@ -89,7 +89,7 @@ def largest_difference(before, after):
 
 
 def tables(names):
-    """The two tables, what was said in each case, and which cases have failed."""
+    """The tables, the messages of the cases, and the failed cases."""
     plain = Table("client", "case", "jax.pmap", "replicax.compat", title=f"JAX {version('jax')}, {DEVICES} devices")
     counting = Table(
         "client", "case", f"jax.pmap, {DEVICES} devices", *(f"--replicas {DEVICES}, {d} device(s)" for d in FEWER),

@@ -1,7 +1,7 @@
-"""What replicax is for, on real data: one program for each replica, any number of replicas on any number of devices.
+"""A demo of replicax on real data: any number of replicas of a program on any number of devices.
 
-``make demo`` runs it on the GPUs or TPUs of this machine, or else on 8 simulated devices on its CPU;
-``.venv/bin/python demo/demo.py --devices 3`` on as many simulated devices as you say.
+``make demo`` runs it on the GPUs or TPUs of this machine, or else on 8 simulated CPU devices.
+``.venv/bin/python demo/demo.py --devices 3`` runs it on 3 simulated devices.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def find_devices(simulated: int | None) -> list[jax.Device]:
     if simulated is not None:
         replicax.simulate_devices(simulated)
     else:
-        # As replicax.simulate_devices(8), but leaves JAX free to find accelerators, and then take those.
+        # Like replicax.simulate_devices(8), but JAX still uses accelerators if it finds any.
         jax.config.update("jax_num_cpu_devices", 8)
-    # GPUs and TPUs multiply in fewer bits than float32 has by default, and losses are to agree to its rounding.
+    # By default, GPUs and TPUs multiply float32 matrices in lower precision, but losses must agree to float32 rounding.
     jax.config.update("jax_default_matmul_precision", "highest")
     return jax.devices()
 
@@ -94,7 +94,7 @@ def banner(devices: Sequence[jax.Device]) -> Panel:
 
 
 def show_splitting(console: Console, devices: Sequence[jax.Device]) -> str:
-    """One replica a device, more replicas than devices, and a number that divides by nothing."""
+    """Shows N = D replicas, more replicas than devices, and a number that does not divide evenly."""
     console.print(Rule("[bold]1. y = replicax.pmap(lambda x: x * 2)(x)[/], for any number of replicas"))
     some = len(devices) + len(devices) // 2
     sizes = sorted({len(devices), some, some + 1})
@@ -123,7 +123,7 @@ def show_split(console: Console, size: int, devices: Sequence[jax.Device]) -> No
 
 
 def split_of(mapped: replicax.MappedFunction[Any], *args: Any) -> dict[jax.Device, range]:
-    """Which replicas each device runs, as the compiled program says. Those past the last one are padding."""
+    """The lanes of each device, from the compiled program. Lanes after the last replica are padding."""
     traced = mapped.trace(*args)
     where, shape = traced.lower().compile().input_shardings[0][-1], traced.jaxpr.in_avals[-1].shape
     return {device: range(*index[0].indices(shape[0])) for device, index in where.devices_indices_map(shape).items()}
@@ -141,14 +141,14 @@ def in_words(lanes: dict[jax.Device, range], size: int, devices: Sequence[jax.De
 
 
 def cut(lanes: dict[jax.Device, range], x: np.ndarray[Any, Any]) -> Text:
-    """The input in one line, cut where the devices' parts meet."""
+    """The input in one line, with a bar between the parts of two devices."""
     parts = [x[lane.start : lane.stop] for lane in lanes.values()]
     texts = [Text(" ".join(f"{value:g}" for value in part), colour(i)) for i, part in enumerate(parts)]
     return Text("x = ") + Text(" │ ").join(texts)
 
 
 def device_box(device: jax.Device, i: int, lane: range | None, x: np.ndarray[Any, Any]) -> Panel:
-    """What one device gets and computes; in brackets what it does for padding only."""
+    """The input and output of one device, with padding in parentheses."""
     if lane is None:
         return Panel(Text("idle\n"), title=name(device), style="dim")
 
@@ -159,18 +159,18 @@ def device_box(device: jax.Device, i: int, lane: range | None, x: np.ndarray[Any
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 2. One training run, however it is laid out
+# 2. One training run in several layouts
 
 
 @dataclass(frozen=True)
 class Digits:
-    """1,797 handwritten digits of 8 × 8 pixels, shuffled: the first ones to train on, the others held out."""
+    """1,797 shuffled handwritten digits of 8 × 8 pixels: the first 1,400 for training, the rest held out."""
 
     images: Array
     labels: Array
 
     TRAINING, HELD_OUT = 1400, 397
-    BATCH = 280  # which 1, 2, 7, 8 and 20 replicas can share equally
+    BATCH = 280  # divisible by 1, 2, 7, 8 and 20 replicas
 
     def batches(self, epochs: int) -> list[Batch]:
         """The batches of a whole run, in the same order for every layout."""
@@ -187,13 +187,13 @@ def load_data() -> Digits:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, and how it was laid out."""
+    """One training run and its layout."""
 
     replicas: int
     devices: int
     params: Params
     losses: np.ndarray[Any, Any]
-    right: int  # of the held-out images
+    right: int  # the number of held-out images that are classified correctly
 
     @property
     def accuracy(self) -> float:
@@ -223,7 +223,7 @@ def loss_of(params: Params, images: Array, labels: Array) -> jax.Array:
 
 
 def train_step(state: tuple[Params, Params], batch: Batch) -> tuple[tuple[Params, Params], jax.Array]:
-    """What one replica runs: gradients on its share of the batch, averaged with those of all other replicas."""
+    """The program of one replica: gradients on its part of the batch, averaged over all replicas."""
     params, velocity = state
     loss, grads = jax.value_and_grad(loss_of)(params, batch["images"], batch["labels"])
     loss, grads = jax.lax.pmean((loss, grads), "replicas")
@@ -256,7 +256,7 @@ def train_everywhere(console: Console, digits: Digits, devices: Sequence[jax.Dev
 
 
 def train(progress: Progress, digits: Digits, replicas: int, devices: Sequence[jax.Device], epochs: int) -> Run:
-    # The state is one for all replicas: in_axes=None takes it whole, out_axes=None gives it back once.
+    # All replicas share one state: in_axes=None broadcasts it, out_axes=None returns one copy.
     step = replicax.pmap(train_step, "replicas", in_axes=(None, 0), out_axes=None, devices=devices)
     batches = digits.batches(epochs)
     label = f"{count(replicas, 'replica'):>11} on {count(len(devices), 'device'):<9}"
@@ -303,7 +303,7 @@ def check(console: Console, runs: Sequence[Run], *, accuracy: float = 0.95, tole
             fail(f"{run}: the held-out accuracy is {run.accuracy:.2%}, and should be {accuracy:.0%} or more")
         if not deviation(run, first) <= tolerance:  # false for NaN too
             fail(f"{run}: the losses differ by {deviation(run, first):.0e} from those of {first}")
-        if abs(run.right - first.right) > 1:  # rounding may tip an image that lies between two digits
+        if abs(run.right - first.right) > 1:  # rounding may change the class of one ambiguous image
             fail(f"{run}: the held-out accuracy is {run.accuracy:.2%}, that of {first} {first.accuracy:.2%}")
     worst = max(deviation(run, first) for run in runs)
     console.print(f"[bold green]All {len(runs)} layouts agree[/]: the losses differ by {worst:.0e} at most.")
@@ -315,10 +315,10 @@ def check(console: Console, runs: Sequence[Run], *, accuracy: float = 0.95, tole
 
 
 def surprise(params: Params, image: Array, label: Array) -> tuple[jax.Array, jax.Array]:
-    """What the replica of one image runs: how hard it pulls at the network, and what the network takes it for.
+    """The program of one replica: the gradient norm for one image, and the predicted digit.
 
     Returns:
-        The norm of the gradient of the image's loss, as a multiple of the mean over all images; the guess.
+        The gradient norm of the image's loss, divided by the mean over all images; the predicted digit.
     """
     grads = jax.grad(loss_of)(params, image, label)
     pull = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))

@@ -1,8 +1,8 @@
-"""The table collective × context: every collective of JAX, in everything that a program can put it into.
+"""The table collective × context: every JAX collective, inside every kind of control flow and transformation.
 
-A variant is a function of one array ``x`` of shape (3,), over the mapped axis ``"i"``; groups and permutations are
-made for whatever number of replicas there is. The reference is ``replicax.testing.lockstep``, since ``jax.vmap`` has
-no groups, no partial permutations, and a wrong ``all_to_all`` of operands that are equal on all replicas.
+A variant is a function of one array ``x`` of shape (3,), over the mapped axis ``"i"``. Its groups and permutations
+depend on the number of replicas. The reference is ``replicax.testing.lockstep``: ``jax.vmap`` does not support groups
+or partial permutations, and its ``all_to_all`` is wrong for operands that are equal on all replicas.
 """
 
 import warnings
@@ -18,7 +18,7 @@ from replicax.testing._check import difference
 
 AXIS = "i"
 
-#: (replicas, devices): fewer, equal, dividing and not dividing; groups within, across and of whole devices.
+#: (replicas, devices): N < D, N = D, D divides N or not; groups inside a device, across devices, of whole devices.
 PAIRS = [(3, 8), (4, 4), (8, 2), (7, 3), (6, 4), (6, 1)]
 
 
@@ -27,24 +27,24 @@ def size():
 
 
 def columns(x, count):
-    """(3, count), every column another."""
+    """(3, count), with distinct columns."""
     return x[:, None] * (1 + jnp.arange(count, dtype=x.dtype) / 4)
 
 
 def interleaved():
-    """Two groups of one size, which share every device; for an odd number of replicas one, in reverse."""
+    """Two interleaved groups of equal size; for an odd number of replicas, one group in reverse order."""
     n = size()
     return [list(range(k, n, 2)) for k in (0, 1)] if n % 2 == 0 else [list(range(n))[::-1]]
 
 
 def halves():
-    """Two groups of one size side by side; whole devices, if the number of devices is even."""
+    """Two contiguous groups of equal size, of whole devices if the number of devices is even."""
     n = size()
     return [list(range(n // 2)), list(range(n // 2, n))] if n % 2 == 0 else [list(range(n))]
 
 
 def neighbours():
-    """Groups of two, within devices that run two replicas or more."""
+    """Groups of two neighbouring replicas, on the same device if it runs an even number of replicas."""
     n = size()
     return [[k, k + 1] for k in range(0, n, 2)] if n % 2 == 0 else [[k] for k in range(n)]
 
@@ -58,10 +58,10 @@ def shift(by=1):
 
 
 def ragged(x, groups=None):
-    """Replica s sends its k-th neighbour k % 3 rows."""
+    """Replica s sends k % 3 rows to replica s + k."""
     n = size() if groups is None else len(groups[0])
     counts = np.array([[(r - s) % n % 3 for r in range(n)] for s in range(n)], np.int32)
-    at = np.cumsum(counts, 0) - counts  # where sender s writes in receiver r
+    at = np.cumsum(counts, 0) - counts  # the row of receiver r at which sender s writes
     me = lax.axis_index(AXIS)
     if groups is not None:
         rank = np.zeros(size(), np.int32)
@@ -76,13 +76,13 @@ def ragged(x, groups=None):
 
 
 def one_sided(x):
-    """Sends and receives as JAX can on GPUs alone, until it can no more."""
+    """``psend`` and ``precv``, which JAX supports only on GPUs and has deprecated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return lax.precv(lax.psend(x, AXIS, [(0, 1)]), jax.ShapeDtypeStruct(x.shape, x.dtype), AXIS, [(0, 1)])
 
 
-#: By name: the collective, as a function from (3,) to any shape.
+#: Each collective by name, as a function from shape (3,) to any shape.
 VARIANTS = {
     "psum": lambda x: lax.psum(x, AXIS),
     "psum, groups": lambda x: lax.psum(x, AXIS, axis_index_groups=interleaved()),
@@ -137,7 +137,7 @@ VARIANTS = {
 
 
 def folded(f):
-    """``f`` brought back to shape (3,) and to the size of its operand; every element with a weight of its own."""
+    """``f`` with its result reduced to shape (3,) and bounded by tanh. Each element has its own weight."""
 
     def from_3_to_3(x):
         y = f(x).astype(x.dtype).reshape(-1)
@@ -148,13 +148,13 @@ def folded(f):
 
 
 def _while(f, x):
-    """Replica r goes round r % 3 times, and communicates each time."""
+    """Replica r runs r % 3 iterations, with a collective in each."""
     rounds = lax.axis_index(AXIS) % 3
     return lax.while_loop(lambda s: s[0] < rounds, lambda s: (s[0] + 1, folded(f)(s[1])), (0, x))[1]
 
 
 def _custom_vjp(f, x):
-    """A function with a reverse rule of its own, which communicates in the same way; differentiated inside."""
+    """A ``custom_vjp`` whose backward rule runs the same collective, and its gradient inside the program."""
 
     @jax.custom_vjp
     def call(y):
@@ -168,7 +168,7 @@ def _inside(f, x):
     return jax.grad(lambda y: jnp.sum(jnp.sin(folded(f)(y))))(x)
 
 
-#: By name: a way to run a collective ``f`` on ``x``.
+#: Each context by name: runs a collective ``f`` on ``x``.
 CONTEXTS = {
     "top level": lambda f, x: f(x),
     "scan": lambda f, x: lax.scan(lambda carry, t: (folded(f)(carry + t), carry), x, jnp.stack([x, 2 * x])),
@@ -189,7 +189,7 @@ ONLY_SCALARS = "JAX's derivative of pbroadcast supports only scalars"
 SWAPPED_SHAPE = "JAX's reverse derivative of an untiled all_to_all between two axes has a wrong shape; write tiled=True"
 GROUPS_FORGOTTEN = "JAX's reverse derivative of ragged_all_to_all ignores the groups"
 
-#: The cells that JAX itself refuses while it traces or differentiates, and what it says.
+#: The cells for which JAX itself raises an error during tracing or differentiation, with the reason and the text.
 REFUSED = (
     {
         (variant, context): (NO_DERIVATIVE, "Differentiation rule for 'p(max|min)' not implemented")
@@ -208,7 +208,7 @@ def applicable(context):
 
 
 def program(context, variants):
-    """The cells of one context as one program, so that one compilation tests them all."""
+    """All cells of one context in one program, so that they need only one compilation."""
     return lambda x: {variant: CONTEXTS[context](VARIANTS[variant], x) for variant in variants}
 
 
@@ -217,10 +217,10 @@ def rows(n):
 
 
 def faults(context, n, d, variants=None):
-    """What differs from the reference in one context, by variant."""
+    """The differences from the reference in one context, by variant."""
     fun = program(context, applicable(context) if variants is None else variants)
     ours, right = pmap(fun, AXIS, devices=jax.devices()[:d]), lockstep(fun, axis_name=AXIS)
-    # Its loops have to know when all replicas are done.
+    # lockstep runs a while loop until all replicas are done, which needs concrete values.
     once = jax.jit if context != "while" else lambda f: f
     if context == "grad outside":
         return _differences(_derivatives(ours, n), _derivatives(right, n))
@@ -228,7 +228,7 @@ def faults(context, n, d, variants=None):
 
 
 def _derivatives(mapped, n):
-    """By variant, the derivative of a weighted sum of its results."""
+    """The derivative of a weighted sum of the results, by variant."""
 
     def weighted(x):
         return {v: jnp.sum(y * np.cos(np.arange(y.size)).reshape(y.shape)) for v, y in mapped(x).items()}
@@ -246,7 +246,7 @@ def _differences(ours, theirs):
 
 
 def refusal(variant, context, n, d):
-    """What is raised in a cell that JAX refuses."""
+    """The text of the error that a cell raises, or None."""
     fun = pmap(lambda x: CONTEXTS[context](VARIANTS[variant], x), AXIS, devices=jax.devices()[:d])
     call = fun if context != "grad outside" else jax.grad(lambda x: fun(x).sum())
     try:
@@ -257,7 +257,7 @@ def refusal(variant, context, n, d):
 
 
 def render():
-    """The table as Markdown; what stands in a cell, the tests hold it to."""
+    """The table as Markdown. The tests check every cell."""
     reasons = list(dict.fromkeys(reason for reason, _ in REFUSED.values()))
     lines = ["| | " + " | ".join(CONTEXTS) + " |", "| --- |" + " --- |" * len(CONTEXTS)]
     for variant in VARIANTS:

@@ -1,7 +1,7 @@
-"""``make fuzz``: random programs against the oracles, for some minutes, on every core that is asked for.
+"""``make fuzz``: compares random programs with the oracles, for some minutes, in several worker processes.
 
-Each worker is a process of its own, since what is wrong with a collective may end the process, or hang it: then the
-program that it ran last is reported.
+A wrong collective may crash or hang its process. Then the last program of that worker is reported, and the worker is
+started again.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from fuzz_programs import Program
 from fuzz_statements import COLLECTIVES
 from fuzzing import Campaign
 
-SECONDS_FOR_ONE = 300  # after which a program hangs
+SECONDS_FOR_ONE = 300  # a program that takes longer counts as hanging
 ROUND = 100  # examples from one seed
 
 
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def work(folder: Path, seed: int, minutes: float, patience: float) -> int:
-    """Runs programs until the time is up, and leaves in the folder what came of them."""
+    """Runs programs until the time is up, and saves the results in the folder."""
 
     def announce(program: Program) -> None:
         replace(folder / "program", program.script("replicax.testing.lockstep", program.derivatives))
@@ -67,17 +67,17 @@ def save(folder: Path, campaign: Campaign) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file that another process may be reading."""
+    """Atomically replaces a file that others may read."""
     path.with_suffix(".new").write_text(text)
     path.with_suffix(".new").rename(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# All of them
+# The supervisor
 
 
 class Worker:
-    """A process, what it has found, and what those before it found that ended before their time."""
+    """A worker process, with the results of this process and of earlier ones that crashed or hung."""
 
     def __init__(self, folder: Path, options: argparse.Namespace, number: int, end: float) -> None:
         self.folder, self.options, self.end = folder, options, end
@@ -104,7 +104,7 @@ class Worker:
         return self.counts + counts, self.failures + saved["failures"]
 
     def watch(self) -> bool:
-        """Whether it is still at work; one that came to grief is replaced."""
+        """Whether the worker is still running. Restarts its process if it crashed or hung."""
         program = self.folder / "program"
         code = self.process.poll()
         if code == 0:
@@ -181,7 +181,7 @@ def report(console: Console, counts: Counter[tuple[str, str]], failures: list[st
 
 
 def collectives(counts: Counter[tuple[str, str]]) -> dict[str, list[int]]:
-    """How many programs have each collective without groups, and with."""
+    """The number of programs with each collective: without groups, with groups."""
     return {
         name: [counts["contents", name] - (n := counts["contents", f"{name} in groups"]), n] for name in COLLECTIVES
     }

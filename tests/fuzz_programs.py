@@ -1,11 +1,11 @@
-"""Random programs of one replica, and what holds each of them against the oracles.
+"""Random programs of one replica, and scripts that compare each of them with an oracle.
 
-A program is data: a tree of lines and local functions that prints itself as Python, and what is run is that print.
-So a failing program is a script of its own: paste it into a file and run it.
+A program is data: a tree of lines and local functions, which is printed as Python code and then executed. So a failing
+program is a complete script: paste it into a file and run it.
 
-Programs are made so that rounding cannot decide anything. Numbers of 32-bit floating-point types stay bounded, and no
-choice is made on them; types of 16 bits hold small whole numbers, whose sums are exact. Every other choice, the number
-of replicas included, is Hypothesis's, which makes a failing program as small as it can.
+No branch or loop depends on rounding. 32-bit floating-point values stay bounded and never decide a branch; 16-bit
+values are small integers, whose sums are exact. Hypothesis makes all random choices, including the number of replicas,
+and shrinks failing programs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EXACT = ("int32", "bool", "bfloat16", "uint8", "float16", "int8")
 SHAPES = ((3,), (), (2,), (2, 3), (3, 2), (4,), (2, 1, 3))
 LARGEST = 400  # elements of one value in one replica
 
-#: What a program may need besides JAX, by name.
+#: Helper functions that a program may call, by name.
 PRELUDE = {
     "values": '''
 def values(seed, dtype, shape):
@@ -74,7 +74,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Function:
-    """A local function: its signature, its statements, and what it returns."""
+    """A local function: its signature, its statements, and the expression that it returns."""
 
     name: str
     parameters: str
@@ -91,7 +91,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Argument:
-    """An array that the program takes: its type in one replica, and its mapped axis, None for the same in all."""
+    """An argument: its type in one replica, and its mapped axis (None: all replicas get the same array)."""
 
     name: str
     dtype: str
@@ -107,21 +107,21 @@ class Argument:
 
 @dataclass(frozen=True)
 class Program:
-    """A program of one replica, how many there are of it, and how it is mapped.
+    """The program of one replica, and the layout and options with which it is mapped.
 
     Attributes:
-        replicas: N.
-        devices: D.
-        arguments: What it takes.
-        in_dict: Whether the first two arguments come in one dictionary.
-        keyword: Whether the last one is a keyword argument.
-        body: Its statements.
-        results: What it returns, with the axis at which each result is stacked (None: once for all replicas).
-        axis_size: Whether the number of replicas is given, too.
+        replicas: The number of replicas.
+        devices: The number of devices.
+        arguments: The arguments.
+        in_dict: Whether the first two arguments are passed in one dict.
+        keyword: Whether the last argument is passed by keyword.
+        body: The statements.
+        results: The name and ``out_axes`` entry of each result.
+        axis_size: Whether to pass ``axis_size`` even if an argument is mapped.
         under_jit: Whether the map is called under ``jax.jit``.
-        derivatives: Whether its derivatives from outside are of interest.
-        beside_pmap: Whether to compare with ``jax.pmap``, too, where that can run it.
-        facts: What is in it.
+        derivatives: Whether to compare ``jax.grad`` of the map.
+        beside_pmap: Whether to also compare with ``jax.pmap``, if it can run the program.
+        facts: The features of the program, such as its collectives.
     """
 
     replicas: int
@@ -144,10 +144,10 @@ class Program:
 
     @functools.cached_property
     def function(self) -> str:
-        """The program of one replica, as Python."""
+        """The program of one replica, as Python code."""
         names = [a.name for a in self.arguments]
         unpack = [Line(f'{names[0]}, {names[1]} = p["a"], p["b"]')] if self.in_dict else []
-        # Derivatives of small types are sums of many roundings.
+        # In 16-bit types, derivatives accumulate too much rounding.
         small = [a.name for a in self.arguments if a.dtype in ("bfloat16", "float16") and self.derivatives]
         unpack += [Line(f"{name} = lax.stop_gradient({name})") for name in small]
         parameters = ", ".join(["p", *names[2:]] if self.in_dict else names)
@@ -158,7 +158,7 @@ class Program:
 
     @functools.cached_property
     def call(self) -> dict[str, str]:
-        """The arguments, and the options of the map, as Python."""
+        """The arguments and the options of the map, as Python code."""
         arrays = [a.text(k, self.replicas) for k, a in enumerate(self.arguments)]
         axes = [str(a.axis) for a in self.arguments]
         kwargs = {}
@@ -182,11 +182,11 @@ class Program:
 
     @property
     def needs_size(self) -> bool:
-        """Whether no argument tells the number of replicas."""
+        """Whether the map must get ``axis_size``."""
         return self.axis_size or all(a.axis is None for a in self.arguments)
 
     def script(self, reference: str, derivatives: bool) -> str:
-        """The whole of it as a file to run, with a comparison in the end."""
+        """The program as a complete script that compares it with a reference."""
         options = "".join(f", {k}={v}" for k, v in self.call.items() if k not in ("args", "kwargs"))
         mapped = "jax.jit(replicax.pmap(...)), here without jit" if self.under_jit else "replicax.pmap(...)"
         return (
@@ -200,12 +200,12 @@ class Program:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is known of a value while a program is written
+# Properties of a value, known while a program is written
 
 
 @dataclass(frozen=True)
 class Value:
-    """A variable of the program. ``varies``: whether replicas differ in it; None where that takes an analysis."""
+    """A variable of the program. ``varies``: whether its value differs between replicas; None if unknown."""
 
     name: str
     dtype: str
@@ -218,25 +218,25 @@ class Value:
 
 
 def either(*varies: bool | None) -> bool | None:
-    """Whether a value varies that is computed from values that do, do not, or may."""
+    """Whether a result varies, from whether its operands vary: True, False, or None if unknown."""
     return True if True in varies else (None if None in varies else False)
 
 
 @dataclass
 class Scope:
-    """The statements of one function so far, and the variables that the next one can use."""
+    """The statements of one function so far, and the variables that the next statement can use."""
 
     values: list[Value]
     statements: list[Line | Function] = field(default_factory=list)
     depth: int = 0
-    smooth: bool = False  # reverse derivatives are taken of it
-    together: bool = True  # all replicas come here at the same time
-    forward: bool = False  # forward derivatives are taken of it
+    smooth: bool = False  # it is differentiated in reverse mode
+    together: bool = True  # all replicas run it at the same time
+    forward: bool = False  # it is differentiated in forward mode
     batched: bool = False  # it runs under a vmap
-    rows: bool = False  # whose axis is called "j"
+    rows: bool = False  # it runs under a vmap with the axis name "j"
 
 
-#: Two operands of a type, with bounded or exact results.
+#: Binary expressions by dtype, with bounded or exact results.
 BINARY = {
     "float32": ("jnp.sin({a} + {b})", "{a} * {b}", "jnp.cos({a} - {b})", "(2 * {a} - {b}) / 3"),
     "complex64": ("({a} + 1j * {b}) / 2", "{a} * {b} / 2", "jnp.conj({a}) - {b} / 4"),
@@ -250,14 +250,14 @@ BINARY = {
 
 
 def bounded(expression: str, dtype: str, by: int = 5) -> str:
-    """A sum, brought back to the size of what was added."""
+    """Scales a sum down to the magnitude of its summands."""
     if dtype in SMOOTH:
         return f"{expression} / {by}"
     return expression if dtype in ("uint8", "int8", "bool") else f"{expression} % 7"
 
 
 def converted(value: Value, dtype: str) -> str | None:
-    """A value in another type; None where rounding would decide the result."""
+    """Converts a value to another dtype; None if rounding could change the result."""
     a, of = value.name, value.dtype
     if of == dtype:
         return a
@@ -285,11 +285,11 @@ class Writer:
     """Writes one random program, statement by statement.
 
     Args:
-        draw: Hypothesis's, which makes every choice.
-        replicas: N.
-        collectives: What writes a statement that communicates, by name.
-        control: What writes control flow, by name.
-        plain: Whether to keep to what ``jax.vmap`` has right rules for.
+        draw: Hypothesis's function for random choices.
+        replicas: The number of replicas.
+        collectives: Functions that write a collective, by name.
+        control: Functions that write control flow, by name.
+        plain: Whether to use only operations for which ``jax.vmap`` has correct rules.
     """
 
     def __init__(
@@ -320,7 +320,7 @@ class Writer:
         self.facts.update(facts)
 
     def beyond_vmap(self) -> bool:
-        """Whether the program may have something in it that ``jax.vmap`` has no right rule for; notes that it has."""
+        """Whether the program may use an operation without a correct ``jax.vmap`` rule. If so, notes the use."""
         if not self.plain:
             self.note("lockstep")
         return not self.plain
@@ -332,7 +332,7 @@ class Writer:
     # Statements ---------------------------------------------------------------------------------------------
 
     def assign(self, scope: Scope, text: str, dtype: str, shape: Sequence[int], varies: bool | None) -> None:
-        """One more statement, unless its result is too large."""
+        """Appends an assignment, unless its result is too large."""
         if math.prod(shape) <= LARGEST:
             result = Value(self.name("v"), dtype, tuple(shape), varies)
             scope.statements.append(Line(f"{result.name} = {text}"))
@@ -366,7 +366,7 @@ class Writer:
         self.assign(scope, converted(a, dtype), dtype, a.shape, a.varies)
 
     def reshape(self, scope: Scope) -> None:
-        """Something that moves elements about, or contracts a dimension."""
+        """A statement that moves elements or reduces a dimension."""
         a = self.value(scope, lambda v: v.shape)
         if a is None:
             a = self.value(scope)
@@ -405,18 +405,18 @@ class Writer:
         unpack: Sequence[Line] = (),
         **flags: bool,
     ) -> tuple[str, list[Value]]:
-        """A local function with statements of its own; its name, and its results.
+        """Appends a local function with random statements. Returns its name and its results.
 
         Args:
-            scope: Where it stands.
-            parameters: What it takes.
-            results: The type that each result is to have; None for any.
-            returns: What to make of the results.
-            closed: Whether it must not use the variables around it.
-            decorator: What to decorate it with.
-            signature: Its parameters as Python, if they are not plain.
-            unpack: The statements that make the parameters of those.
-            flags: What is different in it: attributes of its scope.
+            scope: The enclosing scope.
+            parameters: The parameters.
+            results: A value with the required type of each result; None for any type.
+            returns: Builds the returned expression from the names of the results.
+            closed: Whether the function must not use variables of the enclosing scope.
+            decorator: The decorator, as Python code.
+            signature: The signature, as Python code, if it differs from the parameters.
+            unpack: The statements that unpack the signature into the parameters.
+            flags: Attributes of the inner scope that differ from those of the enclosing scope.
         """
         around = {key: getattr(scope, key) for key in ("smooth", "together", "forward", "batched", "rows")} | flags
         inner = Scope([*parameters, *([] if closed else scope.values)], depth=scope.depth + 1, **around)
@@ -431,7 +431,7 @@ class Writer:
         return name, outs
 
     def result(self, latest: Sequence[Value], parameters: Sequence[Value], like: Value | None) -> Value:
-        """One of the latest values, in the type that it is to have."""
+        """One of the latest values, converted to the type of ``like``."""
         if like is None:
             return self.one_of(latest[:3])
         options = [v for v in latest if converted(v, like.dtype)][:3]
@@ -445,11 +445,11 @@ class Writer:
         return Value(text, like.dtype, like.shape, value.varies)
 
     def parameter(self, of: Value, shape: Sequence[int] | None = None, varies: bool | None = None) -> Value:
-        """A parameter of a function for one value, or for a part of it."""
+        """A parameter of a function to which a value, or a part of it, is passed."""
         return Value(self.name("a"), of.dtype, of.shape if shape is None else tuple(shape), varies)
 
     def number(self, scope: Scope, below: int) -> tuple[str, bool | None]:
-        """A whole number in [0, below) that no rounding decides, and whether it varies."""
+        """An integer in [0, below) that does not depend on rounding, and whether it varies."""
         value = self.value(scope, lambda v: v.dtype in EXACT)
         options = [
             (f"jnp.int32({below - 1})", False),
@@ -464,7 +464,7 @@ class Writer:
 
 @st.composite
 def _one_more(draw: Callable[[Any], Any], needed: bool, write: Callable[[], None]) -> bool:
-    """One more statement, or none: drawn as one, so that Hypothesis can take it out as one."""
+    """Writes one statement or none, in a single draw, so that Hypothesis can remove the whole statement."""
     if not needed and draw(st.integers(0, 5)) == 0:
         return False
     write()

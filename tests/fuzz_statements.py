@@ -1,4 +1,4 @@
-"""What the statements of a random program are drawn from, and the strategy that draws it."""
+"""The statements of random programs, and the Hypothesis strategy for programs."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def communicates(w: Writer, scope: Scope, name: str, *facts: str) -> None:
 
 
 def groups(w: Writer, scope: Scope, name: str, *, uneven: bool = False) -> tuple[str, int]:
-    """Now and then ``axis_index_groups``, as Python; and how many replicas talk to each other."""
+    """Sometimes ``axis_index_groups``, as Python code; and the number of replicas in a group."""
     if w.plain or w.n == 1 or w.one_in(2) or (scope.batched and name in ("all_to_all", "pswapaxes")):
-        return "", w.n  # under a vmap JAX has no rule for those two, over whatever axis
+        return "", w.n  # JAX has no vmap rule for these two with groups
     order = w.draw(st.permutations(range(w.n))) if w.one_in(2) else list(range(w.n))
     size = w.one_of(divisors(w.n)[::-1])
     cuts = list(range(0, w.n + 1, size))
@@ -58,7 +58,7 @@ def groups(w: Writer, scope: Scope, name: str, *, uneven: bool = False) -> tuple
 
 
 def summed(w: Writer, value: Value) -> None:
-    """Notes what jax.pmap cannot run: where XLA folds a sum of complex constants it ends the process."""
+    """Notes a complex sum. ``jax.pmap`` cannot run it: XLA aborts when it folds a sum of complex constants."""
     if value.dtype == "complex64":
         w.note("complex sum")
 
@@ -108,7 +108,7 @@ def all_gather(w: Writer, scope: Scope) -> None:
 def divided(
     w: Writer, scope: Scope, size: int, tiled: bool, of: Sequence[str] = (*SMOOTH, *EXACT)
 ) -> tuple[Value, int] | None:
-    """A value with a dimension that ``size`` replicas can share, and which dimension that is."""
+    """A value with a dimension that can be split over ``size`` replicas, and the index of that dimension."""
     a = w.value(scope, lambda v: v.dtype in of and v.size * size * (1 + tiled) <= LARGEST)
     if a is None:
         return None
@@ -134,7 +134,7 @@ def psum_scatter(w: Writer, scope: Scope) -> None:
     else:
         del shape[axis]
     if a.dtype != "float32":
-        w.beyond_vmap()  # whose rule adds to a zero of type float32
+        w.beyond_vmap()  # the vmap rule adds to a float32 zero
     communicates(w, scope, "psum_scatter")
     text = f"lax.psum_scatter({a.name}, {AXIS}, scatter_dimension={axis}, tiled={tiled}{grouped})"
     w.assign(scope, bounded(text, a.dtype, w.n), a.dtype, shape, True)
@@ -167,7 +167,7 @@ def pswapaxes(w: Writer, scope: Scope) -> None:
 
 def exchange(w: Writer, scope: Scope, name: str, options: str, a: Value, shape: Sequence[int]) -> None:
     if (a.varies is not True or scope.smooth or scope.batched) and not w.beyond_vmap():
-        return  # vmap has no right rule for what is the same in all replicas, nor under a vmap
+        return  # vmap has no correct rule for values that are equal in all replicas, nor under another vmap
     communicates(w, scope, name)
     w.assign(scope, f"lax.{name}({a.name}, {AXIS}, {options})", a.dtype, shape, True)
 
@@ -199,7 +199,7 @@ def pbroadcast(w: Writer, scope: Scope) -> None:
         return
     communicates(w, scope, "pbroadcast")
     source = w.draw(st.integers(0, w.n - 1))
-    # JAX's transpose of it works on scalars alone.
+    # JAX's transpose of pbroadcast supports only scalars.
     operand = a.name if a.shape == () or scope.forward else f"lax.stop_gradient({a.name})"
     w.assign(scope, f"lax.pbroadcast({operand}, {AXIS}, {source})", a.dtype, a.shape, None)
 
@@ -207,7 +207,7 @@ def pbroadcast(w: Writer, scope: Scope) -> None:
 def ragged_all_to_all(w: Writer, scope: Scope) -> None:
     a = w.value(scope)
     if w.n > 6 or not w.beyond_vmap():
-        return  # with many replicas lockstep takes too long
+        return  # lockstep takes too long with many replicas
     communicates(w, scope, "ragged_all_to_all")
     w.assign(scope, f"ragged({a.name}, {w.n})", a.dtype, (2 * w.n, 2), True)
 
@@ -245,7 +245,7 @@ COLLECTIVES: dict[str, Write] = {
 
 
 def call_of(name: str, transform: str) -> Write:
-    """A function under ``jit`` or ``checkpoint``."""
+    """Writes a call of a function under ``jit`` or ``checkpoint``."""
 
     def write(w: Writer, scope: Scope) -> None:
         args = [w.value(scope) for _ in range(w.draw(st.integers(1, 2)))]
@@ -258,7 +258,7 @@ def call_of(name: str, transform: str) -> Write:
 
 
 def over_rows(name: str) -> Write:
-    """A function for each row of a value: ``vmap``, ``lax.map``, or a map inside."""
+    """Writes a map over the rows of a value: ``vmap``, ``lax.map``, or a nested ``pmap``."""
 
     def write(w: Writer, scope: Scope) -> None:
         a = w.value(scope, lambda v: v.shape and v.shape[0] <= 4)
@@ -279,7 +279,7 @@ def over_rows(name: str) -> Write:
 
 
 def carried(w: Writer, scope: Scope) -> tuple[list[Value], list[Value]]:
-    """One or two values that a loop carries, and its parameters for them."""
+    """One or two initial carries of a loop, and the body's parameters for them."""
     suits = lambda v: v.size <= 64
     first = w.value(scope, suits) or scope.values[0]
     values = [first, *([w.value(scope, suits) or first] if w.one_in(3) else [])]
@@ -291,7 +291,7 @@ def several(names: Sequence[str]) -> str:
 
 
 def carry_on(w: Writer, scope: Scope, text: str, values: Sequence[Value], outs: Sequence[Value], ys: str = "") -> None:
-    """The statement that runs a loop, and what it carried in the end."""
+    """Appends a loop, and its final carries as new values."""
     names = [w.name("v") for _ in values]
     scope.statements.append(Line(f"{several(names)}{ys} = {text}"))
     for name, v, out in zip(names, values, outs, strict=True):
@@ -335,9 +335,9 @@ def fori_loop(w: Writer, scope: Scope) -> None:
 
 
 def while_loop(w: Writer, scope: Scope) -> None:
-    """Each replica goes round at most three times, as it, or as all of them, decide."""
+    """A loop of at most three iterations, which replicas leave alone or together."""
     if not w.plain and not w.one_in(3):
-        return  # lockstep runs these operation by operation, which takes its time
+        return  # lockstep runs them operation by operation, which is slow
     values, params = carried(w, scope)
     if any(v.dtype in SMOOTH for v in values):
         if scope.smooth:
@@ -372,7 +372,7 @@ def while_loop(w: Writer, scope: Scope) -> None:
 
 
 def branches(name: str) -> Write:
-    """``cond`` or ``switch``."""
+    """Writes a ``cond`` or ``switch``."""
 
     def write(w: Writer, scope: Scope) -> None:
         a = w.value(scope)
@@ -404,7 +404,7 @@ def associative_scan(w: Writer, scope: Scope) -> None:
 
 
 def derivative(name: str) -> Write:
-    """A derivative that the program itself takes."""
+    """Writes a derivative inside the program."""
 
     def write(w: Writer, scope: Scope) -> None:
         a = w.value(scope, lambda v: v.dtype == "float32" and v.size <= 24)
@@ -434,12 +434,12 @@ def derivative(name: str) -> Write:
 
 
 def rule(name: str) -> Write:
-    """A function with a derivative rule of the user's, which may communicate, and is not the right one."""
+    """Writes a ``custom_jvp`` or ``custom_vjp`` with a deliberately wrong rule, which may communicate."""
 
     def write(w: Writer, scope: Scope) -> None:
         a = w.value(scope, lambda v: v.dtype == "float32")
         if a is None or (name == "custom_vjp" and scope.forward):
-            return  # JAX has no forward derivative of a custom_vjp
+            return  # JAX cannot differentiate a custom_vjp in forward mode
         tangent, talks = w.one_of(
             [("2 * {}", False), ('lax.pmean({}, "i") / 2', True), ('lax.ppermute({}, "i", PERM)', True)]
         )
@@ -455,7 +455,7 @@ def rule(name: str) -> Write:
             scope.statements.append(Line(f"{f}.defvjp({f}_fwd, {f}_bwd)"))
         w.note(name, "a rule of the user's", *[f"{name}, rule communicates"] * talks)
         if name == "custom_vjp" and (talks or out.varies is not True):
-            w.note("derived by pmap alone")  # vmap hands the rule the sum of all replicas' cotangents
+            w.note("derived by pmap alone")  # under vmap, the rule gets the sum of all replicas' cotangents
         w.assign(scope, f"{f}({a.name})", "float32", a.shape, out.varies)
 
     return write
@@ -490,7 +490,7 @@ CONTROL: dict[str, Write] = {
 
 @st.composite
 def programs(draw: Callable[[Any], Any], collectives: Sequence[str] | None = None) -> Program:
-    """Any program, on any number of devices."""
+    """A random program, on a random number of devices."""
     devices = draw(st.sampled_from([2, 3, 1, 4, 5, 8]))
     replicas = draw(st.sampled_from(_replica_counts(devices)[draw(st.integers(0, 3))]))
     chosen = {name: COLLECTIVES[name] for name in collectives or COLLECTIVES}
@@ -519,7 +519,7 @@ def programs(draw: Callable[[Any], Any], collectives: Sequence[str] | None = Non
 
 
 def _replica_counts(devices: int) -> list[list[int]]:
-    """Numbers of replicas by how they divide: above and not dividing, below, dividing, equal; each has some."""
+    """Replica counts in four nonempty lists: N > D and not a multiple of D, N < D, a multiple of D, N = D."""
     above = [n for n in (*range(2, 14), 16, 24) if n > devices]
     ragged = [n for n in above if n % devices] or above
     below = list(range(2, devices)) or above

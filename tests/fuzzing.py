@@ -1,7 +1,7 @@
-"""Holds random programs against the oracles, and keeps count.
+"""Compares random programs with the oracles, and counts them.
 
-``jax.vmap`` is the oracle where it has a right rule, ``replicax.testing.lockstep`` elsewhere, and ``jax.pmap`` besides
-where there is a device for each replica. What replicax refuses and an oracle does not is wrong, too.
+The oracle is ``jax.vmap`` if it has correct rules for the program, else ``replicax.testing.lockstep``. ``jax.pmap`` is
+a second oracle if there is a device per replica. An error that only replicax raises is a failure, too.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from replicax import MismatchError
 from replicax.testing import lockstep
 from replicax.testing._check import compare, gradient
 
-#: What rounding may grow to on the way through a program. What is wrong differs by much more.
+#: The relative tolerance: rounding errors accumulate in a program. Wrong results differ by much more.
 RTOL = 1e-3
 
-#: What XLA does not have on CPUs.
+#: The collectives that XLA does not support on CPUs.
 NOT_IN_PMAP = {"pbroadcast", "ragged_all_to_all"}
 
 
 class WrongError(AssertionError):
-    """replicax does not compute what an oracle computes, or refuses to."""
+    """replicax and an oracle differ, or only replicax raises an error."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which oracles a program was held against; None where there is none."""
+    """The oracles with which a program was compared; None if no oracle can run it."""
 
     values: str | None
     derivatives: str | None = None
@@ -47,7 +47,7 @@ class Verdict:
 
 
 class Trial:
-    """One program, loaded."""
+    """A program as functions, with its arguments."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -73,7 +73,7 @@ class Trial:
         return replicax.pmap(self.our_fun, **self.options, devices=jax.devices()[: self.program.devices])
 
     def wrapper(self, by: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """``jax.jit``, or nothing where that is of no use."""
+        """``jax.jit``, or the identity if jit is not possible."""
         if by == "replicax":
             return jax.jit if self.program.under_jit else _as_it_is
         needs_numbers = by == "lockstep" and self.program.facts & {"while_loop", "ragged_all_to_all"}
@@ -86,23 +86,23 @@ class Trial:
         return gradient(self.mapped(by), self.args, self.kwargs, self.wrapper(by))
 
     def runs_in_pmap(self) -> bool:
-        """Whether ``jax.pmap`` can run it, and will come to an end."""
+        """Whether ``jax.pmap`` can run the program without a hang."""
         facts = self.program.facts
         axes = [*(axis for _, axis in self.program.results), *(a.axis for a in self.program.arguments)]
-        if self.program.replicas > len(jax.devices()) or -1 in axes:  # which it takes for another
+        if self.program.replicas > len(jax.devices()) or -1 in axes:  # jax.pmap misreads axis -1
             return False
         if all(a.axis is None for a in self.program.arguments):
             return False
         return not facts & {*NOT_IN_PMAP, "communicates apart", "complex sum"}
 
     def derivatives_by(self) -> str | None:
-        """The oracle that has the right derivatives from outside."""
+        """The oracle with correct derivatives of the map, or None."""
         facts, types = self.program.facts, [a.dtype for a in self.program.arguments]
         if not self.program.derivatives or "no reverse derivative" in facts or not {*types} & {*SMOOTH}:
             return None
         by_lockstep = facts & {"lockstep", "communicating choice, replicas apart"}
         if "derived by pmap alone" in facts or (by_lockstep and "a rule of the user's" in facts):
-            return "jax.pmap" if self.runs_in_pmap() else None  # lockstep derives what rules replace
+            return "jax.pmap" if self.runs_in_pmap() else None  # lockstep ignores custom rules
         return "lockstep" if by_lockstep else "vmap"
 
 
@@ -111,7 +111,7 @@ def _as_it_is(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def examine(program: Program) -> Verdict:
-    """Holds one program against its oracles.
+    """Compares one program with its oracles.
 
     Raises:
         WrongError: replicax is wrong.
@@ -148,7 +148,7 @@ def examine(program: Program) -> Verdict:
 
 
 def _first(compute: Callable[[str], Any], oracles: Sequence[str]) -> tuple[Any, str | None, str | None]:
-    """What the first oracle computes that does not refuse; which one that is; or why the last one refuses."""
+    """The result and the name of the first oracle that raises no error; otherwise the last oracle's error."""
     refusal = None
     for name in oracles:
         try:
@@ -196,7 +196,7 @@ def _report(program: Program, by: str, derivatives: bool, problem: str) -> str:
 
 
 def smallest(program: Program, fails: Callable[[Program], bool]) -> Program:
-    """What is left when nothing more can be left out: Hypothesis takes choices back, this takes statements out."""
+    """Removes statements while the program still fails. Hypothesis shrinks only its own choices."""
     tried: set[str] = set()
     while True:
         for candidate in _smaller(program):
@@ -221,7 +221,7 @@ def _smaller(program: Program) -> Iterator[Program]:
 
 
 def _without_one(body: Sequence[Line | Function]) -> Iterator[tuple[Line | Function, ...]]:
-    """A body without one of its statements, the last first."""
+    """Yields the body without one of its statements, starting with the last."""
     for k in reversed(range(len(body))):
         statement, before, after = body[k], tuple(body[:k]), tuple(body[k + 1 :])
         yield before + after
@@ -239,15 +239,15 @@ def _key(program: Program) -> str:
 
 @dataclass
 class Campaign:
-    """Random programs until the time is up or enough have been seen, and what came of them.
+    """Runs random programs, and collects counts and failures.
 
     Attributes:
-        deadline: When to stop, by ``time.monotonic``.
-        patience: How many seconds, or one and a half times that, to look for a smaller program that fails, too.
-        before: What is told each program that is about to run.
-        after: What is called after each that was right.
-        counts: How many programs had what.
-        failures: What was wrong: for each, the report of the smallest program.
+        deadline: The time at which to stop, by ``time.monotonic``.
+        patience: The number of seconds, up to a factor of 1.5, for shrinking one failing program.
+        before: Called with each program before it runs.
+        after: Called after each correct program.
+        counts: The number of programs, by feature.
+        failures: For each failure, the report of the smallest failing program.
     """
 
     deadline: float = float("inf")
@@ -261,7 +261,7 @@ class Campaign:
     _failed: dict[str, tuple[Program, WrongError]] = field(default_factory=dict)
 
     def run(self, number: int, examples: int, collectives: Sequence[str] | None = None, *, shrink: bool = True) -> None:
-        """Up to so many of Hypothesis's examples, from a seed; fewer programs, or until one fails."""
+        """Runs up to ``examples`` Hypothesis examples from a seed, until one fails. Skips variations."""
         self._until, self._failed = float("inf"), {}
 
         @seed(number)
@@ -284,11 +284,11 @@ class Campaign:
             program = min((program for program, _ in self._failed.values()), key=lambda p: len(str(p)))
             program = smallest(program, self._fails) if shrink else program
             self.failures.append(str(self._failed[_key(program)][1]))
-        except Exception as error:  # Hypothesis's own
+        except Exception as error:  # raised by Hypothesis itself
             self.failures.append("\n\n".join([_name(error), *(str(e) for _, e in self._failed.values())][:2]))
 
     def _try(self, program: Program) -> None:
-        if self._failed:  # Hypothesis looks for a smaller one
+        if self._failed:  # Hypothesis is shrinking
             if self._fails(program):
                 raise self._failed[_key(program)][1]
             return
@@ -305,7 +305,7 @@ class Campaign:
             jax.clear_caches()
 
     def _fails(self, program: Program) -> bool:
-        """Whether a program fails, too; once the time for that is over, those that are known to."""
+        """Whether a program fails. When the time for shrinking is over, only known failures count."""
         if _key(program) not in self._failed and time.monotonic() < self._until:
             try:
                 self._examine(program)
@@ -318,7 +318,7 @@ class Campaign:
         return examine(program)
 
     def _is_variation(self, program: Program) -> bool:
-        """Hypothesis likes to vary one example, and most of that is the same program once more."""
+        """Whether most lines are those of the previous program, as in Hypothesis's mutations."""
         lines = frozenset(str(program).splitlines())
         shared, self._last = len(lines & self._last), lines
         return 2 * shared > len(lines)

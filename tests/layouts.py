@@ -1,6 +1,6 @@
-"""The ten classes of layout, and pairs of N replicas and D devices of each.
+"""Ten classes of layout, each with pairs of N replicas and D devices.
 
-``make test`` takes these pairs, ``make test-all`` the whole table of 110 besides.
+``make test`` runs these pairs; ``make test-all`` also runs the whole table of 110 pairs.
 """
 
 import math
@@ -10,7 +10,7 @@ import pytest
 REPLICAS = (*range(1, 21), 64, 1000)
 DEVICES = (1, 2, 3, 5, 8)
 
-#: D' is the number of devices that N replicas take: L = ceil(N / D) on each, D' = ceil(N / L).
+#: Each device runs L = ceil(N / D) replicas, so N replicas use D' = ceil(N / L) devices.
 CLASSES = {
     "one replica": [(1, 1), (1, 8)],
     "one device": [(2, 1), (6, 1)],
@@ -29,7 +29,7 @@ PAIRS = [*SHORT, *((n, d) for n in REPLICAS for d in DEVICES if (n, d) not in SH
 
 
 def belongs(n, d, name):
-    """Whether N on D is of a class."""
+    """Whether N on D belongs to a class."""
     lanes = math.ceil(n / d)
     used = math.ceil(n / lanes)
     padding = used * lanes - n
@@ -48,7 +48,7 @@ def belongs(n, d, name):
 
 
 def pair(n, d, *more):
-    """A parameter of a test; one for the long suite if the pair is not among the classes'."""
+    """A test parameter, with the marker ``long`` if the pair is in none of the classes."""
     marks = [pytest.mark.xdist_group(f"n{n}"), *([] if (n, d) in SHORT else [pytest.mark.long])]
     return pytest.param(n, d, *more, marks=marks, id="-".join([*more, f"{n}on{d}"]))
 

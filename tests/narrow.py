@@ -1,6 +1,6 @@
-"""Collectives of numbers of two and four bits, for processes of their own: what XLA makes of them ends a process.
+"""Collectives of 2-bit and 4-bit integers, each dtype in its own process, because XLA may crash on them.
 
-``python narrow.py DTYPE REPLICAS DEVICES`` prints what differs from the reference, which computes with 32 bits.
+``python narrow.py DTYPE REPLICAS DEVICES`` prints which results differ from the reference, which uses int32.
 """
 
 import sys
@@ -30,7 +30,7 @@ def shift():
 
 
 def for_each(x):
-    """(replicas, 4), every row another."""
+    """(replicas, 4): rotations of ``x``."""
     return jnp.stack([jnp.roll(x, k) for k in range(size())])
 
 
@@ -40,7 +40,7 @@ def ragged(x):
     return lax.ragged_all_to_all(rows, output, at, ones, ones * lax.axis_index(AXIS), ones, axis_name=AXIS)
 
 
-#: By name: the collective, as a function of an array of shape (4,).
+#: Each collective by name, as a function of an array of shape (4,).
 COLLECTIVES = {
     "psum": lambda x: lax.psum(x, AXIS),
     "psum, groups": lambda x: lax.psum(x, AXIS, axis_index_groups=halves()),
@@ -77,7 +77,7 @@ def results(x):
 
 
 def compare(ours, right, dtype):
-    """Prints which differ; what is computed with 32 bits keeps the last ones."""
+    """Prints the names of results that differ. The int32 reference is truncated to ``dtype``."""
     for name, expected in right.items():
         pairs = zip(jax.tree.leaves(ours[name]), jax.tree.leaves(expected), strict=True)
         if not all(
@@ -87,7 +87,7 @@ def compare(ours, right, dtype):
 
 
 def main(dtype, n, d):
-    """Compares the collectives; no argument is of two bits where replicas are padded, which is refused."""
+    """Compares all collectives. If the replicas are padded, the narrow dtype is used only inside the map."""
     devices, x = jax.devices()[:d], rows(dtype, n)
     right = lockstep(results, axis_name=AXIS)(x.astype("int32"))
     inside = pmap(lambda x: jax.tree.map(lambda y: y.astype("int8"), results(x.astype(dtype))), AXIS, devices=devices)
@@ -104,7 +104,7 @@ def main(dtype, n, d):
 
 
 def nested(mapped, x):
-    """Two maps of three, which do not divide the devices that are left."""
+    """A map of size 3, which does not divide the devices, inside a map of size 2."""
     inner = lambda x: {"inside": lax.all_gather(x, "j"), "both": lax.pmax(x, (AXIS, "j")), "none": x}
     outer = lambda x: mapped(inner, "j")(x) | {"joined": mapped(lambda x: x, "j")(x)[::-1]}
     return mapped(outer, AXIS)(x.reshape(2, 3, 4))

@@ -1,4 +1,4 @@
-"""The one table of programs that the sweeps run over: collectives × dtypes × control flow, as one replica sees them.
+"""The programs of the sweeps, for one replica: collectives × dtypes × control flow.
 
 Every entry is a function of one array ``x`` of shape (3,), over the mapped axis ``"i"``.
 """
@@ -27,7 +27,7 @@ def vjp_sum(x):
 
 vjp_sum.defvjp(lambda x: (lax.psum(x, AXIS), x), lambda x, ct: (3 * lax.psum(ct, AXIS) + 0 * x,))
 
-#: By name: the collective, as a function from (3,) to any shape.
+#: Each collective by name, as a function from shape (3,) to any shape.
 COLLECTIVES = {
     "psum": lambda x: lax.psum(x, AXIS),
     "pmean": lambda x: lax.pmean(x, AXIS),
@@ -40,12 +40,12 @@ COLLECTIVES = {
     "axis_size": lambda x: x + jnp.asarray(lax.axis_size(AXIS) % 5, x.dtype),
 }
 
-#: Those for which every replica's result has the shape of its operand.
+#: The collectives whose result has the shape of the operand.
 SAME_SHAPE = ("psum", "pmean", "pmax", "pmin", "axis_index", "axis_size")
 
 
 def _damped(f, x):
-    """``f`` with its result brought back to the size of ``x``, so that loops stay bounded."""
+    """``f`` with a bounded result, so that loops do not overflow."""
     y = f(x)
     return (y / (1 + abs(y)) if jnp.issubdtype(y.dtype, jnp.inexact) else y % 7).astype(x.dtype)
 
@@ -63,13 +63,13 @@ def _while(f, x):
 
 
 def _while_divergent(f, x):
-    """Replica r goes round r % 3 times, and communicates each time."""
+    """Replica r runs r % 3 iterations, with a collective in each."""
     rounds = lax.axis_index(AXIS) % 3
     return lax.while_loop(lambda s: s[0] < rounds, lambda s: (s[0] + 1, _damped(f, s[1])), (0, x))[1]
 
 
 def _while_divergent_rows(f, x):
-    """Under a vmap of the user's each row goes round a number of times of its own."""
+    """Under a ``vmap`` in the program, each row runs its own number of iterations."""
     row = lambda y, extra: lax.while_loop(
         lambda s: s[0] < lax.axis_index(AXIS) % 3 + extra, lambda s: (s[0] + 1, _damped(f, s[1])), (0, y)
     )[1]
@@ -77,7 +77,7 @@ def _while_divergent_rows(f, x):
 
 
 def _while_condition(f, x):
-    """The condition itself communicates, and holds in different replicas for different numbers of rounds."""
+    """The condition contains a collective, and becomes false after a different number of iterations per replica."""
 
     def goes_on(state):
         rounds, y = state
@@ -104,7 +104,7 @@ def _grad(f, x):
     return jax.grad(lambda y: jnp.sum(jnp.real(f(y) ** 2)))(x)
 
 
-#: By name: a way to run a collective ``f`` on ``x``.
+#: Each kind of control flow by name: runs a collective ``f`` on ``x``.
 CONTROL = {
     "top": lambda f, x: f(x),
     "jit": lambda f, x: jax.jit(f)(x),
@@ -122,7 +122,7 @@ CONTROL = {
     "switch": _switch,
 }
 
-#: Those that need the operand's shape back.
+#: The kinds of control flow that need a result of the operand's shape.
 LOOPS = (
     "scan",
     "fori",
@@ -135,8 +135,8 @@ LOOPS = (
     "switch",
 )
 
-#: Those that JAX differentiates from outside, in reverse, correctly. It refuses reverse derivatives of ``while``, and
-#: ``vmap`` gets the derivative of a communicating ``cond`` wrong on which replicas disagree.
+#: The kinds whose reverse derivatives from outside are correct in ``jax.vmap``. JAX has no reverse derivative of
+#: ``while``. ``vmap``'s derivative of a ``cond`` with a collective is wrong if the predicate differs between replicas.
 DIFFERENTIABLE = ("top", "jit", "checkpoint", "vmap", "grad", "scan", "fori", "cond", "switch")
 
 DTYPES = (
@@ -146,12 +146,12 @@ DTYPES = (
 
 
 def applies(collective, control, dtype):
-    """Whether JAX itself has a meaning for this cell of the table."""
+    """Whether JAX itself supports this cell of the table."""
     inexact = jnp.issubdtype(jnp.dtype(dtype), jnp.inexact)
     if control in LOOPS and collective not in SAME_SHAPE:
         return False
     if control in LOOPS and dtype in ("bool", "float8_e4m3fn", "float8_e5m2"):
-        return False  # the damping has no arithmetic in them
+        return False  # these dtypes do not support the arithmetic in _damped
     if control == "grad":
         return inexact and not dtype.startswith("float8") and collective not in ("pmax", "pmin")
     if dtype == "bool":
@@ -160,7 +160,7 @@ def applies(collective, control, dtype):
 
 
 def program(controls, dtypes, collectives=tuple(COLLECTIVES)):
-    """One program that holds all the cells asked for, so that one compilation tests them all."""
+    """One program with all these cells, so that they need only one compilation."""
     cells = [
         (control, collective, dtype)
         for control in controls
@@ -176,7 +176,7 @@ def program(controls, dtypes, collectives=tuple(COLLECTIVES)):
 
 
 def custom_rules(x):
-    """Derivative rules of the user's that communicate, inside and outside of ``grad``."""
+    """Custom derivative rules with collectives, inside and outside of ``grad``."""
     inside = jax.grad(lambda y: jnp.sum(vjp_sum(jnp.sin(y)) + jvp_mean(y) ** 2))(x)
     return {"inside": inside, "vjp": vjp_sum(jnp.sin(x)), "jvp": jvp_mean(x) ** 2, "relu": jax.nn.relu(x)}
 
@@ -188,7 +188,7 @@ def _cast(x, dtype):
         return lax.complex(x, 1 - x)
     if jnp.issubdtype(jnp.dtype(dtype), jnp.integer):
         return jnp.round(3 * abs(x)).astype(dtype)
-    if jnp.finfo(dtype).bits <= 16:  # sums of two: of many, another order gives another rounding
+    if jnp.finfo(dtype).bits <= 16:  # only two summands are nonzero: with more, rounding depends on their order
         return jnp.where(lax.axis_index(AXIS) < 2, x, 0).astype(dtype)
     return x.astype(dtype)
 

@@ -1,4 +1,4 @@
-"""Runs the table collective × context × (replicas, devices), and prints it: ``make table``."""
+"""``make table``: checks and prints the table collective × context × (replicas, devices)."""
 
 import sys
 

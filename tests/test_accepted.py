@@ -1,4 +1,4 @@
-"""What JAX's own maps take or what a program may hold, and a map took for something else, or refused without saying."""
+"""Inputs and programs that JAX supports: they work in a map, or are refused with an explanation."""
 
 import contextlib
 import pathlib
@@ -37,7 +37,7 @@ def scaled(x, y, power=2, offset=0.0):
 
 @pytest.mark.parametrize("n", [8, 13])
 def test_in_axes_may_have_entries_for_arguments_that_are_left_out_where_some_are_static(n):
-    """As in jax.pmap, which looks up the entries of the arguments that it is given."""
+    """As in ``jax.pmap``, which ignores entries of arguments that are not passed."""
     mapped = pmap(scaled, in_axes=(0, 0, None, None), static_broadcasted_argnums=2)
     close(mapped(rows(n), rows(n), 3), rows(n) ** 3 + rows(n))
     if n == 8:
@@ -68,14 +68,14 @@ def test_in_axes_without_an_entry_for_a_static_argument():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Arrays whose types say how they are split, where replicas do not divide over devices
+# Arrays sharded over Explicit mesh axes, if the replicas do not divide over the devices
 
 
 def centered(x):
     return x * lax.axis_index("i") + lax.pmean(x, "i")
 
 
-#: Replicas, devices that hold them on a mesh with Explicit axes, devices of the map: all are padded.
+#: (replicas, devices of the mesh with Explicit axes, devices of the map). Every map has padding.
 SPLIT = [(22, 2, 8), (20, 4, 8), (15, 5, 8), (10, 2, 4), (21, 7, 4)]
 
 
@@ -88,7 +88,7 @@ def test_rows_split_by_an_explicit_mesh_where_the_map_pads(n, held, used, axis):
     x = jax.device_put(host, NamedSharding(mesh, P(*[None] * axis, "a")))
     mapped = pmap(centered, axis_name="i", in_axes=axis, devices=jax.devices()[:used])
     right = jax.vmap(centered, axis_name="i", in_axes=axis)
-    for _ in range(2):  # the second call is a warm one
+    for _ in range(2):  # the second call is warm
         close(mapped(x), right(host))
     with jax.set_mesh(mesh):
         close(mapped(x), right(host))
@@ -188,7 +188,7 @@ def test_references_of_its_own(n):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Types with rules of their own for vmap
+# Types with their own vmap rules
 
 
 def matrices(n):
@@ -197,7 +197,7 @@ def matrices(n):
 
 
 def same(ours, right):
-    """Also in structure, which has the shape of a sparse matrix in it."""
+    """Also compares tree structures, which include shapes of sparse matrices."""
     assert jax.tree.structure(ours) == jax.tree.structure(right)
     close(ours, right)
 
@@ -275,7 +275,7 @@ def test_axes_for_the_arrays_of_a_sparse_matrix():
 
 @jax.tree_util.register_pytree_node_class
 class Pair:
-    """Two arrays, of which the second has its mapped axis last."""
+    """A vmappable pair of arrays, each with its own mapped axis."""
 
     def __init__(self, left, right):
         self.left, self.right = left, right
@@ -289,7 +289,7 @@ class Pair:
 
 
 class Sides:
-    """What stands for an axis of a Pair: which of its arrays are mapped."""
+    """The axis entry for a Pair: the mapped axis of each array."""
 
     def __init__(self, left, right):
         self.left, self.right = left, right
@@ -297,7 +297,7 @@ class Sides:
 
 @jax.tree_util.register_pytree_node_class
 class Doubled(Pair):
-    """One whose rule computes."""
+    """A Pair whose vmap rule computes."""
 
 
 batching.register_vmappable(
@@ -331,7 +331,7 @@ def test_a_type_whose_rule_computes_is_refused():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A result on fewer devices than a program that it is passed to
+# A result on fewer devices than the program to which it is passed
 
 
 def shared(x):
@@ -348,7 +348,7 @@ def shared(x):
     ],
 )
 def test_devices_that_do_not_go_together_are_explained(run):
-    """JAX checks the arguments of a jit before a map is run, and says where the map comes from, which says the rest."""
+    """JAX raises the error before a map runs. It names the map's source location, which contains the explanation."""
     mapped = pmap(shared, "i")
     line = shared.__code__.co_firstlineno
     fewer = mapped(np.arange(1.0, 13.0))
@@ -388,7 +388,7 @@ def test_the_examples_for_wrappers_in_the_docs():
     names = {}
     exec(blocks[0], names)
     with_compat = names["y"]
-    assert len(with_compat.devices()) == 6  # of JAX's own pmap 12 models are too many for 8 devices
+    assert len(with_compat.devices()) == 6  # JAX's own pmap refuses 12 models on 8 devices
     exec(blocks[1], names)
     right = equinox.filter_vmap(lambda model, x: model(x))(names["models"], names["x"])
     close([with_compat, names["y"]], [right, right])

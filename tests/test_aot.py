@@ -1,4 +1,4 @@
-"""Ahead of time: traced, lowered and compiled for types, then called like the map itself."""
+"""Ahead-of-time compilation: maps traced, lowered and compiled for abstract arguments, then called."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_compiled_for_types_and_called_like_the_map(pair):
 
 
 def halves(x):
-    """Rows in two halves where they divide, whole in two places where not, on devices in another order."""
+    """Shards an even number of rows over the last two devices, in reverse order; replicates an odd number."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[::-1][:2]), ("q",))
     return jax.device_put(x, jax.NamedSharding(mesh, jax.P() if len(x) % 2 else jax.P("q")))
 
@@ -167,8 +167,8 @@ def test_arguments_that_it_was_not_compiled_for():
         assert piece in str(caught.value)
         assert isinstance(caught.value, TypeError)
         known = ("Function compiled with input pytree does not match", "Argument types differ from the types")
-        assert str(caught.value).startswith(known)  # as JAX's own say it
-    np.testing.assert_array_equal(compiled({"a": x.astype(np.float64)}, np.int64(2)), x)  # as the map itself takes it
+        assert str(caught.value).startswith(known)  # the wording of JAX's own errors
+    np.testing.assert_array_equal(compiled({"a": x.astype(np.float64)}, np.int64(2)), x)  # as a call of the map
 
 
 def test_a_compiled_program_is_not_transformed():

@@ -1,4 +1,4 @@
-"""The public surface, pinned; and the layers of the code, read off its syntax trees."""
+"""Pins the public API, and checks the layers of the code on its syntax trees."""
 
 import ast
 import functools
@@ -20,13 +20,13 @@ PUBLIC = {
 
 MODULES = {"compat", "errors", "testing"}
 
-#: The folders and modules from the top down: a module imports from its own room or from one below.
+#: The layers from the top down, as folders and modules. A module imports only from its own layer or a lower one.
 ROOMS = [
     "compat", "testing", "_report", "_arrays", "_devices", "_pmap", "_runtime", "_engine",
     "_engine.primitives", "_layout", "_jax", "_messages", "_typing", "errors",
 ]  # fmt: skip
 
-#: Where code may import what is not public in JAX.
+#: The layers that may import non-public JAX.
 DOORS = {"_jax"}
 
 
@@ -68,21 +68,21 @@ def test_every_public_name_is_documented():
 
 @functools.cache
 def modules():
-    """The modules of the package by name, as syntax trees."""
+    """The name and the syntax tree of each module of the package."""
     paths = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
     names = [".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in paths]
     return [(name, ast.parse(path.read_text())) for name, path in zip(names, paths, strict=True)]
 
 
 def room(module):
-    """The room that a module is in: the longest name of one that it begins with."""
+    """The layer of a module: the longest entry of ``ROOMS`` that is a prefix of its name."""
     found = [r for r in ROOMS if module == r or module.startswith(f"{r}.")]
     assert found, f"{module} is in no room"
     return max(found, key=len)
 
 
 def imported(tree):
-    """The modules of the package that a module imports."""
+    """Yields the modules of the package that a module imports."""
     names = {name for name, _ in modules()}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "replicax":

@@ -1,4 +1,4 @@
-"""Static and donated arguments by position and by name, and the trees and names that arguments and axes may have."""
+"""Static and donated arguments by position and by name, pytree arguments, and axis names."""
 
 import functools
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ def table(n):
 
 
 class Powers:
-    """A function that counts how often it is traced, with which static arguments."""
+    """A function that records the static arguments of each trace."""
 
     def __init__(self):
         self.seen = []
@@ -51,7 +51,7 @@ def test_static_arguments_are_passed_either_way(n, options):
     for power, scale in ((2, 1), (3, 1), (3, 5)):
         np.testing.assert_array_equal(mapped(x, power, scale=scale), scale * x**power)
         np.testing.assert_array_equal(mapped(x, n=power, scale=scale), scale * x**power)
-        if "in_axes" not in options:  # which are for what is passed by position
+        if "in_axes" not in options:  # in_axes covers positional arguments only
             np.testing.assert_array_equal(mapped(scale=scale, n=power, x=x), scale * x**power)
     assert set(fun.seen) == {(2, 1), (3, 1), (3, 5)}
     np.testing.assert_array_equal(mapped(x, n=2), x**2)  # scale has a default value
@@ -105,7 +105,7 @@ def test_donated_arguments_are_passed_either_way(n, options):
 @pytest.mark.few(2)
 @pytest.mark.parametrize("n", [1, 5, 8, 13, 16])
 def test_a_donated_argument_that_had_to_move_is_freed_before_the_program_runs(n):
-    """So that at no moment there are two of it; where its buffer still serves the moved array, right afterwards."""
+    """So no second copy stays alive. If the moved array shares its buffers, it is freed right after the program."""
     fun = lambda x, w: (x + 1, w + 1)
     mapped = pmap(fun, in_axes=(0, None), out_axes=(0, None), donate_argnums=(0, 1))
     places, early = everywhere(table(n)), 0
@@ -174,7 +174,7 @@ def test_axis_size_without_arguments_or_without_a_mapped_one(n, d):
 
 
 def test_calls_that_jax_pmap_refuses():
-    """By the numbers of the issues that ask JAX for them."""
+    """The comments are numbers of JAX issues."""
     ones, index = np.ones((8, 1), np.float32), np.arange(4)
     for transform in (pmap, lambda f: jax.jit(pmap(f))):
         out = transform(lambda i, j: jnp.arange(36).reshape(6, 6)[i, j])(i=index, j=index)
@@ -192,7 +192,7 @@ def test_calls_that_jax_pmap_refuses():
 
 
 class Axis:
-    """A name of the user's own."""
+    """A user's type as an axis name."""
 
 
 @pytest.mark.few(5)
@@ -200,8 +200,8 @@ class Axis:
 @pytest.mark.parametrize("n", [8, 13])
 def test_any_hashable_names_an_axis(n, name):
     def fun(x):
-        axes = (name,)  # a tuple by itself stands for the axes in it, so a tuple that is a name goes into one
-        index = 0 if isinstance(name, tuple) else lax.axis_index(name)  # which takes no tuple in a tuple
+        axes = (name,)  # a bare tuple means several axes, so an axis name that is a tuple is wrapped
+        index = 0 if isinstance(name, tuple) else lax.axis_index(name)  # axis_index does not support nested tuples
         return x - lax.pmean(x, axes), index, lax.psum(1, axes)
 
     x = table(n)
@@ -222,7 +222,7 @@ class Point:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=["activation", "name"])
 @dataclass(frozen=True)
 class Layer:
-    """A module as Equinox has them: arrays, no bias at times, and things that are none."""
+    """A module in the style of Equinox: arrays, an optional bias, and static fields."""
 
     weight: Any
     bias: Any
@@ -249,7 +249,7 @@ def test_modules_whose_functions_are_static_fields(n):
 
 
 class Module:
-    """A module with functions and numbers among its leaves, split into arrays and the rest by :func:`partition`."""
+    """A module whose leaves include functions and numbers. :func:`partition` separates them from the arrays."""
 
     def __init__(self, **fields):
         vars(self).update(fields)
@@ -267,7 +267,7 @@ jax.tree_util.register_pytree_with_keys(
 
 @dataclass(frozen=True)
 class Frozen:
-    """What of a module is no array, hashable."""
+    """The non-array leaves of a module, hashable."""
 
     leaves: tuple[Any, ...]
     tree: Any
@@ -324,7 +324,7 @@ def test_none_among_the_leaves(n):
 
 
 def test_one_array_donated_and_passed_again():
-    """What has to be moved is donated as a copy; what lies right cannot be."""
+    """A moved array is donated as a copy. An array in place cannot be passed twice."""
     x = jnp.arange(8.0)
     mapped = pmap(lambda x, y: (x + 1, y), donate_argnums=0)
     for ours, expected in zip(mapped(x, x), (np.arange(1.0, 9), np.arange(8.0)), strict=True):
@@ -336,7 +336,7 @@ def test_one_array_donated_and_passed_again():
 
 
 class Incomparable:
-    """A static argument that has a hash and no truth value of its comparison."""
+    """A static argument with a hash, whose ``==`` returns an array instead of a bool."""
 
     def __init__(self, array):
         self.array = array

@@ -1,4 +1,4 @@
-"""The benchmarks tell the truth: their arithmetic, their table, and ways that give equal results."""
+"""Checks the benchmarks: their arithmetic, their table, and that all ways of a case give equal results."""
 
 import json
 import re
@@ -159,7 +159,7 @@ def test_no_two_numbers_are_called_the_same():
         "a small program",
         "100 × psum, ppermute, all_gather, 8 replicas",
         "N = 1,024, an MLP of 101,770 parameters",
-        "a training step of an MLP, 64 replicas",  # of the GPU's cases, which run wherever JAX does
+        "a training step of an MLP, 64 replicas",  # a GPU case, which also runs on CPUs
     ],
 )
 def test_ways_give_equal_results(title):
@@ -167,7 +167,7 @@ def test_ways_give_equal_results(title):
     with ExitStack() as stack:
         ways = {name: way for name, way in case.prepare(stack).items() if not isinstance(way, Absent)}
         assert {OURS, *case.limits[0].ways} <= ways.keys()
-        before = None if case.before is jax.clear_caches else case.before  # other tests run in this process
+        before = None if case.before is jax.clear_caches else case.before  # keeps other tests fast
         measure.agree(ways, case.tolerance, before)
 
 

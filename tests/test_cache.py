@@ -1,4 +1,4 @@
-"""A signature is traced and compiled once, whoever maps the function; a function that is dropped takes it along."""
+"""Each signature of a function is traced and compiled once, and its programs are freed with the function."""
 
 import functools
 import gc
@@ -68,7 +68,7 @@ def test_mapping_the_same_function_again_reuses_what_was_compiled():
         pmap(fun, "i")(x)
         pmap(fun.method, axis_name="i")(x)
         pmap(fun.method, axis_name="i", in_axes=(0,))(x)
-    assert fun.count == 3  # the object, its method, and the method with options of its own
+    assert fun.count == 3  # the object, its method, and the method with other options
     pmap(fun, "i", devices=jax.devices()[:2])(x)
     assert fun.count == 4
 
@@ -126,15 +126,15 @@ replicax.simulate_devices(5)
 
 
 def freed(make):
-    """Whether nothing holds what ``make`` returns weak references to, once it is done with it."""
+    """Whether all objects to which ``make`` returns weak references have been freed."""
     references = make()
-    for _ in range(2):  # what JAX holds by what was collected is collected in turn
+    for _ in range(2):  # JAX drops some objects only after the first collection
         gc.collect()
     return [reference() for reference in references] == [None] * len(references)
 
 
 def programs_of(mapped):
-    """Weak references to what a map's programs are made of, down to what JAX holds of them."""
+    """Weak references to a map's dispatcher, its programs, and their jitted functions."""
     held = [mapped._dispatcher]
     for program in mapped._dispatcher._programs.values():
         recorded = isinstance(program, Recorded)
@@ -242,7 +242,7 @@ def test_clear_cache_frees_the_programs_and_traces_again():
     assert fun.count == 3
     mapped(x)
     assert fun.count == 3
-    pmap(Traced(), "i").clear_cache()  # with nothing in it
+    pmap(Traced(), "i").clear_cache()  # an empty cache
 
 
 def labelled(x, n=0, *, w=1.0):
@@ -253,7 +253,7 @@ def rows(*shape, dtype=np.float32):
     return np.ones(shape, dtype)
 
 
-#: The call that is explained, and the whole of what it says of it, after ``labelled({"a": rows(8, 2)}, 1, w=2.0)``.
+#: A call that misses the cache, and its full explanation. The earlier call is ``({"a": rows(8, 2)}, 1, w=rows(8))``.
 EXPLAINED = {
     "shape": (lambda call: call({"a": rows(8, 3)}, 1, w=rows(8)), "x['a'] is float32[8,3], and was float32[8,2]"),
     "dtype": (

@@ -1,4 +1,4 @@
-"""Where a new JAX has no C++ table of calls any more, maps run without it, and one warning says so."""
+"""If a future JAX lacks the C++ call cache, maps run without it and issue one warning."""
 
 import types
 
@@ -13,7 +13,7 @@ FOUR = np.arange(4.0, dtype=np.float32)
 
 
 def without(thing, *names):
-    """What has everything of a module's, but for these names."""
+    """A copy of a module without these names."""
     return types.SimpleNamespace(**{name: value for name, value in vars(thing).items() if name not in names})
 
 
@@ -40,7 +40,7 @@ def test_one_warning_says_that_calls_are_slower(monkeypatch, module, name):
 
 
 class Compiled:
-    """A program as JAX may have it one day."""
+    """A compiled program of a future JAX, with other methods."""
 
     def __init__(self, **methods):
         self._executable, self._params = types.SimpleNamespace(**methods), None

@@ -1,4 +1,4 @@
-"""A callback that fails in one replica ends the run of all, with what the user's Python raised; the next one works."""
+"""If a callback fails in one replica, the call raises the user's exception, and the next call works."""
 
 import functools
 import os
@@ -24,13 +24,13 @@ NUMBER = jax.ShapeDtypeStruct((), jnp.float32)
 
 @pytest.fixture(autouse=True)
 def _no_errors_left():
-    """JAX keeps the error of a run with side effects, and raises it at every later ``effects_barrier``."""
+    """Clears JAX's runtime tokens, which keep the error of a call and raise it in later ``effects_barrier`` calls."""
     yield
     dispatch.runtime_tokens.clear()
 
 
 class Picky:
-    """The sine of a number, but for those that it refuses."""
+    """The sine; raises an error for ``refused`` numbers."""
 
     def __init__(self, *refused):
         self.refused = refused
@@ -50,7 +50,7 @@ def run(fun, n, d, x=None):
     return jax.block_until_ready(pmap(fun, "i", devices=jax.devices()[:d])(x))
 
 
-# Each takes the callback and one replica's number, and communicates after it.
+# Each takes the callback and the argument of one replica, and contains a collective.
 PROGRAMS = {
     "pure_callback": lambda c, x: lax.psum(pure(c, x), "i"),
     "io_callback": lambda c, x: lax.psum(io_callback(c, NUMBER, x), "i"),
@@ -83,7 +83,7 @@ def test_the_user_sees_the_exception_and_its_replica_and_the_next_call_works(pro
     message = r"CallbackError: A callback of \S+ raised ZeroDivisionError in replica 3 of 'i': not 3"
     with pytest.raises(RuntimeError, match=message) as caught:
         jax.block_until_ready(mapped(x))
-    assert "test_callbacks.py" in str(caught.value)  # where the user's Python raised it
+    assert "test_callbacks.py" in str(caught.value)  # the file in which the callback raised the error
     callback.refused = ()
     np.testing.assert_allclose(mapped(x), expected, rtol=1e-5)
 
@@ -91,7 +91,7 @@ def test_the_user_sees_the_exception_and_its_replica_and_the_next_call_works(pro
 @pytest.mark.few(2)
 @pytest.mark.parametrize(("n", "d"), LAYOUTS)
 def test_loops_whose_predicates_read_a_callback_stop(n, d):
-    refusing = Picky(0.0)  # whose zeros would keep each of these going
+    refusing = Picky(0.0)  # with zeros for failed results, none of these loops would stop
 
     def alone(x):
         return lax.while_loop(lambda s: pure(refusing, 0 * s) < 1, lambda s: s + 1, x)
@@ -273,7 +273,7 @@ CALLS = {
 
 
 def in_a_rule(kind, call):
-    """The sine, whose program calls nothing back, and whose forward rule does."""
+    """The sine with a custom rule. The primal has no callback; the forward rule has one."""
     sine_of = getattr(jax, f"custom_{kind}")(jnp.sin)
     if kind == "jvp":
         sine_of.defjvp(lambda p, t: (jnp.sin(*p), (jnp.cos(*p) + 0 * call(*p)) * t[0]))
@@ -291,7 +291,7 @@ WHERE = {
 }
 
 
-#: Every call at the top, and one call everywhere.
+#: Every callback at the top level, and ``pure_callback`` in every other place.
 RULES = [(call, "at the top", *layout) for call in CALLS for layout in [(8, 8), (5, 3)]]
 RULES += [("pure_callback", where, 5, 3) for where in WHERE if where != "at the top"]
 
@@ -315,7 +315,7 @@ def test_callbacks_that_a_forward_rule_alone_makes(n, d, kind, call, where):
         callback.refused = (3.0,)
         with pytest.raises(RuntimeError, match=r"raised ZeroDivisionError in replica 3 of 'i'.*: not 3"):
             jax.block_until_ready(way(mapped))
-    np.testing.assert_allclose(mapped(x), plain(x), rtol=1e-4)  # calls nothing back
+    np.testing.assert_allclose(mapped(x), plain(x), rtol=1e-4)  # the primal has no callback
 
 
 def test_a_forward_rule_that_cannot_be_traced_is_not_needed_without_a_derivative():
@@ -375,7 +375,7 @@ def test_ordered_callbacks_are_refused_by_name(n, d):
             run(lambda x, fun=fun: pmap(fun, "j")(x), n, d, jnp.ones((n, 2)))
 
 
-#: Where JAX cannot vectorize an io_callback, with what the message says of it.
+#: Places in which JAX cannot vectorize an io_callback, by the text of the error.
 UNVECTORIZED = {
     "branch of jax.lax.cond": lambda c, x: lax.cond(x > 3, lambda: io_callback(c, NUMBER, x), lambda: x),
     "branch of jax.lax.cond or jax.lax.switch": lambda c, x: lax.switch(
@@ -391,7 +391,7 @@ UNVECTORIZED = {
 @pytest.mark.parametrize("where", UNVECTORIZED)
 def test_an_io_callback_that_several_replicas_of_a_device_cannot_make_is_refused_by_name(where):
     fun = functools.partial(UNVECTORIZED[where], lambda x: np.float32(x))
-    run(fun, 5, 8)  # one replica a device
+    run(fun, 5, 8)  # one replica per device
     for thunk in (
         lambda: run(fun, 16, 8),
         lambda: jax.jit(pmap(fun, "i"))(jnp.arange(16.0)),

@@ -1,4 +1,4 @@
-"""Existing programs, unmodified: the lighter ones of clients/, which `make clients` runs all of."""
+"""Existing programs, unmodified: the faster ones in clients/. `make clients` runs all of them."""
 
 import importlib
 import warnings
@@ -17,6 +17,6 @@ def test_client(name, monkeypatch):
     pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[clients]'")
     monkeypatch.syspath_prepend(CLIENTS)
     with warnings.catch_warnings(), compat.installed():
-        warnings.simplefilter("default")  # theirs are not ours to mend
+        warnings.simplefilter("default")  # warnings of other packages are not errors here
         for case in importlib.import_module(f"on_{name}").CASES:
             case()

@@ -1,4 +1,4 @@
-"""Every cell of the table collective × context × (N, D) equals the reference, or raises what JAX itself raises."""
+"""Each cell of the table collective × context × (N, D) equals the reference, or raises the same error as JAX."""
 
 import pathlib
 import re
@@ -33,14 +33,14 @@ from replicax.testing._check import compare
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "collectives.md"
 
 
-#: Not dividing for every context; fewer replicas than devices, as many, and more, in turn.
+#: Each context with 7 replicas on 3 devices, and in rotation with N < D, N = D or N > D.
 CELLS = [(context, pair) for k, context in enumerate(CONTEXTS) for pair in ((7, 3), ((3, 8), (4, 4), (8, 2))[k % 3])]
 
 
 @pytest.mark.few(4)
 @pytest.mark.parametrize(("context", "pair"), CELLS, ids=lambda x: x if isinstance(x, str) else "{}on{}".format(*x))
 def test_every_cell_equals_the_reference(context, pair):
-    """``make table`` has every context with every pair."""
+    """``make table`` runs every context with every pair."""
     assert faults(context, *pair) == {}
 
 
@@ -60,7 +60,7 @@ def on(d):
 
 @pytest.mark.parametrize("pair", [(8, 8), (8, 3), (12, 5), (1, 1)], ids="{0[0]}on{0[1]}".format)
 def test_random_groups_and_permutations(pair):
-    """Of no regular form: the exchange between devices is a plan of several permutations."""
+    """Irregular groups need several permutations between devices."""
     n, d = pair
     order = [int(k) for k in np.random.default_rng(n).permutation(n)]
     thirds = [order[: n // 3], order[n // 3 :]] if n > 2 else [order]
@@ -82,7 +82,7 @@ def test_random_groups_and_permutations(pair):
 
 @pytest.mark.parametrize("n", [6, 8])
 def test_jax_pmap_agrees_where_it_works(n):
-    """Groups and partial permutations, with one replica a device, are JAX's own."""
+    """``jax.pmap`` supports groups and partial permutations with one replica per device."""
 
     def fun(x):
         groups = interleaved()
@@ -110,7 +110,7 @@ FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e5m2")
 @pytest.mark.parametrize("groups", [None, [[0, 3, 6], [1, 4, 7, 2], [5]], [[0, 1], [2, 3], [4, 5], [6, 7]]])
 @pytest.mark.parametrize("pair", [(8, 8), (8, 3)], ids="{0[0]}on{0[1]}".format)
 def test_the_greatest_and_the_least_of_floats(pair, groups):
-    """A NaN is kept, which XLA's reductions between CPU devices lose."""
+    """A NaN propagates, although XLA's reductions between CPU devices lose it."""
     n, d = pair
     extremes = np.stack([np.roll(EXTREMES, k)[:-2] for k in range(n)])
     with jax.enable_x64(True):
@@ -183,7 +183,7 @@ def test_keys_move(d):
 
 
 def test_equal_results_may_be_broadcast():
-    """Of what is equal in all replicas, a full permutation is, too; a partial one is not."""
+    """A full permutation of equal values is equal in all replicas. A partial permutation is not."""
     shift = [(k, (k + 1) % 6) for k in range(6)]
     out = pmap(lambda x: lax.ppermute(lax.psum(x, AXIS), AXIS, shift), AXIS, out_axes=None)(rows(6))
     np.testing.assert_allclose(out, rows(6).sum(0), rtol=1e-6)
@@ -226,7 +226,7 @@ def test_axes_of_two_maps_as_one():
 
 
 def root(x):
-    """The root of an equation whose residual communicates."""
+    """The root of an equation whose residual contains a collective."""
     residual = lambda y: y + 0.1 * lax.pmean(y, AXIS) - x
     solve = lambda g, y: lax.fori_loop(0, 20, lambda _, z: z - 0.5 * g(z), y)
     return lax.custom_root(residual, jnp.zeros_like(x), solve, lambda g, y: y / g(jnp.ones_like(y)))
@@ -279,7 +279,7 @@ def test_arguments_that_no_collective_can_follow(message):
 
 @pytest.mark.parametrize("d", [1, 4, 6])
 def test_axes_counted_from_the_end(d):
-    """JAX 0.10 gets those of an untiled all_to_all wrong, and replicax refuses them there."""
+    """JAX 0.10 is wrong for negative axes of an untiled all_to_all: replicax refuses them."""
     x = np.arange(72.0, dtype=np.float32).reshape(6, 2, 6)
     right = pmap(lambda x: lax.all_to_all(x, AXIS, 1, 0), AXIS)(x)
     counted = pmap(lambda x: lax.all_to_all(x, AXIS, -1, 0), **on(d))
@@ -337,7 +337,7 @@ POLICIES = {
     "by name": jax.checkpoint_policies.save_only_these_names("mean"),
 }
 
-#: Higher-order functions that the table does not have, each as a function of (3,) that can be differentiated.
+#: Higher-order functions that are not in the table, as differentiable functions of an array of shape (3,).
 HIGHER_ORDER = {
     **{
         f"checkpoint, {name}": lambda x, policy=policy: jax.checkpoint(

@@ -1,4 +1,4 @@
-"""replicax in JAX's places: what is put there, what is put back, and that it means what JAX's own meant."""
+"""``replicax.compat``: installs, uninstalls, and behaves like the functions of JAX that it replaces."""
 
 import functools
 import inspect

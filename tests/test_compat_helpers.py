@@ -1,7 +1,7 @@
-"""The functions of flax, chex and kfac-jax that read one shard or build a mesh: replica 0, resp. all, on any layout.
+"""The replaced functions of flax, chex and kfac-jax read replica 0, or place all replicas, in any layout.
 
-The modules here have the names and the contents, in short, of those of flax 0.12 and kfac-jax 0.0.8; clients/ runs
-the real ones.
+The flax and kfac-jax modules here are short versions of those of flax 0.12 and kfac-jax 0.0.8. clients/ runs the real
+packages.
 """
 
 import importlib
@@ -90,7 +90,7 @@ def packages(tmp_path, monkeypatch):
 
 @pytest.fixture(params=["before", "after"])
 def imported(request, packages):
-    """Imports the packages when replicax is installed, or before."""
+    """Imports the packages before or after replicax is installed."""
     import_all = lambda: [importlib.import_module(name) for name in packages]
     early = import_all() if request.param == "before" else None
     return lambda: early or import_all()
@@ -121,7 +121,7 @@ def test_replica_0_and_all_of_them(imported, n):
         for copies in (jax_utils.replicate(tree), kfac.parallel.replicate_all_local_devices(tree, "name")):
             np.testing.assert_array_equal(copies["a"], np.tile(np.arange(2), (n, 1)))
             assert copies["c"].shape == (n,)
-        assert not jax_utils.replicate(tree)["c"].weak_type  # flax makes NumPy arrays of numbers
+        assert not jax_utils.replicate(tree)["c"].weak_type  # flax converts numbers to NumPy arrays
         batches = [jax_utils.shard(np.arange(2.0 * n) + k) for k in range(4)]
         for batch, ours in zip(batches, jax_utils.prefetch_to_device(iter(batches), 2), strict=True):
             np.testing.assert_array_equal(ours, batch)
@@ -139,7 +139,7 @@ def test_a_result_without_a_mapped_axis_is_left_whole(imported, replicas):
         n = replicas or 11
         mapped = jax.pmap(
             lambda x: (lax.pmean(jnp.stack([x, x, x]), "i"), x), axis_name="i", out_axes=(None, 0)
-        )  # whole on each device, as the second result of 11 replicas is
+        )  # mean is replicated over all devices; so is own with 11 replicas
         mean, own = mapped(np.arange(n, dtype=np.float32))
         for first in (jax_utils.unreplicate, kfac.get_first):
             np.testing.assert_allclose(first(mean), np.full(3, (n - 1) / 2))

@@ -1,4 +1,4 @@
-"""``install(replicas=N)``: a program counts N devices, of which a real one stands for several, and may use them."""
+"""``install(replicas=N)``: the program sees N devices, several per real device, and uses them."""
 
 import sys
 import types
@@ -20,7 +20,7 @@ x8 = np.arange(8.0, dtype=np.float32)
 
 @pytest.fixture(params=[8, 11, 12, 20])
 def n(request):
-    """On 8 devices: one replica on each; whole on each of 6; two on each of 6; whole on each of 7."""
+    """On 8 devices: one row per device; replicated over 6; two rows on each of 6; replicated over 7."""
     with compat.installed(replicas=request.param):
         yield request.param
 
@@ -135,11 +135,11 @@ def test_a_mesh_refuses_them():
     assert vars(Mesh)["__new__"].__func__ is original.__func__
     with compat.installed(), pytest.raises(DevicesError, match="appears 8 times"):
         Mesh([REAL[0]] * 8, ("i",))
-    assert Mesh([REAL[0]] * 8, ("i",)).size == 8  # JAX's own takes it, and fails later
+    assert Mesh([REAL[0]] * 8, ("i",)).size == 8  # JAX's Mesh accepts it and fails later
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What goes wrong
+# Errors
 
 
 @pytest.mark.parametrize("install", [compat.install, lambda replicas: compat.installed(replicas=replicas).__enter__()])
@@ -205,7 +205,7 @@ def test_modules_that_have_taken_counts_are_named(monkeypatch):
     early.local_device_count = jax.local_device_count
     monkeypatch.setitem(sys.modules, "an_early_importer", early)
     with compat.installed():
-        pass  # what it has taken counts right
+        pass  # no warning: without replicas, its function returns the right count
     text = r"already.*: an_early_importer \(local_device_count\)\. Call"
     with pytest.warns(RuntimeWarning, match=text), compat.installed(replicas=12):
         pass

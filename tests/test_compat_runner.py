@@ -1,4 +1,4 @@
-"""``python -m replicax.compat``: a program runs as under python itself, and finds replicax in JAX's places."""
+"""``python -m replicax.compat``: a program runs as with ``python``, with ``jax.pmap`` replaced."""
 
 import importlib
 import os
@@ -79,7 +79,7 @@ def test_a_program_sees_what_it_is_told_to(tmp_path, monkeypatch, how, env, coun
     out = python(*RUNNER, *how, **env).splitlines()
     rest = how[how.index("script.py" if "script.py" in how else "script") + 1 :]
     assert out[:2] == [f"replicax (3,) float64 {count}", f"{rest} script.py {tmp_path.name}"]
-    assert out[2:] == (["('jax', 2)"] if "spawn" in how else [])  # a new interpreter is plain python
+    assert out[2:] == (["('jax', 2)"] if "spawn" in how else [])  # a spawned interpreter has plain JAX
 
 
 def test_a_program_may_import_replicax_first_and_install_it_itself(tmp_path):

@@ -1,4 +1,4 @@
-"""What is compiled is compiled once: wherever the arguments lie, and in one process for all."""
+"""A program is compiled once, for arguments on any devices; other processes reuse it from JAX's cache."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from replicax import pmap
 
 @pytest.fixture
 def compiled():
-    """The names of what XLA has compiled, as it goes on."""
+    """A list to which the name of each compiled function is added."""
     names = []
 
     def listen(event, _, *, fun_name="", **__):

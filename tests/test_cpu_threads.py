@@ -1,4 +1,4 @@
-"""Loops and threads that run ahead on simulated devices do not hang: in processes of their own, with a time limit."""
+"""Asynchronous calls in loops and threads on simulated devices do not hang. Each test runs in its own process."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ START = {
     "import jax.extend; jax.extend.backend.clear_backends(); replicax.simulate_devices(8)",
 }
 
-#: Each ends with what the program has to print.
+#: Programs that must print only ``True``.
 PROGRAMS = {
     "a loop": """
 @partial(replicax.pmap, axis_name="i")
@@ -81,7 +81,7 @@ with ThreadPoolExecutor(4) as pool:
 
 
 def run(start, *programs, nproc=None):
-    """What programs print in a process of their own, and the warnings that it shows."""
+    """Runs programs in a new process. Returns the words on stdout, and stderr."""
     code = [
         START[start],
         "import jax, numpy as np",
@@ -195,4 +195,4 @@ def test_one_call_waits_while_another_runs_once_several_threads_call(monkeypatch
     for _ in range(5):
         np.testing.assert_array_equal(mapped(x), np.full(8, 64))
     assert len(calls._in_flight) == 1
-    jax.block_until_ready(jax.jit(lambda x: mapped(x))(x))  # traced: nothing to wait for
+    jax.block_until_ready(jax.jit(lambda x: mapped(x))(x))  # a traced call has no arrays to wait for

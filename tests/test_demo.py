@@ -1,4 +1,4 @@
-"""The demo does on real data what it says, and fails if that stops being true."""
+"""The demo prints correct results, and fails if they are wrong."""
 
 import importlib
 import os

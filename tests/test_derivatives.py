@@ -1,4 +1,4 @@
-"""Derivative rules of the user's: the same derivatives on any number of devices, and those of jax.pmap."""
+"""Custom derivative rules give the same derivatives on any number of devices, equal to those of ``jax.pmap``."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def weighted(x, w):
 
 weighted.defvjp(lambda x, w: (x * w, (x, w)), lambda r, ct: (ct * r[1], jnp.ones(3)))
 
-#: Rules for which what every replica gets is equal in all of them, and what it gives is not.
+#: Rules whose primal result or an argument is equal in all replicas, but whose derivative differs.
 RULES = {
     "a constant, in reverse": constant,
     "a mean, in reverse": equal,
@@ -103,7 +103,7 @@ def test_a_checkpointed_loop_differentiated_inside(d):
 
 @pytest.mark.parametrize("d", [1, 2, 4])
 def test_sums_of_complex_constants(d):
-    """XLA ends the process where it folds one that is between devices, under jax.pmap as well."""
+    """XLA aborts when it folds a sum of complex constants between devices, also in ``jax.pmap``."""
 
     def fun(x):
         ones = jnp.full((4, 3), 1 + 2j)
@@ -119,7 +119,7 @@ def test_sums_of_complex_constants(d):
 
 @pytest.mark.parametrize("d", [1, 2, 4])
 def test_the_derivative_by_a_complex_argument_for_all_may_be_constant(d):
-    """Its sum between devices is JAX's own: that of an argument which nothing is split of."""
+    """JAX adds this sum between devices itself, because the argument is not sharded."""
 
     def fun(x, w):
         return x + lax.fori_loop(0, 1, lambda _, carry: (x * 1j, carry[1]), (w, w))[0]
@@ -130,7 +130,7 @@ def test_the_derivative_by_a_complex_argument_for_all_may_be_constant(d):
 
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_rules_of_what_is_equal_everywhere(d):
-    """Nothing varies, and so no part of a rule may."""
+    """No argument is mapped, so no value varies."""
     sine = jax.custom_jvp(jnp.sin)
     sine.defjvp(lambda primals, tangents: (sine(*primals), jnp.cos(primals[0]) * tangents[0]))
     square = jax.custom_vjp(lambda x: sine(x) ** 2)
@@ -143,7 +143,7 @@ def test_rules_of_what_is_equal_everywhere(d):
 
 @jax.custom_vjp
 def summed_forwards(x):
-    """A sum whose cotangent each replica keeps: half of the pair that tensor parallelism is made of."""
+    """A psum whose transpose is the identity: one of the two operators of tensor parallelism."""
     return lax.psum(x, AXIS)
 
 
@@ -161,7 +161,7 @@ equal_in_the_forward_rule.defvjp(lambda x: (lax.pmean(x, AXIS), x), lambda x, ct
 @pytest.mark.few(2)
 @pytest.mark.parametrize("d", [1, 2, 3, 6, 8])
 def test_cotangents_of_rules_on_any_number_of_devices(d):
-    """Also of a broadcast result, of which each replica has its part, 1/N, as in jax.pmap."""
+    """For a result with ``out_axes=None``, each replica gets 1/N of the cotangent, as in ``jax.pmap``."""
     derivative = jax.grad(lambda x: pmap(summed_forwards, AXIS, out_axes=None, devices=jax.devices()[:d])(x).sum())
     np.testing.assert_allclose(derivative(rows(6)), np.full((6, 3), 1 / 6), rtol=1e-6)
     options = {"axis_name": AXIS, "devices": jax.devices()[:d], "reference": jax.pmap, "derivatives": True}
@@ -190,7 +190,7 @@ def test_the_derivative_of_a_closed_over_array_under_jit(d):
 
 @pytest.mark.parametrize(("n", "d"), [(8, 8), (12, 8), (5, 3)])
 def test_the_types_in_a_rule_are_plain(n, d):
-    """Whether a rule is traced with its map, or when JAX calls it; libraries compare the two."""
+    """Types have no mesh, in rules traced with the map or later. Libraries compare them."""
     meshes = []
 
     def seen(x, *other):
@@ -213,7 +213,7 @@ def test_the_types_in_a_rule_are_plain(n, d):
 @pytest.mark.few(1)
 @pytest.mark.parametrize(("n", "d"), [(8, 8), (12, 8), (5, 3)])
 def test_a_checkpointed_loop_of_equinox(n, d):
-    """That of every diffrax solve; its reverse rule compares the types that it is called with."""
+    """Every diffrax solve uses this loop. Its backward rule compares the types of its arguments."""
     loops = pytest.importorskip("equinox.internal", reason="equinox is not installed: pip install '.[clients]'")
 
     def steps(scale, count):
@@ -256,7 +256,7 @@ def communicates_backward(x):
 
 communicates_backward.defvjp(lambda x: (jnp.sin(x), jnp.cos(x)), lambda r, ct: (r * lax.psum(ct, AXIS),))
 
-#: Functions that communicate in a derivative rule alone: where the program is traced, nothing tells.
+#: Functions with a collective only in a derivative rule: the traced program does not show it.
 IN_RULES = [communicates_forward, communicates_ahead, communicates_backward]
 
 
@@ -264,12 +264,12 @@ IN_RULES = [communicates_forward, communicates_ahead, communicates_backward]
 @pytest.mark.parametrize(("n", "d"), [(4, 8), (12, 8), (5, 3)])
 @pytest.mark.parametrize("rule", IN_RULES, ids=["jvp", "fwd", "bwd"])
 def test_a_branch_that_replicas_disagree_on_and_whose_rule_communicates(rule, n, d):
-    """Only some replicas take it, and the collective of its derivative waits for all."""
+    """Only some replicas take the branch. The collective in its rule needs all."""
 
     def choose(x):
         return lax.cond(lax.axis_index(AXIS) % 2 == 0, lambda x: jnp.tanh(rule(x)), lambda x: x**3, x)
 
-    def twice(x):  # the rule stands deeper, and only one of the branches' branches has it
+    def twice(x):  # the rule is in a nested branch
         return lax.switch(lax.axis_index(AXIS) % 3, [choose, jax.checkpoint(jnp.cos), jax.jit(rule)], x)
 
     for fun in (choose, twice):

@@ -1,4 +1,4 @@
-"""Warm calls: what C++ remembers, what is packed, and that nothing else about a call is."""
+"""Warm calls: which calls run in C++, which arguments are packed, and that neither changes a result."""
 
 import gc
 import sys
@@ -20,7 +20,7 @@ from replicax._runtime.call_path import Path
 
 @pytest.fixture
 def by_python(monkeypatch):
-    """How many programs were run from Python."""
+    """One entry per program run from Python."""
     calls, run = [], _dispatch.run
 
     def counted(*args):
@@ -36,7 +36,7 @@ def rows(n, *shape, dtype=np.float32):
 
 
 def placed(x):
-    """``x`` where a map of as many replicas wants it."""
+    """``x`` on the devices of a map with as many replicas."""
     return pmap(lambda x: x)(x)
 
 
@@ -70,17 +70,17 @@ def test_a_warm_call_runs_nothing_of_ours(by_python, call, n):
 
 @pytest.mark.parametrize(("n", "simulated"), [(1, True), (8, True), (8, False)])
 def test_a_warm_call_of_arrays_in_place_has_no_frame_of_pythons(monkeypatch, n, simulated):
-    """Not even JAX's own, or C++ would have asked it to look; on several simulated devices one, for their sake."""
+    """Not even a frame of JAX. On several simulated devices there is one frame, which prevents a deadlock."""
     if not simulated:
         monkeypatch.setattr(cpu_threads, "may_hang", lambda mesh: False)
-    mapped, x, frames = pmap(lambda x, y: fun(x, y), "i"), placed(rows(n, 3)), []  # a map that no other test shares
+    mapped, x, frames = pmap(lambda x, y: fun(x, y), "i"), placed(rows(n, 3)), []  # no other test uses this map
 
     def entered(frame, event, _):
         if event == "call":
             frames.append(frame.f_code.co_qualname)
 
     mapped(x, y=x)
-    monkeypatch.setattr(cpu_threads._calls, "caller", threading.get_ident())  # whatever earlier tests did
+    monkeypatch.setattr(cpu_threads._calls, "caller", threading.get_ident())  # independent of earlier tests
     for _ in range(3):
         frames.clear()
         sys.setprofile(entered)
@@ -106,7 +106,7 @@ def test_nested_arrays_of_numpy_on_several_devices_go_by_themselves_too(by_pytho
 @pytest.mark.parametrize("n", [1, 8, 13])
 def test_an_array_may_change_as_soon_as_the_call_returns(n, size, nested, axis):
     raw = np.empty(4 * n * size + 64, np.uint8)
-    start = -raw.ctypes.data % 64  # so aligned that JAX would read it where it is
+    start = -raw.ctypes.data % 64  # aligned, so that JAX would alias the memory
     x = raw[start : start + 4 * n * size].view(np.float32).reshape(n, size)
     fun = lambda t, k: lax.fori_loop(0, 3, lambda _, y: y + 1, jax.tree.leaves(t)[0].max() + k)
     mapped = pmap(fun, in_axes=(axis, 0))
@@ -216,7 +216,7 @@ def test_a_deleted_array_is_named(tree):
     for _ in range(3):
         mapped(alive, kept)
     gone, taken = placed(rows(8)), pmap(lambda x: x + 1, donate_argnums=0)
-    for _ in range(2):  # the second time by C++
+    for _ in range(2):  # the second call runs in C++
         taken(placed(rows(8)))
     taken(gone)
     given = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else placed(rows(8)), tree(gone))
@@ -254,7 +254,7 @@ def test_clearing_forgets_what_runs_in_cpp(by_python):
 
 
 def many(n, count=24):
-    """Small arrays of all sorts, each with its mapped axis."""
+    """Various small arrays, each with its mapped axis."""
     kinds = [
         (rows(n, 3), 0),
         (rows(n, dtype=np.int32), 0),
@@ -290,7 +290,7 @@ def test_many_small_arrays_compute_the_same_packed_or_not(n):
     outs = []
     for _ in range(4):
         outs.append(mapped(state, arrays, 2.0))
-        for x in arrays:  # they may change at once
+        for x in arrays:  # the caller may change them at once
             x[...] = 0
         for x, original in zip(arrays, leaves, strict=True):
             x[...] = original
@@ -299,7 +299,7 @@ def test_many_small_arrays_compute_the_same_packed_or_not(n):
     for out in outs:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), out, expected)
         assert jax.tree.map(lambda x: x.dtype, out) == jax.tree.map(lambda x: x.dtype, expected)
-        jax.tree.map(np.testing.assert_array_equal, out, outs[0])  # to the last bit
+        jax.tree.map(np.testing.assert_array_equal, out, outs[0])  # bitwise equal
 
 
 def test_packed_arrays_and_arrays_in_place_take_turns(by_python):

@@ -1,4 +1,4 @@
-"""Every fault of the user's: its class, the builtin that jax.pmap raises for it, and what the message says."""
+"""Every user error: its class, the builtin exception that ``jax.pmap`` raises for it, and its message."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ def add(left, right):
 
 
 def call(fun, *args, **options):
-    """A thunk that maps ``fun`` with these options and calls it."""
+    """A function that maps ``fun`` with these options and calls the map."""
     return lambda **kwargs: pmap(fun, **options)(*args, **kwargs)
 
 
@@ -62,14 +62,14 @@ class Incomparable:
 
 
 def warm(fun, good, bad):
-    """Two calls that are right, if that can be had, and one that is not."""
+    """Runs two correct calls, if possible, and then one with the error."""
     for _ in range(2):
         with contextlib.suppress(replicax.StaticArgumentError):
             fun(*good())
     return fun(*bad)
 
 
-#: Name: (thunk, class, builtin, pieces that the message has).
+#: Name: (function that raises, class, builtin, parts of the message).
 FAULTS = {
     "sizes": (
         call(add, x8, {"w": x4, "b": x8}),
@@ -589,7 +589,7 @@ def test_an_exception_of_the_users_shows_their_code_and_not_ours():
         with pytest.raises(ZeroDivisionError) as caught:
             thunk()
         assert len(frames_of_ours(caught.value)) <= 2
-        assert str(caught.traceback[-1].path) == __file__  # where it was raised
+        assert str(caught.traceback[-1].path) == __file__  # the file in which it was raised
 
 
 def test_the_traceback_of_a_warm_call_has_as_few_frames():

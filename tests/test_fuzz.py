@@ -1,4 +1,4 @@
-"""Some random programs, always the same, and a proof that what is wrong is found. ``make fuzz`` runs more."""
+"""A fixed set of random programs, and a check that broken rules are found. ``make fuzz`` runs more."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What XLA makes of a map is what it makes of the program that an expert writes by hand with shard_map."""
+"""XLA compiles a map to the same operations as a program written by hand with ``shard_map``."""
 
 import re
 from collections import Counter
@@ -25,7 +25,7 @@ def train_step(w, batch):
         return jnp.mean(jnp.tanh(x @ w) ** 2)
 
     value, gradient = jax.value_and_grad(loss)(w, batch)
-    return w - 0.1 * lax.pmean(gradient, "i"), lax.pmax(jnp.int32(1000 * value), "i")  # of floats it keeps a NaN
+    return w - 0.1 * lax.pmean(gradient, "i"), lax.pmax(jnp.int32(1000 * value), "i")  # float pmax also handles NaN
 
 
 def gather(w, x):
@@ -49,7 +49,7 @@ PROGRAMS = [train_step, gather, looped, prints]
 
 
 def by_hand(fun, n, d):
-    """jit(shard_map(fun)), or with several replicas a device jit(shard_map(vmap(fun))), collectives over both axes."""
+    """``jit(shard_map(fun))``, or ``jit(shard_map(vmap(fun)))`` with several replicas per device."""
     mesh = Mesh(np.array(jax.devices()[:d]), ("i",))
     if n == d:
 
@@ -84,12 +84,12 @@ def test_one_replica_a_device_compiles_to_the_program_by_hand(fun, d):
     if d > 1:
         assert collectives(ours) == collectives(theirs)
     else:
-        assert not collectives(ours)  # by hand XLA keeps those with oneself
+        assert not collectives(ours)  # in the program by hand, XLA keeps collectives of one device
     assert sum(operations(ours).values()) <= sum(operations(theirs).values()), operations(ours) - operations(theirs)
 
 
 def over_both(fun):
-    """The same program, its collectives written for lanes and devices, as an expert does."""
+    """The same program by hand, with collectives over the axes of lanes and devices."""
     over = ("lane", "i")
 
     def train_step_by_hand(w, batch):
@@ -117,7 +117,7 @@ def test_lanes_compile_to_the_program_by_hand(fun, n, d):
 
 
 def bytes_out(text):
-    """The bytes that each device's collectives take in, by collective."""
+    """The result bytes of each kind of collective on one device."""
     total = Counter()
     for dtype, shape, name in COLLECTIVE.findall(text):
         total[name] += BYTES[dtype] * int(np.prod([int(k) for k in shape.split(",") if k], dtype=int))
@@ -133,7 +133,7 @@ def test_a_reduction_over_many_replicas_sends_one_replicas_bytes(reduce, n):
 
 def test_all_gather_sends_each_replica_once():
     text = optimized(pmap(lambda x: lax.all_gather(x, "i"), "i", out_axes=None).lower(np.ones((64, 100), np.float32)))
-    assert bytes_out(text) == {"all-gather": 64 * 400}  # the result: all replicas, each once
+    assert bytes_out(text) == {"all-gather": 64 * 400}  # the result has all replicas once
 
 
 def test_a_map_without_collectives_sends_nothing():
@@ -143,6 +143,6 @@ def test_a_map_without_collectives_sends_nothing():
 
 
 def test_a_branch_that_asks_for_its_index_alone_is_still_a_choice():
-    """The index waits for no other replica, so that each device runs one of the branches."""
+    """``axis_index`` does not communicate, so each device runs only one branch."""
     fun = lambda x: lax.cond(x[0] > 0, lambda x: jnp.sin(x) * lax.axis_index("i"), jnp.cos, x)
     assert " cond[" in str(pmap(fun, "i").trace(np.ones((8, 3), np.float32)).jaxpr)

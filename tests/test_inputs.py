@@ -1,4 +1,4 @@
-"""Arguments may be anything that JAX calls an array and may lie anywhere: they are moved, never refused."""
+"""Arguments may be any arrays that JAX accepts, on any devices: they are moved, never refused."""
 
 import functools
 
@@ -18,7 +18,7 @@ N = {"direct": 8, "lanes": 16, "fewer": 5, "padded": 13, "one": 1}
 
 
 def everywhere(x):
-    """The same array in every place that a user's may lie."""
+    """The same array, by place: host or sharding."""
     devices = jax.devices()
     mesh = Mesh(np.array(devices), ("q",))
     reversed_mesh = Mesh(np.array(devices[::-1][:4]).reshape(2, 2), ("a", "b"))
@@ -98,7 +98,7 @@ def test_arrays_without_elements(n):
 
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_tangents_of_integers(n):
-    """Arrays without bytes: what JAX takes for the derivative by an integer."""
+    """``float0`` arrays, which have no bytes: JAX's tangents of integers."""
     check(lambda a: (a, jnp.ones(3)), np.zeros((n, 2), jax.dtypes.float0))
 
 
@@ -147,7 +147,7 @@ def test_nothing_mapped(n):
 
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_numpy_arguments_may_change_as_soon_as_the_call_returns(n):
-    # Big and aligned, so that JAX would alias the memory if it were let.
+    # Large and aligned, so that JAX would alias the memory.
     raw = np.zeros(n * 40_000 + 64, np.float32)
     x = raw[(-raw.ctypes.data // 4) % 16 :][: n * 40_000].reshape(n, 40_000)
     w = np.ones(50_000, np.float32)

@@ -1,4 +1,4 @@
-"""The layout rule: plain values, no tracing."""
+"""The layout rule, checked without tracing."""
 
 import math
 

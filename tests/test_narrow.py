@@ -1,4 +1,4 @@
-"""Collectives of numbers of less than a byte; those of two bits travel as bytes, and sums of four, too."""
+"""Collectives of 2-bit and 4-bit integers: 2-bit operands, and 4-bit sums, are converted to bytes."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Maps inside maps equal vmap inside vmap, whatever part of the devices each level gets."""
+"""Nested maps equal nested vmaps, however the devices are split over the levels."""
 
 import functools
 
@@ -12,7 +12,7 @@ from layouts import PAIRS, every_pair
 from replicax import pmap
 from replicax.testing._check import compare, gradient
 
-#: Replicas at each level, and devices: with devices for all levels, for some, for none; with padding in each.
+#: ((replicas of each level), devices): all, some or none of the levels span several devices; padding at each level.
 TWO_LEVELS = [((2, 4), 8), ((4, 3), 8), ((1, 5), 3), ((3, 2), 8), ((5, 2), 2), ((9, 2), 8), ((2, 7), 5), ((3, 3), 1)]
 THREE_LEVELS = [((2, 2, 2), 8), ((2, 3, 1), 8), ((1, 2, 3), 5), ((3, 2, 2), 2)]
 
@@ -25,7 +25,7 @@ def rows(*shape):
 
 
 def all_gather_both(mapped, x):
-    """Over two axes as one, which vmap has no rule for."""
+    """``all_gather`` over two axes at once, for which vmap has no rule."""
     if mapped is not jax.vmap:
         return lax.all_gather(x, ("j", "i"))
     gathered = lax.all_gather(lax.all_gather(x, "i"), "j")
@@ -37,7 +37,7 @@ def ring(name):
 
 
 def collectives(mapped):
-    """Collectives over each axis and over both, of values of either level, with axes elsewhere than in front."""
+    """Collectives over each axis and over both, of values of both levels, with mapped axes other than 0."""
 
     def inner(y, w, x):
         z = jnp.sin(y * w)
@@ -62,7 +62,7 @@ def collectives(mapped):
 
 
 def control_flow(mapped):
-    """Inner maps in loops and branches of outer replicas that disagree, and loops that inner ones leave apart."""
+    """Inner maps, loops and branches that differ between outer replicas or between inner replicas."""
 
     def inner(y, limit):
         def step(state):
@@ -85,7 +85,7 @@ def control_flow(mapped):
 
 
 def closures(mapped):
-    """Inner maps close over outer values, have a size that only the trace tells, and share or lack a name."""
+    """Inner maps that close over outer values, have a size known only in the trace, and reuse or omit an axis name."""
 
     def outer(x, table):
         y = jnp.cos(x).sum()
@@ -104,7 +104,7 @@ def closures(mapped):
 
 
 def derivatives_inside(mapped):
-    """Derivatives taken by outer replicas through inner maps, and by inner ones of their own."""
+    """Derivatives in outer replicas through inner maps, and derivatives inside inner replicas."""
 
     def inner(y, w):
         own = jax.grad(lambda v: (jnp.tanh(v * w) * lax.psum(y, "i")).sum())(y)
@@ -126,7 +126,7 @@ def derivatives_inside(mapped):
 
 
 def on_devices(d):
-    """pmap on so many devices, which the outermost map is told."""
+    """``pmap`` with ``devices`` passed to the outermost map only."""
     outermost = [True]
 
     def mapped(fun, **options):
@@ -157,7 +157,7 @@ def test_two_levels_equal_vmap(program, sizes, d):
 
 
 def smooth(mapped, *, rules=True):
-    """Something of all of the above that has a derivative."""
+    """A differentiable program with parts of all programs above."""
 
     @jax.custom_vjp
     def clipped(x):
@@ -174,7 +174,7 @@ def smooth(mapped, *, rules=True):
         shared = clip(x * w)
         rest, alike = over(shared, w)
         carried, _ = lax.scan(lambda c, _: (c + over(c, w)[0].T, None), x, None, length=2)
-        raw = mapped(jnp.tanh)(x)  # what goes to an inner map alone, and comes from one, each device keeps its part of
+        raw = mapped(jnp.tanh)(x)  # its argument and result stay sharded
         return clip(rest.T).sum() + lax.pmean(carried, "i"), clip(alike), raw
 
     return mapped(outer, axis_name="i", in_axes=(0, None))
@@ -248,7 +248,7 @@ def small(mapped, depth):
 
 @functools.cache
 def case(n):
-    """Another level above or below, of each of five sizes in turn, a third in every other case; what vmap computes."""
+    """Adds a level of another size outside or inside, sometimes a third. Returns x, the depth and vmap's result."""
     turn = [replicas for replicas, _ in PAIRS].index(n)
     m, depth = (1, 2, 3, 5, 8)[turn % 5], 2 + turn // 2 % 2
     x = rows(n, m) if turn % 2 else rows(m, n)
@@ -261,7 +261,7 @@ def test_every_pair_of_replicas_and_devices(n, d):
     compare(str, small(on_devices(d), depth)(x), expected, rtol=1e-4)
 
 
-# Where it lies, and what moves ----------------------------------------------------------------------------------
+# Placement and transfers ----------------------------------------------------------------------------------------
 
 
 def test_devices_are_factored_over_the_levels():
@@ -289,7 +289,7 @@ def test_maps_of_maps_send_each_device_its_part_and_nothing_between_them():
 
 COMMUNICATES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
 
-#: Programs of two and three levels whose values go from one inner map to the next, and nowhere else.
+#: Programs of two and three levels whose values only pass from one inner map to the next.
 STAY_APART = {
     "three levels": lambda mapped: mapped(mapped(mapped(jnp.sin, axis_name="k"), axis_name="j"), axis_name="i"),
     "one after the other": lambda mapped: mapped(
@@ -305,7 +305,7 @@ STAY_APART = {
 
 @pytest.mark.parametrize("program", STAY_APART)
 def test_what_goes_from_map_to_map_stays_on_its_devices(program):
-    """At any depth, and through jit: each device is sent its own part, and keeps its own part of the result."""
+    """At any depth and through jit, each device gets only its part and keeps its part of the result."""
     x = rows(2, 2, 2, 100)
     mapped = STAY_APART[program](pmap)
     text = mapped.lower(x).compile().as_text()
@@ -322,7 +322,7 @@ def test_what_goes_from_map_to_map_stays_on_its_devices(program):
     ("sizes", "d"), [((2, 2, 2), 8), ((2, 3, 2), 8), ((3, 2, 3), 6), ((1, 2, 4), 8), ((4, 4, 4), 8)]
 )
 def test_a_part_at_two_depths_is_joined_where_it_is_wanted_whole(sizes, d):
-    """By the outer program, by another map's other dimension, as a broadcast argument, and by a collective."""
+    """Used whole by the outer program, a map over another axis, a broadcast argument, and a collective."""
 
     def program(mapped):
         def outer(x):
@@ -385,7 +385,7 @@ def test_effects_happen_once_for_each_replica():
 
 
 def test_a_permutation_in_a_loop_that_outer_replicas_leave_apart():
-    """To XLA it is one of all devices, which all have to come."""
+    """XLA's permutation waits for all devices."""
 
     def nested(mapped):
         def outer(x):

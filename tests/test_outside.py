@@ -1,4 +1,4 @@
-"""JAX around a map: where results of a jit lie, its debugging modes, exports, and meshes of the user's own."""
+"""Maps under jit, with JAX's debugging modes, in exports, and with the user's own meshes."""
 
 import functools
 import importlib.util
@@ -32,7 +32,7 @@ def close(ours, right):
 # Under jit
 
 
-#: Meshes of the user's own.
+#: The user's meshes, by axis type.
 MESHES = {kind: jax.make_mesh((8,), ("a",), axis_types=(kind,)) for kind in (AxisType.Explicit, AxisType.Auto)}
 
 
@@ -59,7 +59,7 @@ def test_maps_of_different_sizes_and_names_meet_under_jit():
 @pytest.mark.long
 @pytest.mark.parametrize("place", [lambda x: jax.device_put(x, jax.devices()[3]), pmap(lambda x: x)])
 def test_arguments_on_other_devices_move(place):
-    """Their cotangents move back, also where a vmap has added an axis."""
+    """Cotangents move back to the devices of the arguments, also under ``vmap``."""
     for n in (3, 8):
         mapped, right = pmap(centered, AXIS), vmapped(centered)
         x = place(rows(n))
@@ -77,7 +77,7 @@ def everywhere(x):
 
 
 def test_export():
-    """On as many devices as it was made for."""
+    """An export runs on its number of devices."""
     mapped = jax.jit(pmap(centered, AXIS))
     for n in (8, 13):
         made = export.export(mapped)(jax.ShapeDtypeStruct((n, 3), np.float32))
@@ -168,7 +168,7 @@ def test_ensure_compile_time_eval(n):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Meshes of the user's own
+# The user's own meshes
 
 
 @pytest.mark.few(2)

@@ -1,4 +1,4 @@
-"""Padding is invisible: to collectives, results, side effects, and to the user's patience."""
+"""Padding changes no collective, result or side effect, and causes no endless loop."""
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def test_pure_callbacks_where_parts_of_a_result_lie_on_some_devices_each():
 
 @pytest.mark.parametrize(("n", "d"), PADDED)
 def test_a_loop_that_zeros_would_never_leave(n, d):
-    """Padding that held zeros would go on for ever here."""
+    """If the padding held zeros, this loop would never end."""
     check(
         lambda x: lax.while_loop(lambda y: y < 10, lambda y: y * 2, x), np.arange(1.0, n + 1), devices=jax.devices()[:d]
     )
@@ -75,7 +75,7 @@ def test_padding_makes_no_nan(n, d):
 
 @pytest.mark.parametrize(("n", "d"), PADDED)
 def test_padding_has_no_part_in_derivatives(n, d):
-    """The last replica's slope is infinite: its copies would add a NaN to it."""
+    """The last replica's slope is infinite. Its padding copies must not add a NaN."""
     x = np.arange(n, dtype=np.float32)[::-1].copy()
     ours = jax.grad(lambda x: pmap(jnp.sqrt, devices=jax.devices()[:d])(x).sum())(x)
     np.testing.assert_array_equal(ours, jax.grad(lambda x: jax.vmap(jnp.sqrt)(x).sum())(x))

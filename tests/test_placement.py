@@ -1,4 +1,4 @@
-"""Nothing but the placement knows where replicas lie: all holds with padding in the middle, and in two places."""
+"""Results do not depend on the placement of replicas: padding in the middle or in two places also works."""
 
 import os
 
@@ -17,14 +17,14 @@ from transforms import AXIS, PROGRAMS, TRANSFORMS, rows
 
 
 def in_the_middle(size, devices, lanes):
-    """Padding behind the first half of the replicas."""
+    """A placement with the padding after the first half of the replicas."""
     gap, half = devices * lanes - size, size // 2
     runs = ((0, half), (half + gap, size - half)) if half else ((gap, size),)
     return Placement(size, devices, lanes, runs if gap else ((0, size),))
 
 
 def in_two_places(size, devices, lanes):
-    """Some of the padding before the first replica, and more of it further on; but for too little padding."""
+    """A placement with padding before the first replica and further on; if too little, only in the middle."""
     gap, part = devices * lanes - size, size // 3
     if gap < 3 or not part:
         return in_the_middle(size, devices, lanes)
@@ -36,7 +36,7 @@ PLACEMENTS = {"middle": (in_the_middle, 7, 3), "two places": (in_two_places, 13,
 
 @pytest.fixture(params=PLACEMENTS)
 def layout(request, monkeypatch):
-    """A number of replicas and of devices, on which a placement of the tests' own puts padding."""
+    """(replicas, devices) with padding, under a test placement that replaces the default placement."""
     place, n, d = PLACEMENTS[request.param]
     monkeypatch.setattr(_placement, "placement", place)
     lanes = -(-n // d)
@@ -62,11 +62,11 @@ def test_the_tables_of_a_placement_go_together(place, n, devices, lanes):
 
 
 def in_turn(names):
-    """Each name with one of the placements in turn; ``make sweep`` has all pairs."""
+    """Pairs each name with one placement, in rotation; ``make sweep`` runs all pairs."""
     places = list(PLACEMENTS)
     if os.environ.get("REPLICAX_SWEEP") == "full":
         return [(name, place) for name in names for place in places]
-    small = ["grad outside"]  # which takes a minute to compile for 13 replicas
+    small = ["grad outside"]  # compiles for a minute with 13 replicas
     return [(name, places[0 if name in small else k % len(places)]) for k, name in enumerate(names)]
 
 

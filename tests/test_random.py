@@ -1,7 +1,7 @@
 """Random numbers: a replica draws from its own key, on any number of devices.
 
-``vmap`` draws a batch from its first key where keys are ``rbg`` or ``unsafe_rbg``, so that each replica is computed by
-itself here, and compared with ``jax.pmap`` where there are devices for all.
+``vmap`` draws the whole batch from the first key if keys are ``rbg`` or ``unsafe_rbg``. So the reference here computes
+one replica at a time. ``jax.pmap`` is a second reference if there is a device per replica.
 """
 
 import jax
@@ -19,18 +19,18 @@ IMPLS = ["rbg", "unsafe_rbg"]
 
 
 def keys(n, impl):
-    """Keys of n replicas, each made by itself."""
+    """One key per replica, each created separately."""
     return jnp.stack([jax.random.key(7 * r + 1, impl=impl) for r in range(n)])
 
 
 def each(fun, *args):
-    """What each replica computes by itself."""
+    """Runs ``fun`` for one replica at a time."""
     results = [jax.jit(fun)(*(x[r] for x in args)) for r in range(len(args[0]))]
     return jax.tree.map(lambda *rows: jnp.stack(rows), *results)
 
 
 def plain(tree):
-    """A tree with the data of its keys."""
+    """Replaces the keys in a tree by their key data."""
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), tree)
 
@@ -40,7 +40,7 @@ def equal(ours, right):
 
 
 def everything(key, x):
-    """Draws of all kinds, in loops and branches, and under a vmap of the user's, which keeps its meaning."""
+    """All kinds of draws, also in loops and branches, and under a ``vmap`` in the program, as in plain JAX."""
     a, b = jax.random.split(key)
     folded = jax.random.fold_in(key, x.astype(jnp.int32))
 
@@ -98,7 +98,7 @@ def test_maps_inside_maps(impl, d):
 @pytest.mark.few(1)
 @pytest.mark.parametrize(("n", "d", "impl"), [(8, 8, "rbg"), (5, 3, "rbg"), (5, 3, "unsafe_rbg")])
 def test_derivatives(n, d, impl):
-    """From outside, of what is drawn inside, and through a checkpoint, which draws once more."""
+    """Derivatives of the map and inside the map, through a checkpoint, which draws the numbers again."""
     k, x = keys(n, impl), np.linspace(0.5, 2, n, dtype=np.float32)
     noisy = jax.checkpoint(lambda k, x: jnp.sin(x * jax.random.normal(k)) + jax.random.gamma(k, x))
     mapped = pmap(noisy, devices=jax.devices()[:d])
@@ -135,7 +135,7 @@ def test_one_key_for_all_is_one_draw(n, d):
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_what_vectorizes_stays_vectorized(impl):
-    """Threefry's draws, and the keys that are split and folded with it."""
+    """Threefry, which ``rbg`` also uses in ``split`` and ``fold_in``."""
     fun = lambda k: (jax.random.split(k), jax.random.fold_in(k, 1), *[jax.random.normal(k)] * (impl != "rbg"))
     program = pmap(fun, devices=jax.devices()[:2]).lower(keys(8, impl)).as_text()
     assert "rng_bit_generator" not in program

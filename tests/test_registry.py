@@ -1,4 +1,4 @@
-"""A collective is one entry: the one that CONTRIBUTING has as an example is held against NumPy in every layout."""
+"""A collective is one registry entry: the example entry in CONTRIBUTING equals NumPy in every layout."""
 
 import pathlib
 import re
@@ -34,7 +34,7 @@ CONTRIBUTING = pathlib.Path(__file__).parent.parent / "CONTRIBUTING.md"
 
 @pytest.fixture(autouse=True)
 def _registered():
-    """The toy's entry, for one test: the lines of CONTRIBUTING, as a part of the file that they are for."""
+    """Registers the example for one test: runs the code in CONTRIBUTING with the names of ``reductions``."""
     lines = re.search(r"```python\n(.*?)```", CONTRIBUTING.read_text(), re.DOTALL)[1]
     before = dict(REGISTRY)
     exec(compile(f"from __future__ import annotations\n{lines}", str(CONTRIBUTING), "exec"), dict(vars(reductions)))
@@ -53,7 +53,7 @@ def test_a_toy_collective_is_what_numpy_says(pair):
     right = np.broadcast_to(np.median(rows(n), 0), (n, 3))
     np.testing.assert_allclose(pmap(pmedian, **on(d))(rows(n)), right, rtol=1e-6)
     np.testing.assert_allclose(lockstep(pmedian, axis_name=AXIS)(rows(n)), right, rtol=1e-6)
-    alone = pmap(pmedian, **on(d), out_axes=None)(rows(n))  # equal in all replicas, as its entry says
+    alone = pmap(pmedian, **on(d), out_axes=None)(rows(n))  # the entry says that results are equal in all replicas
     np.testing.assert_allclose(alone, right[0], rtol=1e-6)
 
 
@@ -127,7 +127,7 @@ def test_the_message_about_an_unknown_collective_lists_those_in_the_registry():
 
 
 def test_what_is_started_is_awaited():
-    """The forms of JAX's that start a collective, and those that wait for it, are in the entry of the collective."""
+    """JAX's ``_start`` primitives and the primitives that wait for them are in the entry of their collective."""
     for entry in REGISTRY.values():
         starts = any(primitive.endswith("_start") for primitive in entry.primitives)
         assert starts == bool(entry.awaited_by)
@@ -135,7 +135,7 @@ def test_what_is_started_is_awaited():
 
 
 def code_of(function, found=None):
-    """The functions of this package that a function refers to, itself included."""
+    """The code objects of all replicax functions that a function reaches, including its own."""
     found = set() if found is None else found
     if not isinstance(function, types.FunctionType) or function.__code__ in found:
         return found

@@ -1,4 +1,4 @@
-"""A collective that names an axis twice is refused, as by ``jax.vmap``; XLA ends the process that runs one."""
+"""A collective that names an axis twice is refused, as in ``jax.vmap``, because XLA would abort the process."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ COLLECTIVES = {
 summed = jax.custom_vjp(lambda x: x * 2)
 summed.defvjp(lambda x: (x * 2, None), lambda _, ct: (lax.psum(ct, TWICE),))
 
-#: Where one may stand.
+#: Programs with such a collective in different places.
 PLACES = {
     "jit": jax.jit(COLLECTIVES["psum"]),
     "scan": lambda x: lax.scan(lambda c, _: (lax.pmax(c, TWICE), None), x, None, 2)[0],
@@ -83,7 +83,7 @@ def test_vmap_refuses_it(name):
 
 @pytest.mark.parametrize("d", [1, 3, 8])
 def test_what_jax_defines(d):
-    """It takes an index along two axes apart, whatever their names."""
+    """``axis_index`` and ``axis_size`` support repeated axes."""
     options = {"axis_name": "i", "devices": jax.devices()[:d]}
     check(lambda x: (x, lax.axis_index(TWICE), lax.axis_size(TWICE), lax.psum(1, TWICE)), rows(), **options)
 

@@ -1,4 +1,4 @@
-"""replicate, shard, unreplicate and local_replicas: right, and without copies of everything on one device."""
+"""``replicate``, ``shard``, ``unreplicate``, ``local_replicas``, ``fetch``: correct, and no full copy on a device."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The picture says which device holds which replicas, and what they are."""
+"""``show_replicas`` prints which device holds which replicas, and their values."""
 
 import io
 
@@ -20,7 +20,7 @@ def picture(x, name="y", *, axis=0, width=100):
 
 
 def rows(text):
-    """The rows of the table without the bar: (device, replicas, values)."""
+    """The rows of the printed table as (device, replicas, values), without the bar."""
     lines = [line.split("│")[1:-1] for line in text.splitlines() if line.startswith("│")]
     return [tuple(cell.strip() for i, cell in enumerate(cells) if i != 2) for cells in lines[1:]]
 

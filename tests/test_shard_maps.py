@@ -1,4 +1,4 @@
-"""jax.shard_map and jax.pmap inside a map, which run as maps inside it: the values are those of jax.vmap."""
+"""``jax.shard_map`` and ``jax.pmap`` inside a map run as nested maps. Results equal ``jax.vmap``."""
 
 import functools
 
@@ -50,7 +50,7 @@ ruled.defvjp(lambda x: (lax.psum(x, "a") * x, x), lambda x, ct: (ct * x * 2,))
 index = lambda x: x * lax.psum(x, "a") + lax.axis_index("a")
 plain = sharded(index, P("a"), P("a"), mesh(a=8))
 
-#: Each a function of one (8, 4) array.
+#: Functions of one array of shape (8, 4).
 SHARDED = {
     "one axis": plain,
     "one device": sharded(index, P("a"), P("a"), mesh(a=1)),

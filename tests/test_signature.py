@@ -1,4 +1,4 @@
-"""Everything that jax.pmap can be asked for, the ways it is called, and what it is called on."""
+"""All options of ``jax.pmap``, all ways to call it, and all kinds of functions and arguments."""
 
 import copy
 import functools
@@ -169,7 +169,7 @@ def test_a_mesh_that_the_user_has_set_is_put_aside():
 
 @pytest.mark.parametrize(("n", "m"), [(8, 3), (3, 8), (13, 2), (1, 1)])
 def test_maps_inside_maps(n, m):
-    """The inner replicas are lanes of the outer's."""
+    """Collectives over each axis and over both."""
 
     def nested(mapped):
         def inner(x, y):

@@ -1,4 +1,4 @@
-"""Sums over replicas of products are one product on each device: right in values, and no replica's own exists."""
+"""A psum of matrix products is one product per device: correct, and without a product per replica."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ def rows(*shape):
 
 
 def outer_product(x, y):
-    return x[:, None] @ y[None]  # of which jnp.outer makes no product of matrices
+    return x[:, None] @ y[None]  # jnp.outer would not use dot_general
 
 
 def outer(x, y):
@@ -24,7 +24,7 @@ def outer(x, y):
 
 
 def with_decay(x, y):
-    """Products among other summands, and scaled."""
+    """Scaled products, and other summands."""
     w = jnp.ones((3, 3)) * x[0]
     return lax.pmean(-2.0 * outer_product(x, y) + outer_product(y, x) / 3.0 - w, "i")
 
@@ -59,7 +59,7 @@ def layer(w, x):
 
 @jax.jit
 def two_layers(w, x):
-    return layer(w, layer(w, x)), x  # one jit twice, in another
+    return layer(w, layer(w, x)), x  # the same jit twice, inside another jit
 
 
 def in_jits(x, y):

@@ -1,7 +1,7 @@
-"""pmap computes what vmap computes: replicas × devices × collectives × dtypes × control flow, and derivatives.
+"""pmap equals vmap: replicas × devices × collectives × dtypes × control flow, and derivatives.
 
-Each pair of N and D runs one kind of control flow, in rotation, with every collective, in float32, int32 and, in turn,
-one half of the other dtypes. ``make sweep`` runs every kind of control flow for every pair.
+Each pair of N and D runs one kind of control flow, in rotation, with every collective, in float32, int32 and half of
+all dtypes, alternating. ``make sweep`` runs every kind of control flow for every pair.
 """
 
 import functools
@@ -24,17 +24,17 @@ SMALL = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 
 def rows(n):
-    """Positive, so that sums do not cancel: rounding is then small beside the results in every dtype."""
+    """Positive numbers: sums do not cancel, so rounding errors are small relative to the results."""
     return np.abs(np.random.default_rng(n).normal(size=(n, 3)).astype(np.float32)) + np.float32(0.1)
 
 
 def rotation(table, n, d):
-    """The whole table, or the entry whose turn it is."""
+    """The whole table, or one entry, in rotation."""
     return tuple(table) if FULL else (list(table)[PAIRS.index((n, d)) % len(table)],)
 
 
 def dtypes(n, d):
-    """Those that occur most, and in turn one half of the rest."""
+    """float32, int32 and, alternating, half of ``DTYPES``."""
     return ("float32", "int32", *DTYPES[PAIRS.index((n, d)) % 2 :: 2])
 
 
@@ -54,7 +54,7 @@ def test_values_equal_vmap(n, d):
     controls = rotation(CONTROL, n, d)
     ours = pmap(program(controls, dtypes(n, d)), AXIS, devices=jax.devices()[:d])
     out, expected = ours(rows(n)), values_of_vmap(n, controls, dtypes(n, d))
-    for small in (False, True):  # in small types each round of a loop rounds anew, in the order of its own sums
+    for small in (False, True):  # in small dtypes, the summation order changes rounding
         cells = [cell for cell in out if (cell[2] in SMALL) == small]
         compare(str, {c: out[c] for c in cells}, {c: expected[c] for c in cells}, 0.1 if small else None)
 
@@ -70,7 +70,7 @@ def test_derivatives_equal_vmap(n, d):
 @pytest.mark.few(2)
 @pytest.mark.parametrize("pair", [(1, 1), (5, 5), (5, 1), (5, 2), (8, 8), (8, 3), (7, 3)], ids="{0[0]}on{0[1]}".format)
 def test_derivative_rules_that_communicate(pair):
-    """vmap multiplies cotangents by N where a rule of its own communicates over them; jax.pmap does not."""
+    """The reference is ``jax.pmap``: under ``vmap``, cotangents in such rules are multiplied by N."""
     n, d = pair
     check(custom_rules, rows(n), axis_name=AXIS, devices=jax.devices()[:d])
     options = {"axis_name": AXIS, "devices": jax.devices()[:d], "derivatives": True, "rtol": 1e-4}
@@ -86,7 +86,7 @@ def test_derivative_rules_that_communicate(pair):
 
 @pytest.mark.parametrize("pair", [(5, 3), (8, 8), (7, 1)], ids="{0[0]}on{0[1]}".format)
 def test_a_distributed_solver(pair):
-    """The operator of a linear solve communicates."""
+    """The operator of a linear solve contains a collective."""
     n, d = pair
 
     def solve(b):

@@ -1,4 +1,4 @@
-"""The oracle finds what is wrong, and the two references agree where both are right."""
+"""``check`` finds every difference, and ``lockstep`` agrees with ``vmap`` where both are correct."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_pmap_agrees_with_lockstep_where_vmap_has_a_wrong_derivative():
         check(fun, x5, axis_name="i", reference=lockstep, derivatives=True, devices=jax.devices()[:d])
     with pytest.raises(MismatchError, match="derivative"):
         check(fun, x5, axis_name="i", derivatives=True)
-    # Finite differences say who is right.
+    # Finite differences confirm the derivative of lockstep.
     loss = lambda x: float(jnp.sum(jnp.sin(lockstep(fun, axis_name="i")(x))))
     slope = jax.grad(lambda x: jnp.sum(jnp.sin(lockstep(fun, axis_name="i")(x))))(x5)
     step = np.zeros_like(x5)
@@ -38,7 +38,7 @@ def test_pmap_agrees_with_lockstep_where_vmap_has_a_wrong_derivative():
 
 
 def wrong(how):
-    """A reference that errs."""
+    """A reference with wrong results."""
 
     def reference(fun, **options):
         return lambda *args: how(jnp.asarray(jax.vmap(fun, **options)(*args)))

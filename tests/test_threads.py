@@ -1,4 +1,4 @@
-"""Many threads call one map at once: it is traced and compiled once, and nobody waits for ever."""
+"""Many threads call one map at once: it is traced and compiled once, and no thread hangs."""
 
 import threading
 from collections import Counter
@@ -18,7 +18,7 @@ THREADS = 8
 
 
 def together(work):
-    """What ``work(k)`` returns in each of several threads that begin at the same moment."""
+    """Runs ``work(k)`` in several threads that start at the same time. Returns the results."""
     barrier = threading.Barrier(THREADS)
 
     def begin(k):
@@ -85,11 +85,11 @@ def test_maps_that_call_each_other_from_many_threads():
     expected = [2 * (x + x.sum(1, keepdims=True)), x[0] + x[0].sum()]
     for k, out in enumerate(together(lambda k: np.asarray(calls[k % 2]()))):
         np.testing.assert_allclose(out, expected[k % 2])
-    assert traced == {"outer": 1, "inner": 2}  # by itself, and inside the other
+    assert traced == {"outer": 1, "inner": 2}  # inner is traced by itself and inside outer
 
 
 def test_a_function_that_calls_maps_from_another_thread_while_it_is_traced(monkeypatch):
-    """It waits for a thread that waits for it, and then goes ahead by itself."""
+    """The trace and the other thread wait for each other. Then that thread traces, too."""
     monkeypatch.setattr(_dispatch, "PATIENCE", 0.2)
     x = np.arange(8, dtype=np.float32)
     other = pmap(lambda y: y * 2)

@@ -1,6 +1,6 @@
-"""What JAX does to a map from outside: the result is that of jax.vmap under the same transformation.
+"""Transformations of a map: results equal ``jax.vmap`` under the same transformation.
 
-Each pair of N and D meets one transformation of one program, in rotation; ``make sweep`` runs every transformation of
+Each pair of N and D runs one transformation of one program, in rotation. ``make sweep`` runs every transformation for
 every pair.
 """
 
@@ -16,13 +16,13 @@ from replicax import pmap
 from replicax.testing._check import compare
 from transforms import AXIS, PROGRAMS, TRANSFORMS, rows
 
-_chance = random.Random(2285)  # every transformation meets pairs that divide, that do not, and that pad
+_chance = random.Random(2285)  # each transformation gets all kinds of pairs
 TURNS = [*_chance.sample(SHORT, len(SHORT)), *_chance.sample(PAIRS[len(SHORT) :], len(PAIRS) - len(SHORT))]
 FULL = os.environ.get("REPLICAX_SWEEP") == "full"
 
 
 def cells():
-    """(N, D, transformation, program): one transformation for each pair, or all of them, and the programs in turn."""
+    """Yields (N, D, transformation, program): one transformation per pair, or all in the full sweep."""
     for k, (n, d) in enumerate(TURNS):
         for j in range(len(TRANSFORMS)) if FULL else [k % len(TRANSFORMS)]:
             yield n, d, list(TRANSFORMS)[j], list(PROGRAMS)[(k // len(TRANSFORMS) + j) % len(PROGRAMS)]

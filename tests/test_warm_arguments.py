@@ -1,6 +1,6 @@
-"""What the first call refuses, a warm one refuses too; what it takes, a warm one takes as it is now.
+"""Warm calls refuse and accept the same arguments as first calls, and use their current values.
 
-C++ goes by the shape and the dtype of an argument, and asks neither its class nor who else may write to it.
+JAX's C++ cache checks only the shape and dtype of an argument, not its class or whether the caller may change it.
 """
 
 import array
@@ -25,7 +25,7 @@ class Own(np.ndarray):
 
 
 class Shaped:
-    """What has a shape and a dtype, as an array has."""
+    """A class with the shape and dtype attributes of an array."""
 
     def __init__(self, x):
         self.x, self.shape, self.dtype, self.ndim = x, x.shape, x.dtype, x.ndim
@@ -60,7 +60,7 @@ def leaked():
 MASKED = UnconvertedArrayError, "is a NumPy masked array"
 CONVERTED = UnconvertedArrayError, "x is of type ConvertibleByJax, which has __jax_array__"
 
-#: Those that are refused: like which plain arguments they look to C++, the class of the error, and what it says.
+#: Refused arguments: (makes one, a valid argument that looks the same to C++, class of the error, its message).
 REFUSED = {
     "a masked array": (lambda: np.ma.masked_array(ROWS, ROWS > 5), ROWS, *MASKED),
     "a masked array without a mask": (lambda: np.ma.masked_array(ROWS), ROWS, *MASKED),
@@ -87,7 +87,7 @@ REFUSED = {
     "a tracer that has leaked": (leaked, ROWS, jax.errors.UnexpectedTracerError, "leaked"),
 }  # fmt: skip
 
-#: Those that are taken.
+#: Accepted arguments: (makes one from a valid argument and a folder, the valid argument).
 TAKEN = {
     "a memory map": (memory_map, ROWS),
     "a matrix": (lambda x, _: x.view(np.matrix), ROWS),
@@ -107,7 +107,7 @@ TAKEN = {
 
 
 def plain(x, d):
-    """Arguments for which C++ may remember the program: from the host, and in place."""
+    """Valid arguments for which C++ may cache the program: on the host, and in place."""
     yield x
     if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(x)):
         yield pmap(lambda x: x, devices=jax.devices()[:d])(x)
@@ -156,7 +156,7 @@ def test_what_a_first_call_takes_a_warm_call_takes(name, d, tmp_path):
 @pytest.mark.parametrize("kind", ["a memory map", "a subclass", "a subclass without axes", "an array without axes"])
 def test_it_may_change_as_soon_as_the_call_returns(kind, d, tmp_path):
     like = np.ones(() if "without axes" in kind else (N, 500), np.float32)
-    raw = np.ones(like.size + 16, np.float32)  # so aligned that JAX would read it where it is
+    raw = np.ones(like.size + 16, np.float32)  # aligned, so that JAX would alias the memory
     aligned = raw[(-raw.ctypes.data // 4) % 16 :][: like.size].reshape(like.shape)
     x = memory_map(like, tmp_path) if kind == "a memory map" else aligned.view(Own) if "subclass" in kind else aligned
     slow = lambda x, k: lax.fori_loop(0, 3, lambda _, y: y + 1, x.max() + k)

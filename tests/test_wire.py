@@ -1,8 +1,8 @@
-"""What crosses between devices is the least that a collective's definition needs, read off the compiled HLO.
+"""Collectives send the minimum number of bytes between devices, as counted in the compiled HLO.
 
-Replicas are blocked by device. An operand goes once to each device that has a replica which needs it; a sum, once for
-each replica that it is for, to that replica's device; and into a reduction between devices goes one replica's operand
-from each device that has a part in it.
+Each device runs a contiguous block of replicas. The minimum: a gather sends an operand once to each device that needs
+it. A scatter sends one partial sum per replica and sending device. In a reduction, each participating device
+contributes one operand.
 """
 
 import re
@@ -23,7 +23,7 @@ SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 def crossing(text, devices):
-    """The bytes that each kind of collective sends between devices, over all devices, one run."""
+    """The bytes that each kind of collective sends in one run, in total over all devices."""
     total = {}
     for line in text.splitlines():
         if not (found := OPERATION.search(line)):
@@ -40,8 +40,8 @@ def crossing(text, devices):
     return {kind: sent for kind, sent in total.items() if sent}
 
 
-#: By the bytes of the result on one device and the number of devices, what all devices of a group send. Into a
-#: reduction they put their operands, however the backend then goes about it.
+#: The bytes that all devices of a group send, from the result bytes on one device and the number of devices. An
+#: all-reduce counts one operand per device, independent of the backend's algorithm.
 SENT = {
     "all-reduce": lambda result, devices: result * devices,
     "all-gather": lambda result, devices: result * (devices - 1),
@@ -51,7 +51,7 @@ SENT = {
 
 
 def groups_in(line, devices):
-    """The groups of devices: listed, or as the rows of a transposed and reshaped iota."""
+    """The device groups of an HLO line, written as a list or as a reshaped and transposed iota."""
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         shape, dims, order = ([int(k) for k in (part or "").split(",") if k] for part in iota.groups())
         ids = np.arange(devices).reshape(dims)
@@ -61,12 +61,12 @@ def groups_in(line, devices):
 
 
 def layout(n, d):
-    """The device of each replica, and how many devices take part."""
+    """The device of each replica, and the number of devices in use."""
     lanes = -(-n // d)
     return [r // lanes for r in range(n)], -(-n // lanes)
 
 
-# The least, by definition: in numbers of operands (or of pieces of them), for (groups, device of each replica).
+# The minimum number of operands (or pieces of operands) to send, from the groups and the device of each replica.
 
 
 def gathered(groups, device):
@@ -120,7 +120,7 @@ def compiled(fun, n, d):
 
 
 def by_the_registry(fun, n, d):
-    """What the entry of the one collective in a function says that devices send each other."""
+    """The ``bytes_sent`` of the registry entry for the only collective in a function."""
     jaxpr = jax.make_jaxpr(fun, axis_env=[("i", n)])(np.ones(25, np.float32))
     (eqn,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in REGISTRY]
     axis = layouts.layout("i", n, jax.devices()[:d]).axis
@@ -145,7 +145,7 @@ def test_the_least_crosses(name, pair, kind):
 @pytest.mark.parametrize("kind", ["interleaved", "halves", "shuffled"])
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_padding_adds_nothing_to_groups(name, kind):
-    """14 replicas on 4 devices, of which the last has two lanes of padding."""
+    """14 replicas on 4 devices; the last device has two padding lanes."""
     fun, least = COLLECTIVES[name]
     device, devices = layout(14, 4)
     groups = groups_of(14, kind)
@@ -155,7 +155,7 @@ def test_padding_adds_nothing_to_groups(name, kind):
 
 
 def crossing_inside(text, devices):
-    """Without what lays the results of a padded map out in equal parts, once all is computed."""
+    """The bytes sent inside the map, without the resharding of padded results at the end."""
     inside = [line for line in text.splitlines() if "shard_map" in line or "vmap" in line]
     return sum(crossing("\n".join(inside), devices).values())
 
@@ -189,7 +189,7 @@ def test_a_shift_by_one_is_one_permutation_of_one_lane():
     text = compiled(lambda x: lax.ppermute(x, "i", PERMUTATIONS["by one"](64)), 64, 8)
     assert len(OPERATION.findall(text)) == 1
     assert crossing(text, 8) == {"collective-permute": 8 * 100}
-    assert "gather" not in text  # the lanes move by slices
+    assert "gather" not in text  # lanes are shifted with slices
 
 
 def test_a_broadcast_puts_one_lane_of_each_device_into_a_sum():
@@ -200,7 +200,7 @@ def test_a_broadcast_puts_one_lane_of_each_device_into_a_sum():
 
 @pytest.mark.parametrize("name", ["all_gather", "psum_scatter", "all_to_all"])
 def test_all_replicas_at_once_carry_their_padding(name):
-    """JAX has no uneven collectives: 14 replicas on 4 devices go as 16, and no more."""
+    """JAX has no uneven collectives, so 14 replicas on 4 devices send as many bytes as 16."""
     fun, least = COLLECTIVES[name]
     text = compiled(lambda x: fun(x, None, 14), 14, 4)
     device, devices = layout(16, 4)

@@ -1,8 +1,8 @@
-"""Each workaround for a fault of JAX or XLA, with the fault in plain JAX: when a test here fails, delete a workaround.
+"""Reproduces in plain JAX each bug of JAX or XLA that replicax works around. If a test fails, delete the workaround.
 
-Code that works around a fault says ``workaround: name``, with the name of a function here. The function shows the fault
-without replicax: it returns whether the fault is there, or its process ends. It runs in a process of its own, as
-``python test_workarounds.py name``, so that JAX is as it comes; those that are safe share one.
+Code that works around a bug says ``workaround: name``, with the name of a function here. The function reproduces the
+bug without replicax: it returns whether the bug exists, or crashes. It runs in a new process with unmodified JAX, as
+``python test_workarounds.py name``. Functions that cannot crash share one process.
 """
 
 import dataclasses
@@ -26,19 +26,19 @@ from jaxlib import version as jaxlib
 
 SOURCE = pathlib.Path(__file__).parent.parent / "src" / "replicax"
 
-#: A collective or a call that waits for ever ends the process after some seconds, and not after 40.
+#: XLA aborts a process with a hanging collective after 4 s instead of 40 s.
 SOON = "--xla_cpu_collective_call_warn_stuck_timeout_seconds=2 --xla_cpu_collective_call_terminate_timeout_seconds=4"
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A fault of JAX's or XLA's.
+    """A bug of JAX or XLA.
 
     Attributes:
-        shows: Whether it is there, in a process with eight CPU devices.
-        alone: Whether it may end its process.
-        mended: The version of JAX in which it is mended; None if it is in all that are supported.
-        version: That of jaxlib, where it counts in the place of JAX's.
+        shows: Returns whether the bug exists, in a process with eight CPU devices.
+        alone: Whether it may crash or hang the process, and so needs its own.
+        mended: The first version with the fix; None if no version has it.
+        version: The installed version to compare with ``mended``: that of JAX, or of jaxlib.
     """
 
     shows: Callable[[], bool]
@@ -68,16 +68,16 @@ def fault(*, alone=False, mended=None, version=jax.__version_info__):
 
 @fault(alone=True, mended=(0, 11, 2))
 def taken_arrays():
-    """A program on several devices is given an array that was donated: XLA ends the process, or JAX does not see it."""
+    """XLA aborts, or raises its own error, if a program on several devices gets an array that was donated before."""
     f = jax.jit(lambda x: 2 * x, donate_argnums=0)
     x = placed(np.ones(8))
     f(x)
     return raises(lambda: f(x), "INVALID_ARGUMENT", rather="Array has been deleted")
 
 
-@fault(alone=True, mended=(0, 11, 1))  # on one device, and before: https://github.com/jax-ml/jax/issues/9635
+@fault(alone=True, mended=(0, 11, 1))  # earlier, on one device: https://github.com/jax-ml/jax/issues/9635
 def donated_twice():
-    """An array is donated twice to a program on several devices: XLA ends the process."""
+    """XLA aborts if an array is donated twice to a program on several devices."""
     x = placed(np.ones(8))
     with pytest.raises(jax.errors.JaxRuntimeError, match="donate the same buffer twice"):
         jax.jit(lambda x, y: (x + 1, y + 2), donate_argnums=(0, 1))(x, x)
@@ -90,7 +90,7 @@ def donated_twice():
 
 @fault(alone=True, mended=(0, 12), version=tuple(map(int, jaxlib.__version__.split(".")[:2])))
 def few_cpu_threads():
-    """Calls that nobody waits for take all threads of XLA's pool, here eight, and its collectives wait for ever."""
+    """Asynchronous calls occupy all eight threads of XLA's pool, so that collectives hang."""
     f = on_devices(lambda x: lax.psum(x, "i"))
     x = y = f(placed(np.ones(8)))
     for _ in range(2000):
@@ -100,7 +100,7 @@ def few_cpu_threads():
 
 @fault(alone=True)
 def failing_callbacks():
-    """A callback raises on one device, and the others wait for it in a collective: XLA ends the process."""
+    """If a callback raises on one device while the others wait in a collective, XLA aborts."""
 
     def fails(k):
         if k == 3:
@@ -117,7 +117,7 @@ def failing_callbacks():
 
 @fault(alone=True)
 def permutations_of_a_part():
-    """Devices that exchange along one axis of a mesh wait for those that have no part in it."""
+    """A ppermute along one mesh axis hangs if devices along the other axis do not run it."""
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
     def fun(x):
@@ -135,7 +135,7 @@ def permutations_of_a_part():
 
 @fault(alone=True)
 def complex_constants():
-    """XLA folds a sum of complex constants between devices: it ends the process."""
+    """XLA aborts when it folds a sum of complex constants between devices."""
     y = on_devices(lambda x: x + lax.psum(jnp.full((1,), 1 + 2j), "i"))(np.zeros(8, np.complex64))
     y = on_devices(lambda x: lax.psum(jnp.full((3,), 1 + 2j), "i")[None])(np.zeros(8))
     return y.tolist() != [[8 + 16j] * 3] * 8
@@ -143,7 +143,7 @@ def complex_constants():
 
 @fault()
 def constants_over_groups():
-    """XLA folds a sum of constants over groups of devices as if all groups were as large as the first."""
+    """XLA folds a sum of constants over groups as if all groups had the size of the first."""
     groups = [[0, 1], [2, 3, 4, 5, 6, 7]]
     y = on_devices(lambda x: 0 * x + lax.psum(np.ones(3), "i", axis_index_groups=groups))(np.ones((8, 3)))
     return y[:, 0].tolist() != [2, 2, *[6] * 6]
@@ -158,17 +158,17 @@ def lost_nans():
 
 @fault()
 def complex_extremes():
-    """XLA has no maximum of complex numbers between CPU devices."""
+    """XLA lacks a maximum of complex numbers between CPU devices."""
     return raises(lambda: on_devices(lambda x: lax.pmax(x, "i"))(np.arange(8).astype(np.complex64)), "UNIMPLEMENTED")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Numbers of two and four bits
+# 2-bit and 4-bit integers
 
 
 @fault(alone=True)
 def two_bits_concatenated():
-    """XLA overruns its buffers where it concatenates."""
+    """Concatenation of 2-bit arrays overruns buffers in XLA."""
     x = (jnp.arange(64) % 4 - 2).astype("int2")
     y = jax.jit(lambda x: jnp.concatenate([x, x]))(x)
     return y.astype("int8").tolist() != 2 * x.astype("int8").tolist()
@@ -176,7 +176,7 @@ def two_bits_concatenated():
 
 @fault(alone=True)
 def two_bits_gathered():
-    """XLA overruns its buffers where devices gather."""
+    """``all_gather`` of 2-bit arrays overruns buffers in XLA."""
     x = (jnp.arange(64) % 4 - 2).astype("int2")
     y = on_devices(lambda x: lax.all_gather(x, "i", tiled=True))(x)
     return y.astype("int8").tolist() != 8 * x.astype("int8").tolist()
@@ -184,7 +184,7 @@ def two_bits_gathered():
 
 @fault(alone=True)
 def two_bits_padded():
-    """XLA pads a split array wrongly."""
+    """XLA pads a sharded 2-bit array wrongly."""
     x = (jnp.arange(80) % 4 - 2).astype("int2")
     y = jax.jit(lambda x: jnp.pad(x, 3))(placed(x))
     return y.astype("int8").tolist() != jnp.pad(x.astype("int8"), 3).tolist()
@@ -192,21 +192,21 @@ def two_bits_padded():
 
 @fault()
 def two_bits_summed():
-    """XLA has no sum between CPU devices."""
+    """XLA lacks a 2-bit sum between CPU devices."""
     x = jnp.ones(8).astype("int2")
     return raises(lambda: on_devices(lambda x: lax.psum(x, "i"))(x), "UNIMPLEMENTED")
 
 
 @fault()
 def four_bits_summed():
-    """A sum between CPU devices has more bits than its type: 24, where int4 wraps it to -8."""
+    """A 4-bit sum between CPU devices does not wrap: it is 24, but int4 wraps to -8."""
     y = on_devices(lambda x: lax.psum(x, "i").astype("int8"))(jnp.full(8, 3).astype("int4"))
     return y.tolist() != [-8] * 8
 
 
 @fault(mended=(0, 11, 2))
 def layouts_of_four_bits():
-    """A compiled program refuses an array of four bits for its layout, which is as it has to be."""
+    """A compiled program refuses a 4-bit array because of its memory layout, which is correct."""
     where = NamedSharding(mesh_of_all(), PartitionSpec("i"))
     program = jax.jit(lambda x: x + x, in_shardings=where)
     program = program.lower(jax.ShapeDtypeStruct((8,), "int4")).compile()
@@ -214,12 +214,12 @@ def layouts_of_four_bits():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Where arrays lie
+# Placement and memory of arrays
 
 
 @fault()  # https://github.com/jax-ml/jax/issues/37830
 def shared_memory():
-    """JAX reads a NumPy array in its owner's memory, where that begins at a multiple of 64, long after the call."""
+    """``device_put`` aliases a NumPy array at a 64-byte boundary, so later changes to it show in the JAX array."""
     memory = np.zeros(2**20 + 64, np.uint8)
     start = -memory.ctypes.data % 64
     x = memory[start : start + 2**20]
@@ -230,7 +230,7 @@ def shared_memory():
 
 @fault(mended=(0, 11, 2))
 def arrays_without_elements():
-    """Each device gets all of a result without elements, and JAX takes it for a part."""
+    """For a result without elements, each device gets the whole shape, but JAX expects a shard."""
     where = NamedSharding(mesh_of_all(), PartitionSpec("i"))
     y = jax.jit(lambda x: x[:, :0], out_shardings=where)(placed(np.ones((8, 3))))
     return raises(lambda: np.asarray(y), "could not broadcast")
@@ -238,7 +238,7 @@ def arrays_without_elements():
 
 @fault()
 def rows_split_unevenly():
-    """XLA sends more where rows are padded for devices, unless it is told to have the rows whole on each."""
+    """XLA communicates more to pad rows for devices, unless the rows are constrained to be replicated."""
     mesh = jax.make_mesh((4,), ("i",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
     whole, rows = NamedSharding(mesh, PartitionSpec()), PartitionSpec("i")
     fun = jax.shard_map(lambda x: 2 * x + lax.psum(x, "i"), mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
@@ -260,7 +260,7 @@ def rows_split_unevenly():
 
 @fault()
 def untiled_collectives():
-    """``psum_scatter``, the transpose of ``all_gather``, fails under ``vmap`` of another than the first dimension."""
+    """Untiled ``psum_scatter``, the transpose of ``all_gather``, fails under ``vmap`` over an axis other than 0."""
     scatter = lambda tiled: jax.vmap(lambda x: lax.psum_scatter(x, "i", tiled=tiled), in_axes=1)
     assert on_devices(scatter(True))(np.ones((64, 2))).shape == (16, 1)
     return raises(lambda: on_devices(scatter(False))(np.ones((64, 2))), "tuple index out of range")
@@ -276,14 +276,14 @@ def all_to_all_over_groups():
 
 @fault(mended=(0, 11))  # https://github.com/jax-ml/jax/pull/38998
 def axes_from_the_end():
-    """``all_to_all`` adds dimensions in the wrong place where axes count from the end."""
+    """``all_to_all`` with negative axes inserts dimensions at the wrong position under ``vmap``."""
     swap = jax.vmap(lambda x: lax.all_to_all(x, "i", -1, 0), axis_name="i")
     return raises(lambda: swap(np.ones((2, 3, 2))), "cannot reshape")
 
 
 @fault()  # on purpose: https://github.com/jax-ml/jax/issues/19085
 def draws_of_one_key():
-    """``vmap`` draws for all keys of an ``rbg`` batch with the first."""
+    """``vmap`` draws for a whole batch of ``rbg`` keys with the first key."""
     keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)
     return not jnp.array_equal(jax.vmap(jax.random.bits)(keys), jnp.stack([jax.random.bits(key) for key in keys]))
 
@@ -294,14 +294,14 @@ def draws_of_one_key():
 
 @fault()
 def index_at_once():
-    """Under ``ensure_compile_time_eval`` JAX looks for the index of a mapped axis while a function is traced."""
+    """Under ``ensure_compile_time_eval``, JAX evaluates ``axis_index`` during tracing, and fails."""
     with jax.ensure_compile_time_eval():
         return raises(lambda: jax.make_jaxpr(lambda: lax.axis_index("i"), axis_env=[("i", 4)])(), "unbound axis name")
 
 
 @fault()
 def static_arguments_compared():
-    """JAX compares static arguments that cannot be compared, where they have one hash."""
+    """JAX compares static arguments with equal hashes, even if their ``==`` raises an error."""
 
     class Incomparable:
         def __hash__(self):
@@ -316,7 +316,7 @@ def static_arguments_compared():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What faults are shown with
+# Helpers
 
 
 def mesh_of_all():
@@ -344,7 +344,7 @@ def raises(call, match, rather=None):
 
 
 def show(names):
-    """Prints, for each name, whether its fault is there, or how the function itself fails."""
+    """Prints for each name whether its bug exists, or the error that the function raised."""
     warnings.simplefilter("ignore")
     jax.config.update("jax_num_cpu_devices", 8)
     for name in names:
@@ -357,7 +357,7 @@ def show(names):
 
 @functools.cache
 def shown(*names):
-    """What a process with these faults prints, by name; True for the one that ends it, or never does."""
+    """Runs these functions in a new process. Returns the results by name; True for a crash or a hang."""
     env = {**os.environ, "XLA_FLAGS": SOON, "NPROC": "8"}
     command = [sys.executable, __file__, *names]
     try:

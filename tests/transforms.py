@@ -1,7 +1,7 @@
-"""The one table of what JAX does to a map from outside, and of the programs that it is done to.
+"""The table of transformations of a map, and the programs that are mapped.
 
-A transformation is a function of a mapped function and its argument ``x`` of shape (N, 3), and returns arrays; done
-to ``jax.vmap`` of the same program, it says what is right.
+A transformation takes a mapped function and its argument ``x`` of shape (N, 3), and returns arrays. The same
+transformation of ``jax.vmap`` gives the expected results.
 """
 
 import jax
@@ -17,7 +17,7 @@ def rows(n):
 
 
 def weights(x):
-    """A weight of its own for each element, so that none can stand for another."""
+    """A different weight for each element, so that swapped elements change the sum."""
     return jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
 
 
@@ -26,12 +26,12 @@ def scalar(mapped):
 
 
 def of_scale(mapped, x):
-    """A function of two numbers, whose derivatives of second order have few elements."""
+    """A function of two numbers, so that its Hessian is small."""
     return lambda s: jnp.sum(mapped(x * s[0] + s[1]) * weights(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Programs of one replica: (3,) to (3,), of any number of replicas, smooth, and with values near 1
+# Programs of one replica: smooth, from shape (3,) to (3,), for any number of replicas, with values near 1
 
 
 def centered(x):
@@ -53,7 +53,7 @@ def gathered(x):
 
 
 def parted(x):
-    """Without communication where replicas part; a derivative rule; a different program in each replica."""
+    """A branch that differs between replicas, without a collective; a custom derivative rule; a checkpoint."""
     y = lax.cond(lax.axis_index(AXIS) % 2 == 0, jnp.sin, lambda y: y * y, x)
     return jax.nn.silu(y) + jax.checkpoint(jnp.cos)(x) * lax.axis_size(AXIS) / (lax.axis_index(AXIS) + 1)
 
@@ -65,7 +65,7 @@ PROGRAMS = {f.__name__: f for f in (centered, looped, shifted, gathered, parted)
 
 
 def custom_vjp(mapped, x):
-    """The map is the primal and runs in the rules, too."""
+    """The map is the primal, and the rules call it, too."""
     rule = jax.custom_vjp(mapped)
     rule.defvjp(lambda x: (mapped(x), x), lambda x, ct: (2 * mapped(x) * ct,))
     return jax.value_and_grad(scalar(rule))(x)
@@ -99,7 +99,7 @@ def pulled_back(mapped, x):
 
 
 def two_sizes(mapped, x):
-    """Maps of different sizes in one program: all rows, one, and twice as many."""
+    """Maps of three sizes in one program: all rows, one row, and twice as many rows."""
     y = mapped(x)
     return y + mapped(x[:1]) + jnp.split(mapped(jnp.concatenate([x, 2 * x])), 2)[1]
 
@@ -116,7 +116,7 @@ def exported(mapped, x):
     return export.export(jax.jit(mapped))(jax.ShapeDtypeStruct(x.shape, x.dtype))
 
 
-#: By name: what is done to a mapped function and its argument, where vmap takes the same.
+#: The transformations by name. Each takes a mapped function and its argument, and also works with vmap.
 TRANSFORMS = {
     "jit": lambda f, x: jax.jit(lambda x: f(x) + x)(x),
     "grad": lambda f, x: jax.grad(scalar(f))(x),

@@ -1,4 +1,4 @@
-"""What a type checker says of calls: ``make check`` runs mypy over this file, and nothing runs the file."""
+"""Typing tests: ``make check`` runs mypy on this file. The file is never run."""
 
 from collections.abc import Callable
 from typing import Any, assert_type
@@ -41,7 +41,7 @@ assert_type(replicax.compat.pmap(step), replicax.MappedFunction[State])
 
 
 def maps(fun: Callable[..., jax.Array]) -> replicax.MappedFunction[jax.Array]:
-    """A function that takes the decorator's place."""
+    """Applies the decorator with options as a function."""
     return replicax.pmap(axis_name="i")(fun)
 
 

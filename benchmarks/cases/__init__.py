@@ -1,8 +1,8 @@
-"""The cases, a module for each group, in the order of the table."""
+"""The benchmark cases: one module per group, in the order of the table."""
 
 from cases import compile_time, dispatch, gpu, inputs, peers, results, throughput
 
-#: Each has ``cases(quick: bool) -> list[Case]``.
+#: Each module has a function ``cases(quick: bool) -> list[Case]``.
 GROUPS = {
     "dispatch": dispatch,
     "inputs": inputs,

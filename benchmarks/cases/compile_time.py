@@ -1,4 +1,4 @@
-"""Compile and trace: the time from a fresh function to its first result."""
+"""Tracing and compilation: the time from a new function to its first result."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROCESSES = ("first process", "second process")
 
 
 def cases(quick: bool) -> list[Case]:
-    """A small and a large program; more replicas, more devices, and a second process."""
+    """Cases: a small and a large program, more replicas, more devices, and a second process."""
     limit = (over(OURS, HAND, most=1.15),)
     found = [
         Case("a small program", FIRST, count, partial(_first, small), limit, before=jax.clear_caches)
@@ -102,7 +102,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def _first(program: Program, _stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """Every call makes a new function; before it, all that JAX has cached is dropped."""
+    """Each call maps a new function. Before each call, JAX's caches are cleared."""
     x = np.linspace(0, 1, jax.device_count() * 4 * 16, dtype=np.float32)
     ways = {name: partial(_run, way, program, place(x.reshape(-1, 16)), None) for name, way in WAYS.items()}
     return ways | {PMAP: partial(_run, _pmapped, program, place(x.reshape(jax.device_count(), 4, 16)), None)}
@@ -129,7 +129,7 @@ def _replicas(_stack: ExitStack) -> Mapping[str, Way | Absent]:
 
 
 def _devices(_stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """Two replicas on each device, of NumPy, so that every program moves its input itself."""
+    """Two replicas per device, with NumPy arguments, so that every program transfers its input itself."""
     return {
         f"{name}, D = {count}": partial(_run, WAYS[name], small, np.ones((2 * count, 4), np.float32), count)
         for name in (OURS, HAND)
@@ -138,7 +138,7 @@ def _devices(_stack: ExitStack) -> Mapping[str, Way | Absent]:
 
 
 def _cached(stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """Processes of their own: the first with an empty cache, the second with what another has left there."""
+    """Runs new processes: the first with an empty cache, the second with a cache that a process has filled."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     ways: dict[str, Way | Absent] = {}
     for name in (OURS, HAND):
@@ -151,10 +151,10 @@ def _cached(stack: ExitStack) -> Mapping[str, Way | Absent]:
 
 
 def _process(name: str, folder: Path, *, hits: bool) -> Measured:
-    """Runs the program in a process of its own, and counts what it found in the cache.
+    """Runs the program in a new process, and checks its cache hits.
 
     Raises:
-        AssertionError: It did not compile at first, or did in the second process.
+        AssertionError: the first process had a cache hit, or the second process compiled.
     """
     if not hits:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Dispatch: the time that a warm call adds to a bare call of the compiled program, on the same arguments."""
+"""Dispatch: the overhead of a warm call over a direct call of the compiled program with the same arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LINE = "a warm call adds at most 2 µs + 20 ns a leaf"
 
 
 def cases(_quick: bool) -> list[Case]:
-    """Calls with one array and with a hundred, in place and in NumPy, with static and keyword arguments."""
+    """Cases: calls with 1 and 100 arrays, in place or NumPy, and with static and keyword arguments."""
     devices = (1, 2, 8)
     plain = [
         _case(
@@ -67,12 +67,12 @@ def _case(
 def _limits(leaves: int, *, numpy: bool = False) -> tuple[Limit, ...]:
     allowance = 2e-6 + 20e-9 * leaves
     words = f"({OURS} − {HAND}) / {1e6 * allowance:.2f} µs"
-    # What moves NumPy arrays may use threads of its own.
+    # Transfers of NumPy arrays may use other threads.
     return (added(OURS, HAND, allowance, words=words, clock="wall" if numpy else "caller"),)
 
 
 def _calls(leaves: int) -> int:
-    """Few, so that there are many rounds: what else the machine does comes and goes within milliseconds."""
+    """The number of calls per round. It is small, for many short rounds: other load changes within milliseconds."""
     return 20 if leaves < 100 else 2
 
 
@@ -91,7 +91,7 @@ def _power(x: jax.Array, power: int, *, scale: jax.Array) -> jax.Array:
 
 
 def _named(_stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """The same call in each way; and, for comparison, by hand with nothing static and no names."""
+    """The same call in each way, and a call by hand without static and keyword arguments."""
     count = jax.device_count()
     x = place(np.arange(3 * count, dtype=np.float32).reshape(count, 3))
     scale = place(np.ones(count, np.float32))
@@ -114,7 +114,7 @@ def _named(_stack: ExitStack) -> Mapping[str, Way | Absent]:
 
 
 def _donated(_stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """Each call takes what the one before it has returned."""
+    """Each call gets the result of the previous call."""
     count = jax.device_count()
 
     def loop(program: Callable[[jax.Array], jax.Array]) -> Way:
@@ -143,12 +143,12 @@ def _mixed(devices: int, title: str, prepare: Callable[[ExitStack], Mapping[str,
     return Case(title, MIXED_LINE, devices, prepare, limits, seconds=(6.0, 0.8))
 
 
-#: So many calls are timed together here; of those in place, as many follow one with NumPy.
+#: The number of calls that are timed together; with arrays in place, the number after one call with NumPy.
 CALLS = 20
 
 
 def _after(_stack: ExitStack, leaves: int) -> Mapping[str, Way | Absent]:
-    """Calls of arrays in place; before them, untimed, one with NumPy arrays, by the same map or by another."""
+    """Calls with arrays in place, after an untimed call with NumPy arrays, of the same map or of another map."""
     host = _arrays(leaves)
     there = place(host)
     mixed, alone, other = (replicax.pmap(_doubling(), axis_name="i") for _ in range(3))
@@ -167,7 +167,7 @@ def _repeat(mapped: Callable[..., Any], there: Any, first: Callable[..., Any], h
 
 
 def _in_turn(_stack: ExitStack, numpy: bool) -> Mapping[str, Way | Absent]:
-    """Calls of two kinds, by one map, and by one for each."""
+    """Alternates two kinds of calls, of one map or of two maps."""
     first, second = place(_arrays(1)), _arrays(1) if numpy else place(_arrays(1, columns=4))
     mixed, one, other = (replicax.pmap(_doubling(), axis_name="i") for _ in range(3))
     return {OURS: partial(_turns, mixed, first, mixed, second), ALONE: partial(_turns, one, first, other, second)}
@@ -180,7 +180,7 @@ def _turns(one: Callable[..., Any], first: Any, other: Callable[..., Any], secon
 
 
 def _doubling() -> Callable[[Any], Any]:
-    """A function of its own each time, since maps of the same function share their programs."""
+    """Returns a new function each time, because maps of the same function share programs."""
     return lambda tree: jax.tree.map(lambda x: 2 * x, tree)
 
 

@@ -1,4 +1,4 @@
-"""One GPU, where the machine has one: lanes against vmap on the same card."""
+"""replicax against ``jit(vmap)`` on one GPU, if the machine has one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VMAP = "jit(vmap)"
 
 
 def cases(_quick: bool) -> list[Case]:
-    """A training step, per-example gradients, and the call itself."""
+    """Cases: a training step, and per-example gradients."""
     limit = (over(OURS, VMAP, most=1.02),)
     return [
         Case("a training step of an MLP, 64 replicas", LINE, 0, partial(_gradients, 64, 64), limit, tolerance=1e-2),
@@ -26,7 +26,7 @@ def cases(_quick: bool) -> list[Case]:
 
 
 def _gradients(replicas: int, rows: int, _stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """The mean gradient of replicas with so many rows each."""
+    """The mean gradient over all replicas, with ``rows`` rows each."""
     device = jax.devices()[0]
     layers, (images, labels) = mlp((784, 512, 512, 10)), data(replicas * rows, 784, 10)
     batch = images.reshape(replicas, rows, -1), labels.reshape(replicas, rows)

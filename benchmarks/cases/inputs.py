@@ -1,4 +1,4 @@
-"""Input movement: NumPy arrays, and arrays that lie elsewhere, on their way to the devices."""
+"""Transfers of arguments: NumPy arrays, and arrays on other devices."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ MEGABYTE = 2**20
 
 
 def cases(_quick: bool) -> list[Case]:
-    """Small and large arrays, of NumPy, on the first device, and on the devices in reverse order."""
+    """Cases: small and large arrays, NumPy or on the first device or on the devices in reverse order."""
     best = f"{OURS} / the fastest of the others"
     fastest = (over(OURS, HAND, PUT, PMAP, most=1.0, words=best),)
-    # Some calls at a time, as of other short ones: a first call after other work takes half as long again.
+    # Several calls are timed together: the first call after other work takes 1.5 times as long.
     small = (over(OURS, HAND, PUT, PMAP, most=0.2, words=best),)
     found = [
         Case(f"100 small NumPy leaves, {what}", SMALL, count, partial(_small, fun), small, calls=5)
@@ -71,23 +71,23 @@ def cases(_quick: bool) -> list[Case]:
     ]
     found.append(Case("64 MB in place, donated", DONATED, 2, _donated, (over(OURS, HAND, most=1.02),)))
     words = f"peak memory: {OURS} / the least of the others"
-    # A second copy would be 2; the system counts what it freed a little late.
+    # A second copy would give 2. The limit is above 1 because the system counts freed memory with a delay.
     memory = (over(OURS, PUT, HAND, PMAP, most=1.25, words=words),)
     found.append(Case("a NumPy array of 512 MB, split", COPIES, 2, _memory, memory, before=_settle))
     return found
 
 
 def _small_tree() -> list[np.ndarray]:
-    """100 arrays of several shapes and types, a row for each device."""
+    """100 arrays of several shapes and dtypes, with one row per device."""
     count = jax.device_count()
     kinds = (((), np.float32), ((3,), np.int32), ((4, 4), np.float32), ((16,), np.float16))
     return [np.full((count, *shape), k % 7, dtype) for k in range(25) for shape, dtype in kinds]
 
 
 def _rows(size: int = 64, offset: int = 16) -> np.ndarray:
-    """16 rows, so many bytes after an address that 64 divides: where that is 0, JAX on CPUs copies nothing.
+    """16 rows that start ``offset`` bytes after a 64-byte boundary.
 
-    It then reads the caller's memory while the program runs, and gives wrong numbers if the caller changes it.
+    If ``offset`` is 0, JAX on CPUs aliases the memory. Results are then wrong if the caller changes it during a call.
     """
     raw = np.empty(size * MEGABYTE + 128, np.uint8)
     start = -raw.ctypes.data % 64 + offset
@@ -101,7 +101,7 @@ def _double(tree: Any) -> Any:
 
 
 def _total(tree: Any) -> jax.Array:
-    """Looks at every argument and makes one small result, so that the time is that of the movement."""
+    """Reads every argument and returns one scalar, so that transfers dominate the time."""
     return sum(x.sum().astype(jnp.float32) for x in tree)
 
 
@@ -116,12 +116,12 @@ def _small(fun: Callable[..., Any], _stack: ExitStack) -> Mapping[str, Way | Abs
 
 
 def _first(row: jax.Array) -> jax.Array:
-    """Next to no work, so that the time is that of the movement."""
+    """Does almost no work, so that transfers dominate the time."""
     return row[:1]
 
 
 def _large(size: int, how: str, _stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """A split array, of 16 rows; or a whole one for every replica, beside one small argument that is mapped."""
+    """A sharded array of 16 rows; or a broadcast array, next to a small mapped argument."""
     count, array = jax.device_count(), _rows(size, 0 if ALIGNED in how else 16)
     if SPLIT in how:
         hand, where = by_hand(_first), NamedSharding(mesh(), ROWS)
@@ -148,7 +148,7 @@ def _large(size: int, how: str, _stack: ExitStack) -> Mapping[str, Way | Absent]
 
 
 def _moved(make: Callable[[], Any], where: str, _stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """Arrays on other devices than the program's, which jit takes only where nobody has committed them to one."""
+    """Arrays on devices other than the program's. ``jit`` accepts only uncommitted ones."""
     rows = NamedSharding(mesh(), ROWS)
     backwards = NamedSharding(Mesh(np.array(jax.devices()[::-1]), ("i",)), ROWS)
     hand, count = by_hand(_double), jax.device_count()
@@ -161,14 +161,14 @@ def _moved(make: Callable[[], Any], where: str, _stack: ExitStack) -> Mapping[st
         }
     else:
         tree = jax.device_put(make(), backwards if where == REVERSED else jax.devices()[0])
-        # Found on two simulated devices in JAX 0.10.2: jax.pmap's first call may work, and a later one end in a crash.
+        # JAX 0.10.2 on two simulated devices: the first call of jax.pmap may work, and a later one crash.
         taken = {HAND: Absent("refuses it"), PMAP: Absent("refuses it, or crashes")}
     ours = replicax.pmap(_double)
     return {OURS: partial(ours, tree), PUT: lambda: hand(jax.device_put(tree, rows)), **taken}
 
 
 def _donated(_stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """Each way goes on with what it returned before."""
+    """Each call gets the result of the previous call."""
 
     def loop(step: Callable[[Any], Any]) -> Way:
         state = [place(_rows())]
@@ -186,7 +186,7 @@ def _donated(_stack: ExitStack) -> Mapping[str, Way | Absent]:
 
 
 def _memory(_stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """The same as for time, and how far the process grows at most during the call."""
+    """The same ways as for time; measures the peak growth of the process during a call."""
     ways = _large(512, SPLIT, _stack)
     if not Path("/proc/self/clear_refs").exists():
         return {name: Absent("no /proc here") for name in ways}
@@ -194,13 +194,13 @@ def _memory(_stack: ExitStack) -> Mapping[str, Way | Absent]:
 
 
 def _settle() -> None:
-    """Waits until what was dropped before is freed."""
+    """Waits until unreferenced memory is freed."""
     gc.collect()
     time.sleep(0.1)
 
 
 def _grown(way: Way) -> Measured:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _kilobytes("VmRSS")
     result = jax.block_until_ready(way())
     return Measured(1024 * (_kilobytes("VmHWM") - before), result)

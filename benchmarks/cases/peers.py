@@ -1,4 +1,4 @@
-"""Other libraries on the same work and the same two cores, their pools and processes already started."""
+"""Other libraries on the same work and the same two cores, with pools and processes already started."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SIZES = (784, 512, 512, 10)
 
 
 def cases(_quick: bool) -> list[Case]:
-    """Training against torch; maps of NumPy functions against joblib, multiprocessing and parajax."""
+    """Cases: training against torch; maps of NumPy functions against joblib, multiprocessing and parajax."""
     others = tuple(over(OURS, name, most=None) for name in (JOBLIB, POOL, PARAJAX))
     found = [
         Case(
@@ -59,9 +59,9 @@ def cases(_quick: bool) -> list[Case]:
 
 
 def _training(stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """Each way starts from the same parameters every time; two replicas, one on each device, as torch's processes."""
+    """Each call starts from the same parameters. Two replicas on two devices, like torch's two processes."""
     layers, (images, labels) = mlp(SIZES), data(512, SIZES[0], SIZES[-1])
-    # torch's processes take every other image
+    # Each torch process gets every other image.
     rows = place(jax.tree.map(lambda x: np.stack([x[0::2], x[1::2]]), (images, labels)))
     state, axes = place(layers, WHOLE), (None, 0, 0)
     ours = replicax.pmap(train, axis_name=AXIS, in_axes=axes, out_axes=None)
@@ -124,12 +124,12 @@ def _call_price(spot: jax.Array) -> jax.Array:
 def _maps(
     stack: ExitStack, twin: Callable[..., Any], function: Callable[..., Any], array: np.ndarray
 ) -> Mapping[str, Way | Absent]:
-    """Every way takes the NumPy array and returns one; each process gets one half, as each device does.
+    """Maps a NumPy array to a NumPy array in each way. Each process, or device, gets one half.
 
     Args:
-        stack: Ends the pools.
-        twin: The function of one row, in JAX.
-        function: That of many rows, in NumPy.
+        stack: Closes the pools at the end.
+        twin: The JAX function of one row.
+        function: The NumPy function of many rows.
         array: The rows.
     """
     pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(CORES))
@@ -153,7 +153,7 @@ def _joblib(stack: ExitStack, function: Callable[..., Any], array: np.ndarray) -
     if importlib.util.find_spec("joblib") is None:
         return Absent("not installed")
     joblib: Any = importlib.import_module("joblib")
-    # It keeps its processes between calls, and hands them large arrays through shared memory.
+    # joblib keeps its processes between calls, and passes large arrays through shared memory.
     parallel = stack.enter_context(joblib.Parallel(n_jobs=CORES))
     task = joblib.delayed(function)
     return lambda: np.concatenate(parallel(task(part) for part in np.split(array, CORES)))

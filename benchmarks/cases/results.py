@@ -1,4 +1,4 @@
-"""Results: reading one replica, each replica, and the whole, at the cost of reading the devices' own parts."""
+"""Reading results: one replica, each replica, or the whole array, compared with direct reads of the shards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ARRAYS = {1: "1 small array", 100: "100 small arrays"}
 
 
 def cases(_quick: bool) -> list[Case]:
-    """The first replica, all replicas one by one, and the whole array."""
+    """Cases: the first replica, each replica, and the whole array."""
     found = []
     for leaves, arrays in ARRAYS.items():
         for title, prepare in ((f"unreplicate, {arrays}", _first), (f"local_replicas, {arrays}", _each)):
@@ -37,11 +37,11 @@ def cases(_quick: bool) -> list[Case]:
 
 
 class Fresh:
-    """Makes results anew before each reading, since an array keeps what NumPy has read of it.
+    """Computes new results before each read, because a JAX array caches its NumPy value.
 
     Attributes:
-        leaves: How many arrays there are.
-        tree: What there is to read.
+        leaves: The number of arrays.
+        tree: The results to read.
     """
 
     def __init__(self, leaves: int, shape: tuple[int, ...] = (16, 4)) -> None:
@@ -52,7 +52,7 @@ class Fresh:
         self.tree: Any = None
 
     def __call__(self) -> None:
-        """Makes the results."""
+        """Computes the results."""
         if self._argument is None:
             argument = [np.full(self._shape, k, np.float32) for k in range(self.leaves)]
             self._argument = place(argument) if self._shape[0] % jax.device_count() == 0 else argument
@@ -60,7 +60,7 @@ class Fresh:
 
 
 def _first(fresh: Fresh, _stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """By hand, one compiled function takes the first row of every block."""
+    """By hand: one jitted function takes the first row of each first shard."""
     rows = jax.jit(lambda blocks: [block[0] for block in blocks])
     return {
         OURS: lambda: replicax.unreplicate(fresh.tree),
@@ -84,7 +84,7 @@ def _each(fresh: Fresh, _stack: ExitStack) -> Mapping[str, Way | Absent]:
 
 
 def _whole(fresh: Fresh, _stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """By hand, each device's own rows, once each, into one new array; or the one part, where each device has all."""
+    """By hand: concatenates the distinct shards; if the array is replicated, reads one shard."""
 
     def by_hand() -> np.ndarray:
         (x,) = fresh.tree

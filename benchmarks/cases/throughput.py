@@ -1,4 +1,4 @@
-"""Throughput: the compiled program against the one by hand, on two devices, arguments in place."""
+"""Throughput: the compiled program against the program by hand, on two devices, with arguments in place."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROWS_OF_BATCH = 512
 
 
 def cases(_quick: bool) -> list[Case]:
-    """Training, loops that replicas leave at different times, collectives, memory, and per-example gradients."""
+    """Cases: training, loops of different length per replica, collectives, memory, and per-example gradients."""
     limit = (over(OURS, HAND, most=1.02),)
     escape = (over(OURS, SHARDED, most=0.25), *limit)
     found = [
@@ -57,7 +57,7 @@ def cases(_quick: bool) -> list[Case]:
 
 
 def _split(tree: Any) -> Any:
-    """Rows as ``jax.pmap(vmap)`` takes them: devices, then lanes."""
+    """Reshapes rows to ``(devices, lanes, ...)`` for ``jax.pmap(vmap)``."""
     count = jax.device_count()
     return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), tree)
 
@@ -84,7 +84,7 @@ def _training(_stack: ExitStack) -> Mapping[str, Way | Absent]:
 
 
 def _escape(_stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """jit(vmap) with sharded input asks all devices in every round whether any point is still in; a map asks nobody."""
+    """``jit(vmap)`` with sharded input communicates in every iteration: does any point go on? A map does not."""
     points = plane(4096)
     rows = place(points)
     return {
@@ -96,7 +96,7 @@ def _escape(_stack: ExitStack) -> Mapping[str, Way | Absent]:
 
 
 def _talk(x: jax.Array, axis: Any = AXIS, size: int = 8) -> jax.Array:
-    """Sums, shifts by one and gathers, each needing the one before."""
+    """Sums, shifts by one and gathers. Each depends on the previous one."""
 
     def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
         x = x / (1 + lax.psum(x * x, axis))
@@ -107,7 +107,7 @@ def _talk(x: jax.Array, axis: Any = AXIS, size: int = 8) -> jax.Array:
 
 
 def _shift(x: jax.Array, axis: Any, size: int) -> jax.Array:
-    """By hand, the lanes turn by one, and what comes out of the last of them goes to the next device's first."""
+    """By hand: rotates the lanes by one, and sends the last lane to the first lane of the next device."""
     if isinstance(axis, str):
         return lax.ppermute(x, axis, [(r, (r + 1) % size) for r in range(size)])
     devices, lanes = axis
@@ -119,7 +119,7 @@ def _shift(x: jax.Array, axis: Any, size: int) -> jax.Array:
 
 
 def _gather(x: jax.Array, axis: Any) -> jax.Array:
-    """By hand, lanes first: vmap has no rule for all_gather over two axes of which it maps one."""
+    """By hand: lanes first, because vmap has no rule for ``all_gather`` over its axis and another one."""
     if isinstance(axis, str):
         return lax.all_gather(x, axis)
     devices, lanes = axis
@@ -142,7 +142,7 @@ def _stream(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> tuple[jax
 
 
 def _memory_bound(_stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """The results take the place of the first two arguments, so that no memory is taken anew: that alone costs more."""
+    """The first two arguments are donated for the results, because allocating new memory would dominate the time."""
     arrays = [np.full((8, 2**20), k, np.float32) for k in range(4)]
 
     def loop(program: Callable[..., Any], arrays: list[np.ndarray]) -> Way:
@@ -165,9 +165,9 @@ def _memory_bound(_stack: ExitStack) -> Mapping[str, Way | Absent]:
 
 
 def _gradients(n: int, _stack: ExitStack) -> Mapping[str, Way | Absent]:
-    """The mean gradient, example by example in a map, and of the mean loss of a batch, padded where it does not divide.
+    """The mean of per-example gradients in a map, and the gradient of the mean loss of the batch, padded if needed.
 
-    Each way gets its arguments as it would keep them: the map's lie where its results lie.
+    The arguments of each way are already in place; for the map, they are sharded like its results.
     """
     layers, (images, labels) = mlp((784, 128, 10)), data(n, 784, 10)
 
@@ -179,7 +179,7 @@ def _gradients(n: int, _stack: ExitStack) -> Mapping[str, Way | Absent]:
     batch = [np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in (images, labels)] + weights
 
     def loss(layers: Layers, images: jax.Array, labels: jax.Array, *weights: jax.Array) -> jax.Array:
-        """Of one device's part, or of all."""
+        """The loss of one device's rows, or of all."""
         each = losses_of(layers, images, labels)
         return (weights[0] * each).sum() / n if weights else each.mean()
 

@@ -1,4 +1,4 @@
-"""The only module that uses non-public JAX or depends on its version."""
+"""The only package that uses non-public JAX APIs or depends on JAX's version."""
 
 from replicax._jax.aliases import Equation as Equation
 from replicax._jax.aliases import Jaxpr as Jaxpr

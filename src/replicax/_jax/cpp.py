@@ -34,9 +34,9 @@ def entry(
     ``slow``, and a warning says so.
 
     Args:
-        owner: The key that the cache entries belong to, and are freed with. With jit disabled, JAX calls it instead.
-        slow: From a call to its result, and to the data to cache: see :func:`remember`.
-        in_python: Called instead under ``jax_debug_nans`` if a result has a NaN; finds the operation that made it.
+        owner: The cache entries belong to it and are freed with it. With jit disabled, JAX calls it instead.
+        slow: Runs a call. Returns the result and the data to cache: see :func:`remember`.
+        in_python: Runs the call again under ``jax_debug_nans`` if a result has a NaN, to find the operation.
         name: The name in profiles.
         static: The positions and the names of the static arguments.
         put: Moves an argument that is not a JAX array to the required sharding.
@@ -60,7 +60,7 @@ def entry(
         return lambda *args, **kwargs: slow(args, kwargs)[0]
 
 
-#: The text of the warning, if this process has issued it.
+#: The cause that the warning names, if this process has issued the warning.
 _said: list[str] = []
 
 
@@ -86,7 +86,7 @@ def first_run(call: Callable[..., Any], args: Sequence[Array]) -> tuple[Sequence
 
 
 def remember(known: Known, out: PyTree) -> Known | None:
-    """Returns the data for an :func:`entry` to cache: that of the program, with the tree structure of its results.
+    """Returns the data for an :func:`entry` to cache: ``known`` with the tree structure of the results.
 
     Args:
         known: The data of the program, from :func:`first_run`.

@@ -1,8 +1,8 @@
-"""Jaxprs: how to inspect, trace, change and bind them.
+"""Inspects, traces, changes and binds jaxprs.
 
-The functions here treat all primitives alike, because parameters differ between JAX versions (0.10 wraps a jaxpr with
-constants in ``ClosedJaxpr``, 0.11 has one class). So no equation is rebuilt from parameters known by name. The
-exceptions are the control-flow primitives: :func:`loop_counts` needs the number of their carries.
+The parameters of equations differ between JAX versions (0.10 wraps a jaxpr with constants in ``ClosedJaxpr``, 0.11 has
+one class). So most functions treat all primitives alike and read no parameter by name. :func:`loop_counts` is an
+exception: it reads the number of carries of a ``scan``.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ def trace_flat(
 def retrace(fun: Callable[..., Sequence[ArrayLike]], like: Jaxpr, *, hoist: bool) -> tuple[Jaxpr, list[Array]]:
     """Traces ``fun`` to a jaxpr with the argument types, the result types and the class of ``like``.
 
-    ``fun`` takes the arguments and returns the results of ``like``, except for weak types. Weak types are restored,
-    because loops and branches compare them.
+    The arguments and results of ``fun`` have the types of ``like``, but may differ in weak types. Weak types are
+    restored, because loops and branches compare them.
 
     Args:
         fun: The function.
@@ -278,7 +278,7 @@ def bears_no_constants(eqn: Equation) -> bool:
 
 
 def equation_name(eqn: Equation) -> str:
-    """Returns the name of the equation: its primitive, or the operation in JAX 0.12's general primitive."""
+    """Returns the name of the equation's primitive, or of the ``HiPrim`` in a ``call_hi_primitive`` equation."""
     prim = wrapped_primitive(eqn)
     return str(eqn.primitive.name) if prim is None else type(prim).__name__
 

@@ -17,8 +17,8 @@ from replicax._typing import Array
 def draws_batches(eqn: Equation) -> bool:
     """Whether ``vmap`` draws the whole batch of this equation with the first key, although each row has its own key.
 
-    This is the batching rule of ``lax.rng_bit_generator``. Keys of the implementations ``rbg`` and ``unsafe_rbg`` draw
-    with it; ``unsafe_rbg`` also splits and folds with it: https://github.com/jax-ml/jax/issues/19085.
+    The batching rule of ``lax.rng_bit_generator`` does this. ``rbg`` and ``unsafe_rbg`` draw with this primitive;
+    ``unsafe_rbg`` also uses it in ``split`` and ``fold_in``: https://github.com/jax-ml/jax/issues/19085.
     Workaround: draws_of_one_key.
     """
     name = eqn.primitive.name

@@ -31,8 +31,8 @@ def bind_again(
     Args:
         eqn: The equation.
         args: Its operands.
-        rewrite_jaxpr: From a jaxpr to the new jaxpr and its leading arguments, as :func:`retrace` returns them.
-        rewrite_rule: From a rule and its role (``"jvp"``, ``"fwd"`` or ``"bwd"``) to the new rule.
+        rewrite_jaxpr: Takes a jaxpr. Returns the new jaxpr and its leading arguments, as :func:`retrace` does.
+        rewrite_rule: Takes a rule and its role (``"jvp"``, ``"fwd"`` or ``"bwd"``). Returns the new rule.
     """
     hoisted: list[Array] = []
 
@@ -90,7 +90,7 @@ def rule_jaxprs(eqn: Equation) -> Iterator[Jaxpr]:
 
 
 def expansion(eqn: Equation) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """Returns the expansion of an equation of JAX 0.12's general primitive, and its JVP; None for other equations.
+    """Returns the expansion of a ``call_hi_primitive`` equation (JAX 0.12) and its JVP; None for other equations.
 
     Both are functions of flat arguments. The JVP takes the primals, then their tangents.
     """

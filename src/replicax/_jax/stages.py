@@ -8,7 +8,7 @@ import jax
 
 
 def stage_parts(lowered: jax.stages.Lowered) -> Any:
-    """Returns the lowering inside a ``jax.stages.Lowered``, to create one that takes the user's arguments."""
+    """Returns the lowering inside a ``jax.stages.Lowered``, to create a ``Lowered`` that takes the user's arguments."""
     return lowered._lowering
 
 

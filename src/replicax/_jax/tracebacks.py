@@ -1,4 +1,4 @@
-"""Tracebacks and source locations: JAX and Python show lines of the user, not of this package."""
+"""Tracebacks and source locations: JAX and Python show the user's lines, not those of this package."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ source_info_util.register_exclusion(_PACKAGE)
 
 @contextlib.contextmanager
 def equation_context(eqn: Equation) -> Iterator[None]:
-    """Binds operations inside with the user's source line and name stack of ``eqn``."""
+    """Operations bound inside get the source line of ``eqn``, and its name stack appended to theirs."""
     name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack):
         yield
@@ -53,7 +53,7 @@ def described_source(jaxpr: Jaxpr, description: str) -> Traceback:
 
 @contextlib.contextmanager
 def source(traceback: Traceback | None) -> Iterator[None]:
-    """Gives operations bound inside this source location; with None, their real one."""
+    """Sets the source location of operations bound inside; None keeps their real location."""
     state = source_info_util._source_info_context
     before = state.context
     state.context = before.replace(traceback=traceback)

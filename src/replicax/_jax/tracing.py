@@ -35,7 +35,7 @@ def staging() -> bool:
 def _at_once(known: PyTree) -> Iterator[None]:
     """Under ``jax.ensure_compile_time_eval``, evaluates now if ``known`` has no tracers, else records as usual.
 
-    Otherwise JAX would evaluate the index of a mapped axis while a map is traced, when it has no value yet.
+    Otherwise JAX would evaluate the index of a mapped axis during tracing, when the index has no value yet.
     Workaround: index_at_once.
     """
     eager_if_known: Any = _NOTHING
@@ -63,7 +63,7 @@ NO_MESH = jax.sharding.AbstractMesh((), ())
 
 
 def trace_context() -> Hashable:
-    """Returns the state, besides arguments, in JAX's compilation cache keys (x64 mode, precision, axes in scope, …)."""
+    """Returns the settings and scopes in JAX's compilation cache keys (x64 mode, precision, axes in scope, …)."""
     return config.trace_context()
 
 
@@ -79,7 +79,7 @@ def tracing_replica() -> bool:
 
 @contextlib.contextmanager
 def replica_traced() -> Iterator[None]:
-    """Marks code inside as the trace of a replica. Maps in it are recorded, and lowered with the outer map."""
+    """Marks the code inside as traced for a replica. Maps in it are recorded, and lowered with the outer map."""
     before = _tracing.set(True)
     try:
         yield
@@ -96,7 +96,7 @@ def axes_in_scope() -> tuple[AxisName, ...]:
 
 
 def outermost_value(x: ArrayLike) -> tuple[ArrayLike, bool]:
-    """Returns the primal value under all ``grad``, ``jvp`` and ``vmap`` tracers, and whether any is from ``vmap``."""
+    """Returns the value under all ``grad``, ``jvp`` and ``vmap`` tracers, and whether ``vmap`` made one of them."""
     batched = False
     while isinstance(x, ad.JVPTracer | ad.LinearizeTracer | batching.BatchTracer):
         batched |= isinstance(x, batching.BatchTracer)

@@ -111,7 +111,7 @@ def as_array(x: ArrayLike, aval: ArrayType) -> Array:
 
 
 def as_type(x: ArrayLike, aval: ArrayType) -> Array:
-    """Returns ``x`` with the weak type of ``aval``."""
+    """Returns ``x``, weakly typed if and only if ``aval`` is."""
     if getattr(core.typeof(x), "weak_type", False) == getattr(aval, "weak_type", False):
         return x
     return lax_internal._convert_element_type(x, aval.dtype, weak_type=aval.weak_type)

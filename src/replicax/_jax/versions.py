@@ -56,7 +56,7 @@ def loop_counts(eqn: Equation) -> tuple[int, int]:
 
 
 def wrapped_primitive(eqn: Equation) -> Any:
-    """Returns the operation in JAX's general primitive; None for other equations."""
+    """Returns the ``HiPrim`` in a ``call_hi_primitive`` equation; None for other equations."""
     return eqn.params.get("_prim")
 
 

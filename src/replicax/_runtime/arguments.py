@@ -91,7 +91,7 @@ def split(fun: Function, static: Chosen, args: Args, kwargs: Kwargs) -> Call:
 
 
 def partition(fun: Function, static: Chosen, args: Args, kwargs: Kwargs) -> Call:
-    """Separates those static arguments that the call passes; missing ones are no error."""
+    """Separates the static arguments that the call passes. Missing ones are not an error."""
     count = len(args)
     at = sorted({i % count for i in static.positions if -count <= i < count})
     positions = [i for i in range(count) if i not in at]
@@ -109,7 +109,7 @@ def function_name(fun: Function) -> str:
 
 
 def check_types(call: Call, leaves: Sequence[PyTree], *, abstract: bool) -> Hashable:
-    """The types of the leaves as a cache key; for leaves that may not be arrays.
+    """Checks that all leaves are arrays, and returns their types as a cache key.
 
     Args:
         call: The call.
@@ -160,7 +160,7 @@ def refuse_static(call: Call) -> None:
         try:
             hash(value)
         except Exception as error:
-            what = text_of(error)  # such as "unhashable type: 'list'", of something in a tuple
+            what = text_of(error)  # such as "unhashable type: 'list'" for a list in a tuple
             unhashable.append(f"{name} is of type {kind.__name__}" + (f" ({what})" if what else ""))
             continue
         try:

@@ -4,10 +4,10 @@ The paths:
 
 - In place: JAX's C++ cache finds the program and runs it without Python. For several devices, C++ calls
   :func:`replicax._runtime.transfer.put` for each NumPy array.
-- Copy host leaves: the same, after Python has copied the small NumPy arrays. It has a separate C++ cache. On a single
+- Copy host leaves: Python copies the small NumPy arrays first. Then as in place, with a separate C++ cache. On a single
   device, C++ aliases the memory of a NumPy array, and may read it after the call has returned.
 - Packed: Python transfers many small NumPy arrays as one: see :mod:`replicax._runtime.packing`.
-- Slow path: only Python. For the first call of a signature, and for arrays that need a move or padding.
+- Slow path: only Python, for the first call of a signature, and for arrays that must be moved or padded.
 
 A call starts on the path that the last calls of the map used. A wrong guess only costs time: on a cache miss, the call
 takes the slow path, which selects the right path.
@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
     start: Path | None = None
 
 
-#: ``slow_path(args, kwargs, copied)``; ``copied`` tells that small NumPy arrays in the arguments are already copies.
+#: ``slow_path(args, kwargs, copied)``; ``copied``: whether small NumPy arrays in the arguments are already copies.
 SlowPath: TypeAlias = Callable[[Args, Kwargs, bool], Outcome]
 
 #: ``slow(args, kwargs)`` returns the result of a call, and the data for the C++ cache.
@@ -72,10 +72,10 @@ IN_A_ROW = 3
 
 
 class Switch:
-    """Sets ``__call__`` of all callables of one dispatcher: the slow path while a program is traced, else their path.
+    """Sets ``__call__`` of all callables of one dispatcher. During tracing, ``__call__`` is the slow path.
 
-    On a cache miss, JAX's C++ cache blocks other threads until the first one has traced. That is a deadlock if the
-    tracing thread waits for one of them.
+    On a cache miss, JAX's C++ cache blocks other threads until the first thread has traced. That is a deadlock if the
+    tracing thread waits for a blocked thread.
     """
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class PathTaker(Generic[R]):
 def _run_and_learn(
     taker: weakref.ref[PathTaker[R]], slow_path: SlowPath, copied: bool, args: Args, kwargs: Kwargs
 ) -> tuple[R, Known | None]:
-    """Runs the slow path and updates where calls start. Returns the result and the data for the C++ cache."""
+    """Runs the slow path and sets the start of later calls. Returns the result and the data for the C++ cache."""
     outcome = slow_path(args, kwargs, copied)
     if outcome.start is not None and (found := taker()) is not None:
         found._begin(outcome.start)
@@ -179,7 +179,7 @@ def _missed(
     args: Args,
     kwargs: Kwargs,
 ) -> tuple[R, Known | None]:
-    """Runs a call that the in-place C++ cache does not have."""
+    """Runs a call that missed the in-place C++ cache."""
     if (found := taker()) is not None and found._copies and has_host_leaves(args, kwargs):
         if starts_with_host_leaf(args, kwargs):
             found._begin(Path.COPY_HOST_LEAVES)
@@ -201,7 +201,7 @@ def _starting(
     with_host_leaves: Function,
     prepare: Callable[[Args, Kwargs], tuple[Args, Kwargs]] | None = None,
 ) -> Function:
-    """Runs calls that start with a NumPy array by ``with_host_leaves``, after ``prepare``, and other calls in place."""
+    """Runs calls in place, or by ``with_host_leaves`` after ``prepare`` if an argument starts with a NumPy array."""
     others = 0
 
     def call(*args: PyTree, **kwargs: PyTree) -> PyTree:
@@ -226,7 +226,7 @@ def _starting(
 
 
 def starts_with_host_leaf(args: Sequence[PyTree], kwargs: Mapping[str, PyTree]) -> bool:
-    """Whether an argument is a NumPy array, or a pytree whose first leaf is one: a fast approximation."""
+    """Fast approximation of :func:`has_host_leaves`: looks only at the first leaf of each argument."""
     for x in (*args, *kwargs.values()) if kwargs else args:
         kind = type(x)
         while (kind is list or kind is tuple or kind is dict) and x:
@@ -265,7 +265,7 @@ def table(owner: Function, fun: Function, options: Options, slow: Slow) -> Funct
 
 
 def _explaining(entry: Function, in_python: Function) -> Function:
-    """Wraps a C++ entry for static arguments: C++ rejects one without its name, so Python raises the error again."""
+    """Wraps a C++ entry for static arguments. C++ errors do not name the argument, so Python raises the error again."""
 
     def explaining(*args: PyTree, **kwargs: PyTree) -> PyTree:
         try:
@@ -279,7 +279,7 @@ def _explaining(entry: Function, in_python: Function) -> Function:
 
 
 def _donating(entry: Function, in_python: Function) -> Function:
-    """Wraps a C++ entry for donated arguments. Calls with an array twice run in Python, because XLA may abort on them.
+    """Wraps a C++ entry for donated arguments. Calls that pass an array twice run in Python, because XLA may abort.
 
     For arrays that were donated before, see :class:`replicax._runtime.taken.TakenArrays`. Workaround: donated_twice.
     """

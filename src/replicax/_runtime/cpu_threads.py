@@ -2,7 +2,7 @@
 
 There are two deadlocks. ``jax.pmap`` and ``jax.jit`` have them, too. XLA aborts the process after 40 s:
 
-1. Before jaxlib 0.12, a collective blocks D threads of the client's pool until all of its devices have arrived. The
+1. Before jaxlib 0.12, a collective on D devices blocks D threads of the client's pool until all devices join. The
    launch of a call blocks D more threads while 32 computations of a device wait to run. The pool has one thread per
    core, and at least D, unless the environment variable NPROC sets another number when JAX creates the client. Calls
    need 2 D threads, and D more for each further Python thread that launches calls. With fewer, this hangs::
@@ -12,13 +12,13 @@ There are two deadlocks. ``jax.pmap`` and ``jax.jit`` have them, too. XLA aborts
        x = y = f(np.ones(8))
        for _ in range(2000): y = f(x)
 
-2. XLA runs collectives in the order of the calls. If several Python threads call, later calls can fill the 32 slots of
-   a device's queue before an earlier call that must run first. More threads in the pool do not help: the loop above in
-   four threads, with NPROC=256, hangs in about one of 20 runs, and in one of 10 runs on jaxlib 0.12.
+2. XLA runs collectives in the order of the calls. If several Python threads launch calls, later calls can fill the 32
+   slots of a device's queue before an earlier call is queued. More threads in the pool do not help: with NPROC=256,
+   the loop above in four threads hangs in about one of 20 runs, on jaxlib 0.12 in one of 10 runs.
 
 Workaround: few_cpu_threads. The second deadlock is too rare for a test.
 
-So before jaxlib 0.12, JAX creates its client with more threads, if this module is imported first. If the client already
+Before jaxlib 0.12, a client that JAX creates after the import of this module gets more threads. If the client already
 exists, or if several threads call maps, each call waits for an earlier call, so that few calls are in flight.
 """
 
@@ -93,7 +93,7 @@ class _Calls:
     """The calls in flight, of all maps and threads of this process.
 
     Attributes:
-        caller: The thread that calls maps, while only one thread does; None if every call must wait.
+        caller: The id of the only thread that has called maps; None if every call must wait.
     """
 
     def __init__(self) -> None:

@@ -28,8 +28,8 @@ from replicax._runtime.signature import Signature
 from replicax._runtime.transfer import native
 from replicax._typing import Args, ArrayLike, Function, Kwargs, PyTree
 
-#: Seconds that a thread waits while another thread traces the same program. Then it traces the program itself, because
-#: the two threads may be in a deadlock. Tracing twice is harmless.
+#: Seconds that a thread waits while another thread traces the same program. After that, the waiting thread traces the
+#: program, too: the two threads may be in a deadlock. Tracing twice is harmless.
 PATIENCE = 300.0
 
 logger = logging.getLogger("replicax")
@@ -56,7 +56,7 @@ class Dispatcher:
         self._programs: dict[Hashable, Executable | Recorded] = {}
         self._signatures: dict[Hashable, Signature] = {}
         self._tracing: dict[Hashable, threading.RLock] = {}
-        # The owners of the entries in JAX's C++ cache, which are freed with the owners.
+        # The owners of the entries in JAX's C++ cache. The entries are freed with their owner.
         self._owners = {copied: functools.partial(_without_jit, weakref.ref(self)) for copied in (False, True)}
 
     def __call__(self, fun: Function, args: Args, kwargs: Kwargs) -> PyTree:
@@ -74,7 +74,7 @@ class Dispatcher:
             copied: Whether small NumPy arrays in the arguments are already copies.
 
         Returns:
-            The result, and where later calls of this kind should start.
+            The result, the data for the C++ cache, and the path on which such calls should start.
         """
         with _jax.own_mesh((args, kwargs)):
             program, leaves = self.resolve(fun, args, kwargs)
@@ -174,7 +174,7 @@ class Dispatcher:
 def _run(
     program: Executable, leaves: Sequence[ArrayLike], names: Callable[[], Sequence[str]], copied: bool
 ) -> tuple[Sequence[ArrayLike], Known | None, Path | None]:
-    """Runs an eager call. Returns the results, the data for the C++ cache, and where such calls should start."""
+    """Runs an eager call. Returns the results, the data for the C++ cache, and the path where such calls start."""
     if pack := packed(program, leaves):
         return run(pack.executable, pack.leaves(leaves), pack.names(names))[0], None, Path.PACKED
     results, placed = run(program, leaves, names)
@@ -204,7 +204,7 @@ def _key(call: Call, *, abstract: bool) -> tuple[list[ArrayLike], Hashable]:
 
 
 def _needs_all_devices(leaves: Sequence[ArrayLike]) -> bool:
-    """Whether the program must span all devices: it is staged with others, or the argument types name a mesh."""
+    """Whether the program must span all devices: other operations share its jaxpr, or an argument type names a mesh."""
     return not _jax.eager() and (_jax.staging() or any(primitives.split_over(x) is not None for x in leaves))
 
 

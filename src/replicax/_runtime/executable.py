@@ -93,7 +93,7 @@ class Executable:
                 return compiled(*leaves)
             results, self.known = cpp.first_run(compiled, leaves)
         except ValueError:
-            # An argument has another layout in memory. JAX 0.10 also reports this, wrongly, for 4-bit dtypes.
+            # An argument has a different memory layout. JAX 0.10 also reports this, wrongly, for 4-bit dtypes.
             # Workaround: layouts_of_four_bits.
             results = self._jitted(*leaves)
         self._has_run = True
@@ -124,7 +124,7 @@ _WHOLE_BYTES = frozenset(
 
 def _adding_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Array]], list[Array]]:
     where = spec.layout.axis.placement
-    # On a mesh with Explicit axes that shard the rows, the padded row count has no valid type.
+    # If Explicit axes of a mesh shard the rows, an array with the padded row count may have no valid type.
     return lambda xs: [pad_rows(primitives.retype(x, None), a, where) for x, a in zip(xs, axes, strict=True)]
 
 
@@ -168,7 +168,7 @@ def _padding_by_itself(spec: ProgramSpec) -> Callable[..., tuple[Array, ...]]:
 def _like_the_arguments(
     axis: int | None, typed: Sequence[jax.sharding.NamedSharding | None], in_axes: Axes
 ) -> jax.sharding.NamedSharding | None:
-    """The sharding in the type of a result: along the mapped axis like the mapped arguments, if they agree."""
+    """The sharding in the type of a result: the mapped axis is sharded as in the mapped arguments, if they agree."""
     said = [(where, a) for where, a in zip(typed, in_axes, strict=True) if where is not None]
     if not said:
         return None

@@ -42,7 +42,7 @@ class Options:
 
         Raises:
             UnknownBackendError: JAX does not have the backend.
-            DevicesError: a device is not one of the backend's.
+            DevicesError: a device does not belong to the backend.
         """
         if self.devices is not None and self.backend is None:
             return self.devices

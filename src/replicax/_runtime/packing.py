@@ -54,7 +54,7 @@ class Run:
         leaves: The indices of the argument leaves.
         axes: The mapped axis of each array; None if it is not mapped.
         shapes: The shape of each array in one replica.
-        words: The slice of the group's row.
+        words: The slice of the group's packed row with these arrays.
         rows: ``(replicas,)`` if the arrays are mapped, else ``()``.
     """
 
@@ -110,7 +110,7 @@ class Group(NamedTuple):
     """Arrays that are packed into one: all of them are mapped, or none.
 
     Attributes:
-        runs: The arrays, in order.
+        runs: The runs of arrays, in order.
         mapped: Whether each replica has its own row.
         dtype: The dtype of the packed array.
     """
@@ -138,7 +138,7 @@ class Group(NamedTuple):
 
     def unpack(self, row: Array) -> list[Array]:
         """Splits the packed row of one replica into arrays."""
-        # The barrier makes XLA compile the rest as if these were arguments, so that results are bitwise equal.
+        # With the barrier, XLA compiles the rest as for unpacked arguments, so results are bitwise the same.
         return list(lax.optimization_barrier([x for run in self.runs for x in run.unpack(row)]))
 
 
@@ -166,7 +166,7 @@ class Packed:
 
 
 def packed(executable: Executable, leaves: Sequence[ArrayLike]) -> Packed | None:
-    """The program with packed host arguments for this call; None if packing does not pay."""
+    """The program with packed host arguments for this call; None if the call is not packed."""
     kinds, known = tuple(map(type, leaves)), executable.packings
     if kinds not in known:
         known[kinds] = _NOT_YET if len(_small(executable.spec, kinds)) >= MANY else None
@@ -220,11 +220,11 @@ def _pack(program: ProgramSpec, leaves: Sequence[ArrayLike], which: Sequence[int
 
 
 def _groups(program: ProgramSpec, own_types: Sequence[jax.ShapeDtypeStruct], which: Sequence[int]) -> list[Group]:
-    """Groups the arguments by mapped or not, and by dtype; common dtypes are packed as 32-bit words.
+    """Groups the arguments by dtype and by whether they are mapped. Common dtypes are packed as 32-bit words.
 
     On CPUs, XLA runs a program sequentially if all of its arrays are tiny, and otherwise as a task graph, at 1 µs per
-    task (``execute_sequential_buffer_threshold`` in XLA's ``thunk_executor.cc``). So on a single device, a few bytes
-    are split into tiny groups. On several devices, one more transfer costs more than that.
+    task (``execute_sequential_buffer_threshold`` in XLA's ``thunk_executor.cc``). So on a single device, a few KB are
+    split into tiny groups. On several devices, an additional transfer costs more than the task graph.
     """
     together: dict[tuple[DType, bool], list[int]] = {}
     for i in sorted(which, key=lambda i: str(program.inputs.types[i].dtype)):

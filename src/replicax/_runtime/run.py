@@ -1,4 +1,4 @@
-"""Runs a program on arguments on any devices: pads, moves and donates them."""
+"""Runs a program on arguments from any devices: pads, moves and donates the arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(
     names: Callable[[], Sequence[str]],
     compiled: Function | None = None,
 ) -> tuple[Sequence[Array], Sequence[Array]]:
-    """Runs a program on arguments on any devices, and frees the donated ones.
+    """Runs a program on arguments from any devices, and frees the donated arguments.
 
     Args:
         executable: The program.
@@ -89,7 +89,7 @@ def reads_host_memory(spec: ProgramSpec, leaves: Sequence[ArrayLike]) -> bool:
 
 
 def _shares(x: jax.Array, copy: jax.Array) -> bool:
-    """Whether a moved array may share buffers with the original: shards that were already on the right device."""
+    """Whether a moved array may share buffers with the original: a shard was already on the right device."""
     if x.shape != copy.shape or x.sharding.device_set.isdisjoint(copy.sharding.device_set):
         return False
     before, after = x.sharding.devices_indices_map(x.shape), copy.sharding.devices_indices_map(copy.shape)

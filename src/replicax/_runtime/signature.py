@@ -41,7 +41,7 @@ class Signature:
     surroundings: str
 
     def differences(self, earlier: Signature) -> list[str]:
-        """The differences to an earlier call, one line per difference."""
+        """The differences from an earlier call, one line per difference."""
         found = []
         if self.size != earlier.size:
             found.append(f"there are {self.size} replicas, and were {earlier.size}")

@@ -1,4 +1,4 @@
-"""A workaround for JAX before 0.11.2. Delete it when the oldest supported version is newer.
+"""A workaround for JAX before 0.11.2. Delete it when JAX 0.11.2 is the oldest supported version.
 
 Workaround: taken_arrays.
 """
@@ -15,8 +15,8 @@ from replicax._jax import cpp
 class TakenArrays:
     """Arrays that were donated.
 
-    Before JAX 0.11.2, XLA aborts the process if a program on several devices, also one of ``jax.jit``, gets an array
-    that was donated before. It raises an error instead if ``delete()`` was called on the array::
+    If ``delete()`` was called on a donated array, JAX raises an error when the array is passed again. Otherwise, before
+    JAX 0.11.2, XLA aborts the process if the program runs on several devices, as this one does::
 
         f = jax.jit(lambda x: 2 * x, donate_argnums=0)
         x = jax.device_put(np.ones(8), NamedSharding(jax.make_mesh((8,), ("i",)), PartitionSpec("i")))

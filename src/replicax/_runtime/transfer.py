@@ -41,7 +41,7 @@ def put(
         x: The array.
         sharding: The target sharding.
         axis: The axis to pad; None for no padding.
-        placement: The replica of each slot, which gives the row to copy there.
+        placement: The replica of each slot. Its row is copied to the slot.
     """
     host = plain(x) if isinstance(x, ndarray) else _as_numpy(x)
     if axis is None or placement is None:

@@ -1,7 +1,7 @@
 """``python -m replicax.compat script.py …``: like ``python script.py …``, with :func:`replicax.compat.install`.
 
-Python imports JAX before it runs this module, and JAX reads its environment variables on import. The script may set
-some of them first. So this module replaces its process with a new interpreter, which runs the script.
+Python imports JAX before it runs this module, and JAX reads environment variables on import. But the script may set
+some of them before it imports JAX. So this module replaces its process with a new interpreter that runs the script.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs a program like python does, and installs replicax as soon as the program imports JAX.
 
-``python -m replicax.compat`` runs this file as a script in a new interpreter. It imports only the standard library,
-because JAX reads environment variables on import, and the program may set them first.
+``python -m replicax.compat`` runs this file as a script in a new interpreter. It imports only the standard library:
+JAX reads environment variables on import, and the program may set them before it imports JAX.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _code_of(script: str) -> CodeType:
 
 
 def _hide_our_frames(error: BaseException) -> None:
-    """Removes our frames from the traceback that ``sys.excepthook`` gets."""
+    """Removes this file's frames from the traceback for ``sys.excepthook``."""
     hook = sys.excepthook
 
     def show(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:

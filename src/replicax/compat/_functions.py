@@ -56,7 +56,7 @@ def pmap(
         donate_argnums: The positions of arguments whose buffers the program may reuse.
 
     Returns:
-        A callable that runs ``fun`` for all replicas, like the result of :func:`replicax.pmap`.
+        A callable that runs ``fun`` for all replicas, on arrays of shape ``(replicas, ...)`` for axis 0.
 
     Raises:
         ReplicaxError: the errors of :func:`replicax.pmap`, except ``DivergentOutputError``.
@@ -95,11 +95,11 @@ def device_put_replicated(x: Tree, devices: Sequence[jax.Device]) -> Tree:
 
     Args:
         x: A pytree of arrays and scalars of any shape ``(...)`` and dtype.
-        devices: The devices. A device that appears several times, for several replicas, gets one row for each.
+        devices: The devices. A device that appears k times stands for k replicas and gets k rows.
 
     Returns:
         The same pytree with ``jax.Array`` leaves of shape ``(len(devices), ...)`` and the same dtypes, row i on
-        ``devices[i]``. If a device appears several times, the arrays are sharded as results of :func:`pmap`.
+        ``devices[i]``. If a device appears several times, the arrays are sharded like results of :func:`pmap`.
 
     Raises:
         NotAnArrayError: lists every leaf that is not an array.
@@ -127,16 +127,16 @@ def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) ->
 
     Args:
         shards: A list of pytrees, one per device, with the same structure, shapes ``(...)`` and dtypes.
-        devices: The devices. A device that appears several times, for several replicas, gets one shard for each.
+        devices: The devices. A device that appears k times stands for k replicas and gets k shards.
 
     Returns:
         One pytree of the same structure with ``jax.Array`` leaves of shape ``(len(devices), ...)`` and the same
         dtypes. Row i has the values of ``shards[i]`` and is on ``devices[i]``. If a device appears several times, the
-        arrays are sharded as results of :func:`pmap`.
+        arrays are sharded like results of :func:`pmap`.
 
     Raises:
         OptionTypeError: ``shards`` or ``devices`` is not a list.
-        ShardsError: the number of shards is not the number of devices, or they differ in structure, shapes or dtypes.
+        ShardsError: the number of shards is not the number of devices, or shards differ in structure, shape or dtype.
         NotAnArrayError: lists every leaf that is not an array.
         DevicesError: ``devices`` is empty, contains a non-device, or mixes platforms.
 
@@ -164,7 +164,7 @@ def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) ->
 
 
 def put_rows(x: Array | HostArray, devices: Sequence[jax.Device]) -> jax.Array:
-    """Shards an array of shape ``(replicas, ...)`` as results of :func:`pmap`. Copies a NumPy array."""
+    """Shards an array of shape ``(replicas, ...)`` like results of :func:`pmap`. Copies a NumPy array."""
     where = layout("replicas", len(x), distinct(devices)[0]).result_sharding(0)
     with _jax.own_mesh():
         return jax.device_put(x if isinstance(x, jax.Array) else np.array(x), where)
@@ -176,7 +176,7 @@ def _as_row(x: ArrayLike) -> Array | HostArray:
 
 
 def _rows_on(rows: Sequence[ArrayLike], devices: tuple[jax.Device, ...]) -> Array:
-    """One array from the rows of all replicas, sharded over the devices; weakly typed if the rows are."""
+    """One array from the rows of all replicas, sharded over the devices; weakly typed if the first row is."""
     where = layout("replicas", len(rows), devices).result_sharding(0)
     shape = len(rows), *np.shape(rows[0])
     held = where.addressable_devices_indices_map(shape)

@@ -1,7 +1,7 @@
 """Replacements of functions of flax, chex and kfac-jax that assume one row per device.
 
-Those functions build a mesh of all devices or read one shard. Each is replaced by a function with the same signature
-that works with any number of rows per device: when its module is imported, or immediately if it already is.
+Those functions build a mesh of all devices or read one shard. The replacements have the same signatures and work with
+any number of rows per device. They are set when the module is imported, or at once if it has been imported.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Replace = Callable[[ModuleType, Function], Function]
 
 
 def first_replica(x: Array | HostArray) -> Array | HostArray:
-    """The row of replica 0. If the array has no mapped axis and is replicated over all devices, the whole array."""
+    """The row of replica 0; the whole array if it has no mapped axis and is replicated over all devices."""
     if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or isinstance(x.sharding, SingleDeviceSharding):
         return x[0]
     return unreplicate(x) if _has_rows(x) else x.addressable_shards[0].data
@@ -39,8 +39,8 @@ def first_replica(x: Array | HostArray) -> Array | HostArray:
 def _has_rows(x: jax.Array) -> bool:
     """Whether the leading axis is the replica axis.
 
-    A result of a map is sharded over a mesh axis along its replica axis, even over a mesh axis of size 1. With padding
-    and a callback, XLA loses that sharding. Then the size of the axis decides.
+    The replica axis of a map's result is sharded over a mesh axis, which may have size 1. With padding and a callback,
+    XLA loses this sharding. Then the function compares the axis size with the number of replicas.
     """
     if not isinstance(x.sharding, NamedSharding) or not x.sharding.is_fully_replicated:
         return True

@@ -1,4 +1,4 @@
-"""Installs replicax under JAX's own names, and restores JAX."""
+"""Replaces functions of ``jax``, and restores them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def install(replicas: int | None = None) -> None:
 
     Raises:
         OptionTypeError: ``replicas`` is not an int.
-        ReplicasError: ``replicas`` is less than 1, JAX has already started, or another number is installed.
+        ReplicasError: ``replicas`` or REPLICAX_REPLICAS is not a number of at least 1, JAX has already initialized
+            its devices, or another number is installed.
 
     Warns:
         RuntimeWarning: some modules have already imported JAX's own functions.
@@ -69,7 +70,7 @@ def install(replicas: int | None = None) -> None:
 
 
 def _install(replicas: int | None, *, later: bool) -> None:
-    """Installs the replacements. With ``later``, ``replicas`` may change after the program has used JAX's devices."""
+    """Installs the replacements. With ``later``, ``replicas`` may be set after the program has used JAX's devices."""
     if _before and replicas not in (None, now := seen()):
         raise ReplicasError(
             f"replicas={replicas}: replicax is already installed, with replicas={now}, and the program may have used "
@@ -95,7 +96,7 @@ def _install(replicas: int | None, *, later: bool) -> None:
 
 
 def uninstall() -> None:
-    """Restores the original attributes of ``jax``, and deletes those that did not exist. No effect without an install.
+    """Restores the attributes of ``jax``, and deletes those that did not exist. No effect if nothing is installed.
 
     Example:
         >>> import jax
@@ -120,14 +121,14 @@ def uninstall() -> None:
 
 @contextmanager
 def installed(replicas: int | None = None) -> Iterator[None]:
-    """:func:`install` for a ``with`` block, or, as a decorator, for a function.
+    """:func:`install` as a context manager or decorator. Uninstalls at the end, unless it was already installed.
 
     Args:
-        replicas: As in :func:`install`; allowed after JAX has started, too.
+        replicas: As in :func:`install`. Allowed after JAX has initialized its devices.
 
     Raises:
         OptionTypeError: ``replicas`` is not an int.
-        ReplicasError: ``replicas`` is less than 1, or another number is installed.
+        ReplicasError: ``replicas`` or REPLICAX_REPLICAS is not a number of at least 1, or another number is installed.
 
     Warns:
         RuntimeWarning: some modules have already imported JAX's own functions.

@@ -75,7 +75,7 @@ def seen() -> int | None:
 
 
 def _stand_ins(real: list[jax.Device]) -> list[jax.Device]:
-    """The list that the program sees instead of the real devices: entry r is device ``r // L``, as in maps."""
+    """The list that the program sees instead of the real devices: entry r is device ``r // lanes``, as in maps."""
     if _replicas is None or real[0].client is not _jax.devices()[0].client:  # another platform, such as CPU next to GPU
         return real
     if jax.process_count() > 1:
@@ -98,7 +98,7 @@ def program_devices() -> list[jax.Device]:
 
 
 def padded() -> bool:
-    """Whether maps of that many replicas have padding lanes, so that their results are not sharded evenly."""
+    """Whether a map over all devices that the program sees has padding lanes, so its results do not shard evenly."""
     real = len(_jax.devices())
     return _replicas is not None and _replicas % -(-_replicas // real) != 0
 

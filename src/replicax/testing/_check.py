@@ -31,7 +31,7 @@ def check(
     """Checks that ``pmap(fun)`` computes what ``jax.vmap(fun)`` computes.
 
     Structures, shapes and dtypes must be equal. Values must agree up to rounding, elementwise: |ours − expected|
-    ≤ ``rtol`` · (|expected| + min(1, the largest magnitude in the array)). Signed zeros and weak types are ignored.
+    ≤ ``rtol`` · (|expected| + min(1, the largest magnitude in the array)). Weak types and signs of zeros may differ.
 
     Args:
         fun: The program of one replica.
@@ -41,12 +41,12 @@ def check(
         out_axes: As in :func:`replicax.pmap`.
         axis_size: As in :func:`replicax.pmap`.
         devices: As in :func:`replicax.pmap`.
-        reference: The reference: ``jax.vmap``, or :func:`lockstep` if ``vmap`` has no rule or a wrong one.
-        derivatives: Whether to compare also the gradients of a weighted sum of all results with respect to all
+        reference: The reference: ``jax.vmap``, or :func:`lockstep` if ``vmap`` has no rule or a wrong rule.
+        derivatives: Whether to also compare the gradients of a weighted sum of all results with respect to all
             floating-point arguments. At least one argument must be floating-point.
         rtol: The relative tolerance. The default is about 1e-5 for float32, and twice the machine epsilon for dtypes of
             at most 16 bits.
-        kwargs: Keyword arguments, mapped along axis 0.
+        kwargs: Keyword arguments: arrays of shape ``(replicas, ...)``.
 
     Raises:
         MismatchError: lists every result or gradient that differs, and by how much; or ``derivatives`` is set and no

@@ -1,9 +1,9 @@
 """A slow reference: runs all replicas in lock step, equation by equation, stacked along a leading axis.
 
 It shares only the tracing of the program with the engine. ``jax.vmap`` slices the arguments and stacks the results. A
-collective runs the definition in its registry entry, which follows JAX's documentation in plain ``jax.numpy``: a sum, a
-maximum or a concatenation along the leading axis. So it also covers programs for which ``jax.vmap`` has no rule, or a
-wrong one (in JAX 0.12: the derivative of a ``cond`` that communicates and that replicas disagree on).
+collective runs the definition in its registry entry: plain ``jax.numpy`` along the leading axis, such as a sum, written
+from JAX's documentation. So it also covers programs for which ``jax.vmap`` has no rule, or a wrong rule (in JAX 0.12:
+the derivative of a ``cond`` with a collective, if its predicate differs between replicas).
 """
 
 from __future__ import annotations
