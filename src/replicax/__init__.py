@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> type[errors.ReplicaxError]:
     """The exceptions, which are in :mod:`replicax.errors` and were here before."""
     if name.endswith("Error") and hasattr(errors, name):
         return vars(errors)[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, TypeVar, final, overload
+from typing import TYPE_CHECKING, Any, TypeVar, final, overload
 
 import jax
 
@@ -32,6 +32,11 @@ class MappedFunction(PathTaker[R]):
     """Callable returned by :func:`pmap`: runs the mapped function once per replica."""
 
     __slots__ = ("__dict__", "_dispatcher", "_fun", "options")  # slots, because functools.wraps copies __dict__
+
+    if TYPE_CHECKING:  # functools.update_wrapper sets it; an annotation would hide those of the function
+
+        @property
+        def __wrapped__(self) -> Callable[..., R]: ...
 
     def __init__(self, fun: Callable[..., R], options: Options) -> None:
         functools.update_wrapper(self, fun)
