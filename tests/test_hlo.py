@@ -118,7 +118,7 @@ def test_lanes_compile_to_the_program_by_hand(fun, n, d):
 
 def bytes_out(text):
     """The bytes that each device's collectives take in, by collective."""
-    total = Counter()
+    total: Counter[str] = Counter()
     for dtype, shape, name in COLLECTIVE.findall(text):
         total[name] += BYTES[dtype] * int(np.prod([int(k) for k in shape.split(",") if k], dtype=int))
     return total

@@ -1,6 +1,8 @@
 """jax.shard_map and jax.pmap inside a map, which run as maps inside it: the values are those of jax.vmap."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +53,7 @@ index = lambda x: x * lax.psum(x, "a") + lax.axis_index("a")
 plain = sharded(index, P("a"), P("a"), mesh(a=8))
 
 #: Each a function of one (8, 4) array.
-SHARDED = {
+SHARDED: dict[str, Callable[..., Any]] = {
     "one axis": plain,
     "one device": sharded(index, P("a"), P("a"), mesh(a=1)),
     "the second dimension": sharded(index, P(None, "a"), P(None, "a"), mesh(a=4)),
