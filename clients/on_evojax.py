@@ -39,11 +39,11 @@ def scores(**options):
 @contextmanager
 def tree_map_put_back():
     """evojax calls jax.tree_map, which JAX 0.6 removed, wherever it has several devices."""
-    jax.tree_map = jax.tree.map
+    vars(jax)["tree_map"] = jax.tree.map
     try:
         yield
     finally:
-        del jax.tree_map
+        del vars(jax)["tree_map"]
 
 
 def as_shipped():

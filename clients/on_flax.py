@@ -22,7 +22,7 @@ class Model(nn.Module):
 
 
 class State(TrainState):
-    batch_stats: dict
+    batch_stats: dict[str, object]
 
 
 @functools.partial(jax.pmap, axis_name="batch", donate_argnums=(0,))

@@ -73,7 +73,7 @@ def training():
     assert train["image"].shape == (n, 128, 8, 8, 1)
     rng, init_rng = jax.random.split(jax.random.PRNGKey(0))
     state = create_train_state(jax.random.split(init_rng, jax.device_count()), 0.1, 0.9)
-    told = []
+    told: list[float] = []
     for _ in range(EPOCHS):
         rng, epoch_rng = jax.random.split(rng)
         state, loss, accuracy = train_epoch(state, train, epoch_rng)

@@ -39,7 +39,8 @@ def run_cases(name):
         print(MARK + json.dumps(["import", OWN, str(error).partition("\n")[0][:160], []]), flush=True)
         return
     for case in client.CASES:
-        told, numbers = "", []
+        told = ""
+        numbers: list[float] = []
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)

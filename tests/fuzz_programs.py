@@ -13,8 +13,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from hypothesis import strategies as st
@@ -278,7 +278,18 @@ def converted(value: Value, dtype: str) -> str | None:
 # Writing programs
 
 
+T = TypeVar("T")
 Table = Mapping[str, Callable[["Writer", Scope], None]]
+
+
+class Flags(TypedDict, total=False):
+    """The attributes of a scope that a function may set."""
+
+    smooth: bool
+    together: bool
+    forward: bool
+    batched: bool
+    rows: bool
 
 
 class Writer:
@@ -306,13 +317,16 @@ class Writer:
 
     # Choices ------------------------------------------------------------------------------------------------
 
-    def one_of(self, options: Sequence[Any]) -> Any:
+    def one_of(self, options: Sequence[T]) -> T:
         return options[self.draw(st.integers(0, len(options) - 1))] if len(options) > 1 else options[0]
 
     def one_in(self, k: int) -> bool:
         return self.draw(st.integers(0, k - 1)) == k - 1
 
-    def value(self, scope: Scope, suits: Callable[[Value], bool] = lambda _: True) -> Value | None:
+    def any_value(self, scope: Scope) -> Value:
+        return self.one_of(scope.values)
+
+    def value(self, scope: Scope, suits: Callable[[Value], object]) -> Value | None:
         options = [v for v in scope.values if suits(v)]
         return self.one_of(options) if options else None
 
@@ -353,27 +367,28 @@ class Writer:
         self.one_of(self.structures)(self, scope)
 
     def elementwise(self, scope: Scope) -> None:
-        a = self.value(scope)
-        b = self.value(scope, lambda v: v.dtype == a.dtype and _fit_together(v.shape, a.shape))
+        a = self.any_value(scope)
+        b = self.one_of([v for v in scope.values if v.dtype == a.dtype and _fit_together(v.shape, a.shape)])
         text = self.one_of(BINARY[a.dtype]).format(a=a.name, b=b.name)
         self.note(a.dtype)
         self.assign(scope, text, a.dtype, np.broadcast_shapes(a.shape, b.shape), either(a.varies, b.varies))
 
     def convert(self, scope: Scope) -> None:
-        a = self.value(scope)
-        dtype = self.one_of([d for d in (*SMOOTH, *EXACT) if converted(a, d) and d != a.dtype])
+        a = self.any_value(scope)
+        others = [(d, text) for d in (*SMOOTH, *EXACT) if d != a.dtype and (text := converted(a, d))]
+        dtype, text = self.one_of(others)
         self.note(dtype)
-        self.assign(scope, converted(a, dtype), dtype, a.shape, a.varies)
+        self.assign(scope, text, dtype, a.shape, a.varies)
 
     def reshape(self, scope: Scope) -> None:
         """A statement that moves elements or reduces a dimension."""
         a = self.value(scope, lambda v: v.shape)
         if a is None:
-            a = self.value(scope)
+            a = self.any_value(scope)
             return self.assign(scope, f"jnp.stack([{a.name}, {a.name}])", a.dtype, (2, *a.shape), a.varies)
         first, *rest = a.shape
         mine = f'lax.axis_index("i") % {first}'
-        forms = [
+        forms: list[tuple[str, Sequence[int], bool | None]] = [
             (f"{a.name}.T", a.shape[::-1], a.varies),
             (f"{a.name}.reshape(-1)", (a.size,), a.varies),
             (f"{a.name}[::-1]", a.shape, a.varies),
@@ -388,7 +403,8 @@ class Writer:
             forms.append((bounded(f"jnp.sum({a.name}, 0, dtype={a.name}.dtype)", a.dtype, first), rest, a.varies))
         if a.dtype in SMOOTH and len(a.shape) == 2:
             forms.append((f"{a.name} @ {a.name}.T / {rest[0]}", (first, first), a.varies))
-        return self.assign(scope, *(form := self.one_of(forms))[:1], a.dtype, *form[1:])
+        text, shape, varies = self.one_of(forms)
+        return self.assign(scope, text, a.dtype, shape, varies)
 
     # Functions ----------------------------------------------------------------------------------------------
 
@@ -403,7 +419,7 @@ class Writer:
         decorator: str = "",
         signature: str = "",
         unpack: Sequence[Line] = (),
-        **flags: bool,
+        **flags: Unpack[Flags],
     ) -> tuple[str, list[Value]]:
         """Appends a local function with random statements. Returns its name and its results.
 
@@ -418,8 +434,8 @@ class Writer:
             unpack: The statements that unpack the signature into the parameters.
             flags: Attributes of the inner scope that differ from those of the enclosing scope.
         """
-        around = {key: getattr(scope, key) for key in ("smooth", "together", "forward", "batched", "rows")} | flags
-        inner = Scope([*parameters, *([] if closed else scope.values)], depth=scope.depth + 1, **around)
+        values = [*parameters, *([] if closed else scope.values)]
+        inner = replace(scope, values=values, statements=[], depth=scope.depth + 1, **flags)
         before = len(inner.values)
         self.statements(inner, 1, 3 if inner.depth < 2 else 2)
         latest = inner.values[before:][::-1] or list(parameters) or inner.values
@@ -434,12 +450,11 @@ class Writer:
         """One of the latest values, converted to the type of ``like``."""
         if like is None:
             return self.one_of(latest[:3])
-        options = [v for v in latest if converted(v, like.dtype)][:3]
-        options = options or [v for v in parameters if converted(v, like.dtype)]
+        options = [(v, text) for v in latest if (text := converted(v, like.dtype))][:3]
+        options = options or [(v, text) for v in parameters if (text := converted(v, like.dtype))]
         if not options:
             return Value(f'jnp.zeros({like.shape}, "{like.dtype}")', like.dtype, like.shape, False)
-        value = self.one_of(options)
-        text = converted(value, like.dtype)
+        value, text = self.one_of(options)
         if value.shape != like.shape:
             text = f"jnp.resize({text}, {like.shape})"
         return Value(text, like.dtype, like.shape, value.varies)
@@ -451,7 +466,7 @@ class Writer:
     def number(self, scope: Scope, below: int) -> tuple[str, bool | None]:
         """An integer in [0, below) that does not depend on rounding, and whether it varies."""
         value = self.value(scope, lambda v: v.dtype in EXACT)
-        options = [
+        options: list[tuple[str, bool | None]] = [
             (f"jnp.int32({below - 1})", False),
             (f'lax.axis_index("i") % {below}', True),
             (f'lax.psum(lax.axis_index("i"), "i") % {below}', False),

@@ -15,6 +15,7 @@ from fuzz_programs import (
     SHAPES,
     SMOOTH,
     Argument,
+    Flags,
     Function,
     Line,
     Program,
@@ -173,7 +174,7 @@ def exchange(w: Writer, scope: Scope, name: str, options: str, a: Value, shape: 
 
 
 def ppermute(w: Writer, scope: Scope) -> None:
-    a, n = w.value(scope), w.n
+    a, n = w.any_value(scope), w.n
     kind = w.one_of(["rotation", "any", "self"] if w.plain else ["partial", "any", "empty", "self"])
     to = w.draw(st.permutations(range(n))) if kind in ("any", "partial") else [(k + 1) % n for k in range(n)]
     pairs = [(k, k if kind == "self" else to[k]) for k in range(n)]
@@ -187,14 +188,14 @@ def ppermute(w: Writer, scope: Scope) -> None:
 
 
 def pshuffle(w: Writer, scope: Scope) -> None:
-    a = w.value(scope)
+    a = w.any_value(scope)
     communicates(w, scope, "pshuffle")
     perm = list(w.draw(st.permutations(range(w.n))))
     w.assign(scope, f"lax.pshuffle({a.name}, {AXIS}, {perm})", a.dtype, a.shape, True if a.varies else None)
 
 
 def pbroadcast(w: Writer, scope: Scope) -> None:
-    a = w.value(scope)
+    a = w.any_value(scope)
     if not w.beyond_vmap():
         return
     communicates(w, scope, "pbroadcast")
@@ -205,7 +206,7 @@ def pbroadcast(w: Writer, scope: Scope) -> None:
 
 
 def ragged_all_to_all(w: Writer, scope: Scope) -> None:
-    a = w.value(scope)
+    a = w.any_value(scope)
     if w.n > 6 or not w.beyond_vmap():
         return  # lockstep takes too long with many replicas
     communicates(w, scope, "ragged_all_to_all")
@@ -248,7 +249,7 @@ def call_of(name: str, transform: str) -> Write:
     """Writes a call of a function under ``jit`` or ``checkpoint``."""
 
     def write(w: Writer, scope: Scope) -> None:
-        args = [w.value(scope) for _ in range(w.draw(st.integers(1, 2)))]
+        args = [w.any_value(scope) for _ in range(w.draw(st.integers(1, 2)))]
         params = [w.parameter(a, varies=a.varies) for a in args]
         f, (out,) = w.function(scope, params, [None])
         w.note(name)
@@ -263,9 +264,9 @@ def over_rows(name: str) -> Write:
     def write(w: Writer, scope: Scope) -> None:
         a = w.value(scope, lambda v: v.shape and v.shape[0] <= 4)
         if a is None:
-            a = w.value(scope)
+            a = w.any_value(scope)
             a = Value(f"rows({a.name}, 2, 0)", a.dtype, (2, *a.shape), a.varies)
-        flags = {} if name == "map" else {"batched": True, "rows": True}
+        flags: Flags = {} if name == "map" else {"batched": True, "rows": True}
         f, (out,) = w.function(scope, [w.parameter(a, a.shape[1:], a.varies)], [None], **flags)
         w.note(name)
         text = {
@@ -375,7 +376,7 @@ def branches(name: str) -> Write:
     """Writes a ``cond`` or ``switch``."""
 
     def write(w: Writer, scope: Scope) -> None:
-        a = w.value(scope)
+        a = w.any_value(scope)
         count = 2 if name == "cond" else w.draw(st.integers(2, 3))
         index, varies = w.number(scope, count)
         apart, before = varies is not False, w.communications
@@ -416,7 +417,7 @@ def derivative(name: str) -> Write:
         if scalar:
             like = Value("", "float32", a.shape, None)
         forward = name in ("jvp", "jacfwd")
-        flags = {"smooth": scope.smooth or not forward, "forward": scope.forward or forward}
+        flags: Flags = {"smooth": scope.smooth or not forward, "forward": scope.forward or forward}
         flags["batched"] = scope.batched or name in ("jacfwd", "jacrev")
         f, _ = w.function(scope, [w.parameter(a, varies=a.varies)], [like], returns, **flags)
         text, shape = {

@@ -201,7 +201,10 @@ def smallest(program: Program, fails: Callable[[Program], bool]) -> Program:
     while True:
         for candidate in _smaller(program):
             key = _key(candidate)
-            if key not in tried and not tried.add(key) and fails(candidate):
+            if key in tried:
+                continue
+            tried.add(key)
+            if fails(candidate):
                 program = candidate
                 break
         else:
@@ -215,9 +218,12 @@ def _smaller(program: Program) -> Iterator[Program]:
     yield from (replace(program, body=body) for body in _without_one(program.body))
     if len(arguments := program.arguments) > 1 and not (program.in_dict or program.keyword):
         yield from (replace(program, arguments=(*arguments[:k], *arguments[k + 1 :])) for k in range(len(arguments)))
-    yield from (
-        replace(program, **{flag: False}) for flag in ("in_dict", "keyword", "under_jit") if getattr(program, flag)
-    )
+    if program.in_dict:
+        yield replace(program, in_dict=False)
+    if program.keyword:
+        yield replace(program, keyword=False)
+    if program.under_jit:
+        yield replace(program, under_jit=False)
 
 
 def _without_one(body: Sequence[Line | Function]) -> Iterator[tuple[Line | Function, ...]]:

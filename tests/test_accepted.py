@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -319,7 +320,7 @@ def test_a_type_with_specifications_of_its_own():
     n = 13
     for inside, outside, right in ((Sides(0, 1), Sides(1, 0), rows(4, n)), (Sides(0, None), Sides(0, 0), rows(4))):
         pair = Pair(rows(n, 4), right)
-        options = {"in_axes": (inside, 0), "out_axes": (outside, 0)}
+        options: dict[str, Any] = {"in_axes": (inside, 0), "out_axes": (outside, 0)}
         same(pmap(fun, **options)(pair, rows(n)), jax.vmap(fun, **options)(pair, rows(n)))
     with pytest.raises(replicax.AxisSpecError, match=r"in_axes has <.*Sides.*> of type Sides for an array\. Write an"):
         pmap(fun, in_axes=(0, Sides(0, 0)))(rows(n), rows(n))
@@ -385,7 +386,7 @@ def test_the_examples_for_wrappers_in_the_docs():
     equinox = pytest.importorskip("equinox")
     page = pathlib.Path(__file__).parent.parent / "docs" / "compat.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text().split("\n## Wrappers")[1], re.DOTALL)
-    names = {}
+    names: dict[str, Any] = {}
     exec(blocks[0], names)
     with_compat = names["y"]
     assert len(with_compat.devices()) == 6  # JAX's own pmap refuses 12 models on 8 devices

@@ -1,5 +1,7 @@
 """Ahead-of-time compilation: maps traced, lowered and compiled for abstract arguments, then called."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ def arguments(n):
     return ({"a": table(n)}, np.float32(2)), {"shift": table(n)[:, 0]}
 
 
-OPTIONS = {"axis_name": "i", "in_axes": (0, None), "out_axes": {"state": 0, "total": None}}
+OPTIONS: dict[str, Any] = {"axis_name": "i", "in_axes": (0, None), "out_axes": {"state": 0, "total": None}}
 
 
 @pytest.mark.few(9)

@@ -85,7 +85,7 @@ def imported(tree):
     """Yields the modules of the package that a module imports."""
     names = {name for name, _ in modules()}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "replicax":
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "replicax":
             base = node.module.removeprefix("replicax").lstrip(".")
             for alias in node.names:
                 inside = f"{base}.{alias.name}".lstrip(".")
@@ -139,6 +139,7 @@ def test_init_modules_only_re_export():
     for path in SOURCE.rglob("__init__.py"):
         for node in ast.parse(path.read_text()).body:
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            version = isinstance(node, ast.Assign) and node.targets[0].id in ("__version__", "__all__")
+            target = node.targets[0] if isinstance(node, ast.Assign) else None
+            version = isinstance(target, ast.Name) and target.id in ("__version__", "__all__")
             earlier = isinstance(node, ast.FunctionDef) and node.name == "__getattr__"
             assert isinstance(node, ast.ImportFrom) or docstring or version or earlier

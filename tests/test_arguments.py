@@ -12,6 +12,7 @@ from jax import lax
 
 from replicax import DeletedArrayError, pmap
 from replicax._runtime import run as _run
+from replicax._runtime.executable import Executable
 from replicax.testing import check
 from test_inputs import everywhere
 
@@ -112,6 +113,7 @@ def test_a_donated_argument_that_had_to_move_is_freed_before_the_program_runs(n)
     for place in places:
         x, w = everywhere(table(n))[place], everywhere(table(n))[place]
         program, leaves = mapped._dispatcher.resolve(fun, (x, w), {})
+        assert isinstance(program, Executable)
 
         def execute(*placed, program=program, leaves=leaves, place=place):
             for leaf, moved in zip(leaves, placed, strict=True):
@@ -367,8 +369,8 @@ def test_attributes_of_the_function_do_not_hide_the_methods_of_the_map():
     def program(x):
         return x * 7
 
-    program.lower, program.trace, program.note = 0.0, 6, "kept"
+    vars(program).update(lower=0.0, trace=6, note="kept")
     mapped = pmap(program)
-    assert mapped.note == "kept"
+    assert mapped.note == "kept"  # type: ignore[attr-defined]
     assert mapped.__name__ == "program"
     assert "program" in mapped.lower(np.arange(8.0)).as_text()

@@ -3,8 +3,10 @@
 import json
 import re
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +96,11 @@ def test_ways_with_different_results_are_found():
 
 
 def results():
-    ways = {OURS: lambda: Measured(2.0, 1), HAND: lambda: Measured(1.0, 1), "torch": Absent("not installed")}
+    ways: dict[str, Callable[[], Any] | Absent] = {
+        OURS: lambda: Measured(2.0, 1),
+        HAND: lambda: Measured(1.0, 1),
+        "torch": Absent("not installed"),
+    }
     limits = (
         measure.over(OURS, HAND, most=1.5),
         measure.over(OURS, "torch", most=None),

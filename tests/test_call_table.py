@@ -1,6 +1,7 @@
 """If a future JAX lacks the C++ call cache, maps run without it and issue one warning."""
 
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,8 +55,9 @@ def test_a_program_that_has_no_fast_call_runs_with_a_warning(methods):
     with pytest.warns(RuntimeWarning, match="Calls of maps run in Python") as said:
         call, _ = [cpp.fast_call(Compiled(**methods)) for _ in range(2)]
     assert len(said) == 1
-    args = [[1, 2]] if call is sum else [1, 2]
-    assert cpp.first_run(call, args) == (3 if call is sum else [2, 3], None)
+    args: list[Any] = [[1, 2]] if call is sum else [1, 2]
+    result: Any = 3 if call is sum else [2, 3]
+    assert cpp.first_run(call, args) == (result, None)
 
 
 def test_a_program_that_jax_itself_runs_in_python_needs_no_warning():
@@ -65,7 +67,7 @@ def test_a_program_that_jax_itself_runs_in_python_needs_no_warning():
 
 def test_what_the_table_cannot_remember_is_run_again():
     with pytest.warns(RuntimeWarning, match="_replace"):
-        assert cpp.remember(object(), FOUR) is None
+        assert cpp.remember(object(), FOUR) is None  # type: ignore[arg-type]
 
 
 def test_this_jax_has_the_table():

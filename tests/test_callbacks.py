@@ -443,6 +443,8 @@ def test_an_interrupt_while_devices_wait_for_each_other_does_not_lose_the_sessio
         text=True,
         env=environment,
     ) as process:
+        assert process.stdout
+        assert process.stderr
         while process.stdout.readline() != "ready\n":
             assert process.poll() is None, process.stderr.read()
         assert process.stdout.readline() == "calling\n"

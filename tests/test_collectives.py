@@ -2,7 +2,9 @@
 
 import pathlib
 import re
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +124,8 @@ def test_the_greatest_and_the_least_of_floats(pair, groups):
         ours, theirs = pmap(both, **on(d))(given), lockstep(both, axis_name=AXIS)(given)
         for which, dtype in product(range(2), FLOATS):
             assert ours[which][dtype].dtype == dtype
-            np.testing.assert_array_equal(*(np.asarray(x[which][dtype], np.float64) for x in (ours, theirs)), dtype)
+            got, want = (np.asarray(x[which][dtype], np.float64) for x in (ours, theirs))
+            np.testing.assert_array_equal(got, want, dtype)
 
 
 @pytest.mark.parametrize("reduce", [lax.pmax, lax.pmin])
@@ -242,6 +245,7 @@ def test_an_implicit_function(pair):
 @pytest.mark.parametrize("d", [1, 4, 6])
 def test_a_collective_started_and_awaited(d):
     def fun(x):
+        assert hasattr(lax, "psum_scatter_start")
         started = lax.psum_scatter_start(jnp.stack([x] * 6), AXIS, tiled=True)
         return jnp.sin(x) + started.done()
 
@@ -311,9 +315,9 @@ def test_what_jax_refuses_is_explained():
     assert "all_to_all with axis_index_groups" in "".join(caught.value.__notes__)
     for (variant, context), (reason, _) in REFUSED.items():
         if context == "grad inside" and not variant.startswith(("pmax", "pmin")):
-            with pytest.raises((TypeError, ValueError)) as caught:
+            with pytest.raises((TypeError, ValueError)) as refused:
                 pmap(lambda x: CONTEXTS[context](VARIANTS[variant], x), AXIS)(rows(6))  # noqa: B023
-            assert "If this comes from the derivative of" in "".join(caught.value.__notes__), reason
+            assert "If this comes from the derivative of" in "".join(refused.value.__notes__), reason
 
 
 def test_what_jax_has_in_shard_map_alone_is_refused_by_name():
@@ -338,7 +342,7 @@ POLICIES = {
 }
 
 #: Higher-order functions that are not in the table, as differentiable functions of an array of shape (3,).
-HIGHER_ORDER = {
+HIGHER_ORDER: dict[str, Callable[..., Any]] = {
     **{
         f"checkpoint, {name}": lambda x, policy=policy: jax.checkpoint(
             lambda y: jnp.cos(named(y) @ jnp.outer(y, y)), policy=policy

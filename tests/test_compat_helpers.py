@@ -159,7 +159,7 @@ def test_what_was_there_is_put_back(packages):
     modules = [importlib.import_module(name) for name in packages]
     before = [dict(vars(module)) for module in modules]
     user = sys.modules["a_user"] = type(sys)("a_user")
-    user.mine = modules[1].unreplicate
+    vars(user).update(mine=modules[1].unreplicate)
     try:
         with compat.installed():
             assert user.mine is modules[0].unreplicate is modules[1].unreplicate is not before[1]["unreplicate"]

@@ -202,7 +202,7 @@ def test_no_stand_ins_in_several_processes(monkeypatch):
 
 def test_modules_that_have_taken_counts_are_named(monkeypatch):
     early = types.ModuleType("an_early_importer")
-    early.local_device_count = jax.local_device_count
+    vars(early).update(local_device_count=jax.local_device_count)
     monkeypatch.setitem(sys.modules, "an_early_importer", early)
     with compat.installed():
         pass  # no warning: without replicas, its function returns the right count

@@ -31,7 +31,7 @@ def compiled():
 
 @pytest.mark.parametrize("n", [8, 12, 14])
 def test_wherever_the_arguments_lie(n, compiled):
-    calls = []
+    calls: list[None] = []
 
     def step(w, x):
         calls.append(None)

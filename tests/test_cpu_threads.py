@@ -166,7 +166,7 @@ def test_a_jax_that_makes_its_client_elsewhere_is_left_alone(monkeypatch):
             patch.setitem(sys.modules, "jax._src.xla_bridge", bridge)
             _jax.make_cpu_client_by(made)
     without_cpu = types.ModuleType("without a CPU")
-    without_cpu._backend_factories = {}
+    vars(without_cpu).update(_backend_factories={})
     monkeypatch.setitem(sys.modules, "jax._src.xla_bridge", without_cpu)
     _jax.make_cpu_client_by(made)
     assert without_cpu._backend_factories == {}

@@ -1,5 +1,7 @@
 """Custom derivative rules give the same derivatives on any number of devices, equal to those of ``jax.pmap``."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ constant.defvjp(lambda x: (constant(x), x), lambda x, ct: (jnp.cos(x) * ct,))
 
 @jax.custom_vjp
 def equal(x):
-    return lax.pmean(x, AXIS) * np.float32([1, 2, 3])
+    return lax.pmean(x, AXIS) * np.array([1, 2, 3], np.float32)
 
 
 equal.defvjp(lambda x: (equal(x), x), lambda x, ct: (ct * x,))
@@ -222,7 +224,8 @@ def test_a_checkpointed_loop_of_equinox(n, d):
             1
         ]
 
-    counts, options = jnp.arange(n) % 5 + 2, {"in_axes": (None, 0)}
+    counts = jnp.arange(n) % 5 + 2
+    options: dict[str, Any] = {"in_axes": (None, 0)}
     mapped = pmap(steps, devices=jax.devices()[:d], **options)
     nested = pmap(lambda s, k: pmap(lambda k: steps(s, k))(jnp.stack([k, k + 1])), devices=jax.devices()[:d], **options)
     nested_right = jax.vmap(lambda s, k: jax.vmap(lambda k: steps(s, k))(jnp.stack([k, k + 1])), **options)
@@ -273,8 +276,7 @@ def test_a_branch_that_replicas_disagree_on_and_whose_rule_communicates(rule, n,
         return lax.switch(lax.axis_index(AXIS) % 3, [choose, jax.checkpoint(jnp.cos), jax.jit(rule)], x)
 
     for fun in (choose, twice):
-        options = {"axis_name": AXIS}
-        mapped, right = pmap(fun, devices=jax.devices()[:d], **options), jax.vmap(fun, **options)
+        mapped, right = pmap(fun, AXIS, devices=jax.devices()[:d]), jax.vmap(fun, axis_name=AXIS)
         for wrap in (lambda f: f, jax.jit):
             ours, expected = (wrap(jax.grad(lambda x, f=f: (f(x) ** 2).sum()))(rows(n)) for f in (mapped, right))
             np.testing.assert_allclose(ours, expected, rtol=1e-5)

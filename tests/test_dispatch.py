@@ -16,12 +16,13 @@ from replicax._runtime import cpu_threads
 from replicax._runtime import dispatch as _dispatch
 from replicax._runtime import transfer as _transfer
 from replicax._runtime.call_path import Path
+from replicax._runtime.run import run
 
 
 @pytest.fixture
 def by_python(monkeypatch):
     """One entry per program run from Python."""
-    calls, run = [], _dispatch.run
+    calls = []
 
     def counted(*args):
         calls.append(args)
@@ -60,7 +61,7 @@ def test_a_warm_call_runs_nothing_of_ours(by_python, call, n):
     args, kwargs = CALLS[call](n)
     mapped = pmap(fun, "i", static_broadcasted_argnames="power")
     static = {name: kwargs.pop(name) for name in ("power",) if name in kwargs}
-    expected = jax.vmap(lambda args, kwargs: fun(*args, **kwargs, **static), axis_name="i")(args, kwargs)
+    expected = jax.vmap(lambda args, kwargs: fun(*args, **(kwargs | static)), axis_name="i")(args, kwargs)
     for _ in range(4):
         before = len(by_python)
         out = mapped(*args, **kwargs, **static)

@@ -89,10 +89,11 @@ FAULTS = {
         replicax.MappedSizeError, ValueError, ["axis_size is 5", "left of shape (8,)", "Correct axis_size"],
     ),
     "the name of the axis in the place of the function": (
-        lambda: pmap("i"), replicax.NotAFunctionError, TypeError, ["got 'i'", "pmap(axis_name='i')"],
+        lambda: pmap("i"),  # type: ignore[call-overload]
+        replicax.NotAFunctionError, TypeError, ["got 'i'", "pmap(axis_name='i')"],
     ),
     "names as positions": (
-        lambda: pmap(add, donate_argnums="left"),
+        lambda: pmap(add, donate_argnums="left"),  # type: ignore[arg-type]
         replicax.OptionTypeError, TypeError, ["donate_argnums must be an int", "got 'left'", "donate_argnames"],
     ),
     "an unhashable thing in a static tuple": (
@@ -439,8 +440,14 @@ FAULTS = {
     "local_replicas of a tracer": (
         lambda: jax.jit(replicax.local_replicas)(x8), replicax.NotAnArrayError, TypeError, ["tree is of type"],
     ),
-    "no function at all": (lambda: pmap(None), replicax.NotAFunctionError, TypeError, ["must be callable, got None"]),
-    "no function": (lambda: pmap(3), replicax.NotAFunctionError, TypeError, ["must be callable, got 3 of type int"]),
+    "no function at all": (
+        lambda: pmap(None),  # type: ignore[call-overload]
+        replicax.NotAFunctionError, TypeError, ["must be callable, got None"],
+    ),
+    "no function": (
+        lambda: pmap(3),  # type: ignore[call-overload]
+        replicax.NotAFunctionError, TypeError, ["must be callable, got 3 of type int"],
+    ),
     "shard that does not divide": (
         lambda: replicax.shard({"a": np.ones((10, 2)), "b": np.float32(1)}, 4),
         replicax.MappedSizeError, ValueError, ["tree['a'] of shape (10, 2)", "tree['b'] of shape ()", "4 equal parts"],
@@ -485,7 +492,7 @@ def test_fault(fault):
 
 def test_a_fault_inside_the_function_passes_as_it_is():
     def fun(x):
-        return undefined_name  # noqa: F821
+        return undefined_name  # type: ignore[name-defined]  # noqa: F821
 
     with pytest.raises(NameError, match="undefined_name") as caught:
         pmap(fun)(x8)

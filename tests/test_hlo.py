@@ -118,7 +118,7 @@ def test_lanes_compile_to_the_program_by_hand(fun, n, d):
 
 def bytes_out(text):
     """The result bytes of each kind of collective on one device."""
-    total = Counter()
+    total: Counter[str] = Counter()
     for dtype, shape, name in COLLECTIVE.findall(text):
         total[name] += BYTES[dtype] * int(np.prod([int(k) for k in shape.split(",") if k], dtype=int))
     return total

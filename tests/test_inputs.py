@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from replicax import pmap
 from replicax._runtime import run as _run
+from replicax._runtime.executable import Executable
 from replicax.testing import check
 
 N = {"direct": 8, "lanes": 16, "fewer": 5, "padded": 13, "one": 1}
@@ -208,5 +209,6 @@ def test_an_array_that_lies_right_is_not_moved_whatever_its_mesh_is_called():
         x = jax.device_put(np.arange(8.0, dtype=np.float32), NamedSharding(mesh, spec))
         mapped = pmap(lambda x: x + 1)
         program, leaves = mapped._dispatcher.resolve(lambda x: x + 1, (x,), {})
+        assert isinstance(program, Executable)
         assert _run.place(program, leaves)[0] is x
         np.testing.assert_array_equal(mapped(x), np.arange(1.0, 9.0))

@@ -203,8 +203,8 @@ OUTSIDE = {
 @pytest.mark.parametrize("outside", OUTSIDE)
 def test_transformations_from_outside_equal_vmap(outside, sizes, d):
     x, w = rows(*sizes, 2), rows(2)
-    args = {"hessian": (w, x), "vmap of grad": (rows(3, 2), x), "vmap": (x, rows(3, 2)), "scan": (x, rows(3, 2))}
-    args = args.get(outside, (x, w))
+    others = {"hessian": (w, x), "vmap of grad": (rows(3, 2), x), "vmap": (x, rows(3, 2)), "scan": (x, rows(3, 2))}
+    args = others.get(outside, (x, w))
     ours, theirs = (OUTSIDE[outside](smooth(mapped, rules=outside != "jvp")) for mapped in (on_devices(d), jax.vmap))
     compare(str, ours(*args), jax.jit(theirs)(*args), rtol=1e-3)
 

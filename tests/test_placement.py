@@ -12,7 +12,7 @@ from collectives import CONTEXTS, faults
 from replicax import pmap
 from replicax._layout import placement as _placement
 from replicax._layout.placement import Placement
-from replicax.testing._check import compare
+from replicax.testing._check import compare, gradient
 from transforms import AXIS, PROGRAMS, TRANSFORMS, rows
 
 
@@ -100,8 +100,8 @@ def test_maps_inside_maps(program, sizes, d, layout):
 @pytest.mark.parametrize(("sizes", "d"), [((7, 2), 3), ((2, 5), 6), ((3, 13), 8)])
 def test_derivatives_of_maps_inside_maps(sizes, d, layout):
     args = test_nested.rows(*sizes, 2), test_nested.rows(2)
-    expected = test_nested.gradient(test_nested.smooth(jax.vmap), args, {}, jax.jit)
-    ours = test_nested.gradient(test_nested.smooth(test_nested.on_devices(d)), args, {}, lambda fun: fun)
+    expected = gradient(test_nested.smooth(jax.vmap), args, {}, jax.jit)
+    ours = gradient(test_nested.smooth(test_nested.on_devices(d)), args, {}, lambda fun: fun)
     compare(str, ours, expected, rtol=1e-3)
 
 

@@ -35,9 +35,10 @@ CONTRIBUTING = pathlib.Path(__file__).parent.parent / "CONTRIBUTING.md"
 @pytest.fixture(autouse=True)
 def _registered():
     """Registers the example for one test: runs the code in CONTRIBUTING with the names of ``reductions``."""
-    lines = re.search(r"```python\n(.*?)```", CONTRIBUTING.read_text(), re.DOTALL)[1]
+    found = re.search(r"```python\n(.*?)```", CONTRIBUTING.read_text(), re.DOTALL)
+    assert found
     before = dict(REGISTRY)
-    exec(compile(f"from __future__ import annotations\n{lines}", str(CONTRIBUTING), "exec"), dict(vars(reductions)))
+    exec(compile(f"from __future__ import annotations\n{found[1]}", str(CONTRIBUTING), "exec"), dict(vars(reductions)))
     yield
     REGISTRY.clear()
     REGISTRY.update(before)
@@ -106,7 +107,7 @@ def test_every_entry_refuses_what_its_rule_does_not_name(primitive):
 def test_a_sum_of_products_refuses_it_too():
     eqn = jax.make_jaxpr(lambda x: lax.psum(x, AXIS), axis_env=[(AXIS, 4)])(1.0).eqns[0]
     with pytest.raises(UnsupportedCollectiveError, match=r"psum, or pmean, has the parameter mode='fast'"):
-        Sum(eqn.replace(params={**eqn.params, "mode": "fast"}), {}).run(None, None)
+        Sum(eqn.replace(params={**eqn.params, "mode": "fast"}), {}).run(None, None)  # type: ignore[arg-type]
 
 
 def test_no_operation_passes_through_by_mistake():

@@ -1,5 +1,7 @@
 """``replicate``, ``shard``, ``unreplicate``, ``local_replicas``, ``fetch``: correct, and no full copy on a device."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,7 +83,7 @@ def test_fetch(n):
     np.testing.assert_array_equal(rows, x)
     np.testing.assert_array_equal(columns, np.asarray(out[1]))
     assert isinstance(keys, jax.Array)
-    host = replicax.fetch({"a": 3, "b": [x, x[0, 0, 0]]})
+    host: dict[str, Any] = replicax.fetch({"a": 3, "b": [x, x[0, 0, 0]]})
     assert (host["a"], host["b"][1]) == (3, 0)
     assert host["b"][0] is x
 

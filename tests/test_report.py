@@ -14,9 +14,9 @@ from replicax._report import show_replicas
 
 
 def picture(x, name="y", *, axis=0, width=100):
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    show_replicas(x, name, axis=axis, console=console)
-    return console.file.getvalue()
+    file = io.StringIO()
+    show_replicas(x, name, axis=axis, console=Console(file=file, width=width, color_system=None))
+    return file.getvalue()
 
 
 def rows(text):
@@ -146,10 +146,11 @@ def test_narrow_terminal_cuts_no_number_off():
 
 
 def test_encoding_without_the_characters():
-    console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=100)
+    written = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(written, encoding="ascii"), width=100)
     show_replicas(double(13), "y", console=console)
     console.file.flush()
-    assert "| 0-12     | ############# | 0 2 4 ... 24 |" in console.file.buffer.getvalue().decode("ascii")
+    assert "| 0-12     | ############# | 0 2 4 ... 24 |" in written.getvalue().decode("ascii")
 
 
 def test_prints_to_stdout_and_returns_nothing(capsys):

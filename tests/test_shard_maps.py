@@ -1,6 +1,8 @@
 """``jax.shard_map`` and ``jax.pmap`` inside a map run as nested maps. Results equal ``jax.vmap``."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +53,7 @@ index = lambda x: x * lax.psum(x, "a") + lax.axis_index("a")
 plain = sharded(index, P("a"), P("a"), mesh(a=8))
 
 #: Functions of one array of shape (8, 4).
-SHARDED = {
+SHARDED: dict[str, Callable[..., Any]] = {
     "one axis": plain,
     "one device": sharded(index, P("a"), P("a"), mesh(a=1)),
     "the second dimension": sharded(index, P(None, "a"), P(None, "a"), mesh(a=4)),

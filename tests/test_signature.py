@@ -157,7 +157,8 @@ def test_devices_and_backend():
 
 def test_axis_size_may_repeat_what_the_arguments_say():
     np.testing.assert_array_equal(pmap(lambda x: x, axis_size=8)(x8), x8)
-    np.testing.assert_array_equal(pmap(lambda x: x, axis_size=np.int64(8), in_axes=np.int64(0))(x8), x8)
+    of_numpys = pmap(lambda x: x, axis_size=np.int64(8), in_axes=np.int64(0))  # type: ignore[call-overload]
+    np.testing.assert_array_equal(of_numpys(x8), x8)
 
 
 def test_a_mesh_that_the_user_has_set_is_put_aside():
@@ -209,7 +210,7 @@ def triple(x):
 
 def test_a_mapped_function_is_copied_and_pickled_without_its_programs():
     mapped = pmap(triple, devices=jax.devices()[:2])
-    mapped.note = "a copy keeps it"
+    mapped.note = "a copy keeps it"  # type: ignore[attr-defined]
     assert copy.copy(mapped) is copy.deepcopy(mapped) is mapped, "as Python copies functions"
     mapped = pmap(triple)
     mapped(x8)

@@ -1,5 +1,7 @@
 """``check`` finds every difference, and ``lockstep`` agrees with ``vmap`` where both are correct."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,7 +113,7 @@ def test_lockstep_cuts_and_joins_along_any_axes():
     def fun(x, y, *, z):
         return {"x": x - lax.pmax(x, AXIS), "y": (y["a"] * z, None), "n": lax.psum(x * y["b"], AXIS)}
 
-    options = {
+    options: dict[str, Any] = {
         "axis_name": AXIS,
         "in_axes": (-1, {"a": 1, "b": None}),
         "out_axes": {"x": -1, "y": (1, 0), "n": None},
@@ -119,5 +121,5 @@ def test_lockstep_cuts_and_joins_along_any_axes():
     }
     ours, right = (transform(fun, **options)(x, y, z=np.arange(4)) for transform in (lockstep, jax.vmap))
     compare(str, ours, right)
-    none = {"axis_size": 3, "in_axes": None, "axis_name": AXIS}
+    none: dict[str, Any] = {"axis_size": 3, "in_axes": None, "axis_name": AXIS}
     compare(str, *(f(lambda: (lax.axis_index(AXIS), ()), **none)() for f in (lockstep, jax.vmap)))

@@ -55,7 +55,7 @@ def test_the_first_call_of_many_threads_is_traced_and_compiled_once(n):
 
 
 def test_threads_with_different_types_and_static_values_do_not_mix():
-    traced = Counter()
+    traced: Counter[tuple[tuple[int, ...], int]] = Counter()
 
     def fun(x, n):
         traced[x.shape, n] += 1
@@ -70,7 +70,7 @@ def test_threads_with_different_types_and_static_values_do_not_mix():
 
 
 def test_maps_that_call_each_other_from_many_threads():
-    traced = Counter()
+    traced: Counter[str] = Counter()
 
     def inner(x):
         traced["inner"] += 1
@@ -93,7 +93,7 @@ def test_a_function_that_calls_maps_from_another_thread_while_it_is_traced(monke
     monkeypatch.setattr(_dispatch, "PATIENCE", 0.2)
     x = np.arange(8, dtype=np.float32)
     other = pmap(lambda y: y * 2)
-    started = []
+    started: list[bool] = []
 
     def fun(y):
         if not started:

@@ -79,7 +79,7 @@ REFUSED = {
     "a duck that JAX converts": (lambda: ConvertibleByJax(ROWS), ROWS, *CONVERTED),
     "a type": (lambda: jax.ShapeDtypeStruct(ROWS.shape, "float32"), ROWS, NotAnArrayError, "type ShapeDtypeStruct"),
     "a reference": (lambda: jax.new_ref(jnp.asarray(ROWS)), ROWS, NotAnArrayError, "references to arrays"),
-    "a memory view": (lambda: memoryview(ROWS), ROWS, NotAnArrayError, "x is of type memoryview"),
+    "a memory view": (lambda: ROWS.data, ROWS, NotAnArrayError, "x is of type memoryview"),
     "an array of Python's": (lambda: array.array("f", ROWS[:, 0]), ROWS[:, 0], NotAnArrayError, "x is of type array"),
     "a decimal": (lambda: decimal.Decimal(2), 2.0, NotAnArrayError, "x is of type Decimal"),
     "a time": (lambda: np.datetime64(datetime.date.today()), 2, NotAnArrayError, "x is of type datetime64"),

@@ -24,7 +24,7 @@ SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 def crossing(text, devices):
     """The bytes that each kind of collective sends in one run, in total over all devices."""
-    total = {}
+    total: dict[str, int] = {}
     for line in text.splitlines():
         if not (found := OPERATION.search(line)):
             continue

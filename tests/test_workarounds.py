@@ -349,7 +349,7 @@ def show(names):
     jax.config.update("jax_num_cpu_devices", 8)
     for name in names:
         try:
-            found = bool(FAULTS[name].shows())
+            found: bool | str = bool(FAULTS[name].shows())
         except BaseException as error:
             found = f"{type(error).__name__}: {error}"
         print(json.dumps([name, found]), flush=True)

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> type[errors.ReplicaxError]:
     """Looks up exceptions, which earlier versions exported here: they are now in :mod:`replicax.errors`."""
     if name.endswith("Error") and hasattr(errors, name):
         return vars(errors)[name]

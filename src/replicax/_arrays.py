@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 import numpy as np
@@ -17,10 +17,18 @@ from replicax._layout.layout import layout
 from replicax._messages import as_int, report
 from replicax._pmap import pmap
 from replicax._runtime.options import check_devices
-from replicax._typing import ArrayLike, PyTree
+from replicax._typing import Array, ArrayLike, HostArray, OneArray, PyTree
 from replicax.errors import AxisSpecError, DeletedArrayError, MappedSizeError
 
 Tree = TypeVar("Tree")
+
+
+@overload
+def replicate(tree: OneArray, axis_size: int | None = ..., *, devices: Sequence[jax.Device] | None = ...) -> Array: ...
+
+
+@overload
+def replicate(tree: Tree, axis_size: int | None = ..., *, devices: Sequence[jax.Device] | None = ...) -> Tree: ...
 
 
 def replicate(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Device] | None = None) -> Tree:
@@ -63,6 +71,14 @@ def replicate(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax
 
 def _identity(tree: Tree) -> Tree:
     return tree
+
+
+@overload
+def shard(tree: OneArray, axis_size: int | None = ..., *, devices: Sequence[jax.Device] | None = ...) -> Array: ...
+
+
+@overload
+def shard(tree: Tree, axis_size: int | None = ..., *, devices: Sequence[jax.Device] | None = ...) -> Tree: ...
 
 
 def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Device] | None = None) -> Tree:
@@ -121,6 +137,14 @@ def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Dev
         return jax.tree.map(place, tree)
 
 
+@overload
+def unreplicate(tree: HostArray) -> HostArray: ...
+
+
+@overload
+def unreplicate(tree: Tree) -> Tree: ...
+
+
 def unreplicate(tree: Tree) -> Tree:
     """Returns the arrays of the first replica, without a gather.
 
@@ -160,7 +184,15 @@ def unreplicate(tree: Tree) -> Tree:
 _first = jax.jit(lambda blocks: [block[0] for block in blocks])
 
 
-def local_replicas(tree: Tree) -> list[Tree]:
+@overload
+def local_replicas(tree: Array | HostArray) -> list[HostArray]: ...
+
+
+@overload
+def local_replicas(tree: Tree) -> list[Tree]: ...
+
+
+def local_replicas(tree: PyTree) -> list[Any]:
     """Returns a list with one pytree for each replica on the devices of this process, without a gather.
 
     Args:
@@ -195,6 +227,14 @@ def local_replicas(tree: Tree) -> list[Tree]:
             )
         )
     return [jax.tree.unflatten(treedef, replica) for replica in zip(*rows, strict=True)]
+
+
+@overload
+def fetch(tree: OneArray) -> HostArray: ...
+
+
+@overload
+def fetch(tree: Tree) -> Tree: ...
 
 
 def fetch(tree: Tree) -> Tree:

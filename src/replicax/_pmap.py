@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, TypeVar, final, overload
+from typing import TYPE_CHECKING, Any, TypeVar, final, overload
 
 import jax
 
@@ -33,6 +33,11 @@ class MappedFunction(PathTaker[R]):
 
     # Slots, because functools.wraps copies all attributes in __dict__ to the wrapper.
     __slots__ = ("__dict__", "_dispatcher", "_fun", "options")
+
+    if TYPE_CHECKING:  # functools.update_wrapper sets it; an annotation would hide those of the function
+
+        @property
+        def __wrapped__(self) -> Callable[..., R]: ...
 
     def __init__(self, fun: Callable[..., R], options: Options) -> None:
         functools.update_wrapper(self, fun)

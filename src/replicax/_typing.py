@@ -38,6 +38,9 @@ ArrayLike: TypeAlias = jax.typing.ArrayLike
 #: A NumPy array of any rank and dtype.
 HostArray: TypeAlias = np.ndarray[Any, Any]
 
+#: An array or a scalar that is the whole of a pytree.
+OneArray: TypeAlias = Array | HostArray | np.generic | complex
+
 Shape: TypeAlias = tuple[int, ...]
 DType: TypeAlias = np.dtype[Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from replicax._layout.layout import layout
 from replicax._messages import report
 from replicax._pmap import MappedFunction
 from replicax._pmap import pmap as mapped
-from replicax._typing import Array, ArrayLike, Function, HostArray, PyTree
+from replicax._typing import Array, ArrayLike, Function, HostArray, OneArray, PyTree
 from replicax.compat._virtual import distinct
 from replicax.errors import OptionTypeError, ShardsError
 
@@ -88,6 +88,14 @@ def _that_exist(fun: Function, positions: int | Iterable[int]) -> tuple[int, ...
     return tuple(i for i in numbers if not isinstance(i, int) or takes_position(fun, i))
 
 
+@overload
+def device_put_replicated(x: OneArray, devices: Sequence[jax.Device]) -> Array: ...
+
+
+@overload
+def device_put_replicated(x: Tree, devices: Sequence[jax.Device]) -> Tree: ...
+
+
 def device_put_replicated(x: Tree, devices: Sequence[jax.Device]) -> Tree:
     """Copies every array to each device, like ``jax.device_put_replicated`` before JAX 0.10.
 
@@ -118,6 +126,14 @@ def device_put_replicated(x: Tree, devices: Sequence[jax.Device]) -> Tree:
         return replicate(x, count, devices=real)
     with _jax.own_mesh():
         return jax.tree.map(lambda leaf: _rows_on([leaf] * count, real), x)
+
+
+@overload
+def device_put_sharded(shards: Sequence[OneArray], devices: Sequence[jax.Device]) -> Array: ...
+
+
+@overload
+def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) -> Tree: ...
 
 
 def device_put_sharded(shards: Sequence[Tree], devices: Sequence[jax.Device]) -> Tree:
