@@ -17,12 +17,26 @@ collect_ignore = ["typed_calls.py"]
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Marks all but k cases of a test with ``few(k)`` as long: ``make test`` skips them."""
+def pytest_collection_modifyitems(items, config):
+    """Marks as long all cases of a test but those that ``few`` keeps: ``make test`` skips them."""
+    whole = not any("::" in arg for arg in config.args)
     for _, group in itertools.groupby(items, lambda item: (item.parent, getattr(item, "originalname", item.name))):
         cases = [item for item in group if item.get_closest_marker("long") is None]
         if (few := cases[0].get_closest_marker("few") if cases else None) is not None:
-            kept = {k * len(cases) // few.args[0] for k in range(few.args[0])}
-            for k, item in enumerate(cases):
-                if k not in kept:
+            ids = [item.callspec.id for item in cases]
+            if whole and (unknown := [name for name in named(few) if name not in ids]):
+                raise pytest.UsageError(f"{cases[0].nodeid}: few names {unknown}. Its cases are {ids}.")
+            for item in cases:
+                if item.callspec.id not in kept(few, ids):
                     item.add_marker("long")
+
+
+def named(few):
+    return [name for name in few.args if isinstance(name, str)]
+
+
+def kept(few, ids):
+    """``few(k)`` keeps k cases, evenly spread, and ``few("8on8", "7on3")`` those with these ids."""
+    if names := named(few):
+        return {*names} & {*ids} or {*ids}  # none of them: others were asked for by name
+    return {ids[k * len(ids) // few.args[0]] for k in range(few.args[0])}
