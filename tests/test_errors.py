@@ -537,6 +537,22 @@ def test_out_axes_none_returns_what_all_replicas_have():
         assert (total.shape, float(total), int(count)) == ((), n * (n - 1) / 2, n)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_constants_that_replicas_choose_for_themselves_differ(same):
+    """Each result is equal in all replicas, but the choice between them is not."""
+
+    def choose(x):
+        chosen = lax.psum(x, "i") > 0 if same else lax.axis_index("i") > 0
+        return lax.cond(chosen, lambda: 1.0, lambda: 2.0)
+
+    mapped = pmap(choose, "i", out_axes=None)
+    if same:
+        np.testing.assert_array_equal(mapped(np.ones(8)), 1)
+    else:
+        with pytest.raises(replicax.DivergentOutputError, match="may differ between"):
+            mapped(np.ones(8))
+
+
 def test_many_faults_are_told_in_few_lines():
     with pytest.raises(replicax.NotAnArrayError) as caught:
         pmap(add)(x8, {f"w{i}": "text" for i in range(100)})
