@@ -207,6 +207,12 @@ def applicable(context):
     return [variant for variant in VARIANTS if (variant, context) not in REFUSED]
 
 
+def share(context):
+    """A ninth of the variants: each variant is in the share of one context that supports it."""
+    at = list(CONTEXTS).index(context)
+    return [variant for k, variant in enumerate(VARIANTS) if (k + 4) % len(CONTEXTS) == at]
+
+
 def program(context, variants):
     """All cells of one context in one program, so that they need only one compilation."""
     return lambda x: {variant: CONTEXTS[context](VARIANTS[variant], x) for variant in variants}

@@ -25,6 +25,7 @@ from collectives import (
     refusal,
     render,
     rows,
+    share,
     shift,
     size,
 )
@@ -35,15 +36,27 @@ from replicax.testing._check import compare
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "collectives.md"
 
 
-#: Each context with 7 replicas on 3 devices, and in rotation with N < D, N = D or N > D.
-CELLS = [(context, pair) for k, context in enumerate(CONTEXTS) for pair in ((7, 3), ((3, 8), (4, 4), (8, 2))[k % 3])]
+def cells():
+    """Each context with 7 replicas on 3 devices, and in rotation with N < D, N = D or N > D; and a share of each."""
+    for k, context in enumerate(CONTEXTS):
+        for n, d in ((7, 3), ((3, 8), (4, 4), (8, 2))[k % 3]):
+            yield pytest.param(context, (n, d), None, id=f"{context}-{n}on{d}", marks=pytest.mark.long)
+        n, d = ((7, 3), (8, 2), (6, 4))[k % 3]
+        yield pytest.param(context, (n, d), share(context), id=f"{context}-{n}on{d}-share")
 
 
-@pytest.mark.few(4)
-@pytest.mark.parametrize(("context", "pair"), CELLS, ids=lambda x: x if isinstance(x, str) else "{}on{}".format(*x))
-def test_every_cell_equals_the_reference(context, pair):
+@pytest.mark.parametrize(("context", "pair", "variants"), list(cells()))
+def test_every_cell_equals_the_reference(context, pair, variants):
     """``make table`` runs every context with every pair."""
-    assert faults(context, *pair) == {}
+    n, d = pair
+    assert faults(context, n, d, variants) == {}
+
+
+def test_the_shares_of_the_contexts_are_the_table():
+    assert sorted(variant for context in CONTEXTS for variant in share(context)) == sorted(VARIANTS)
+    assert not [
+        (variant, context) for context in CONTEXTS for variant in share(context) if (variant, context) in REFUSED
+    ]
 
 
 @pytest.mark.parametrize(("variant", "context"), REFUSED)
@@ -60,6 +73,7 @@ def on(d):
     return {"axis_name": AXIS, "devices": jax.devices()[:d]}
 
 
+@pytest.mark.few("12on5")
 @pytest.mark.parametrize("pair", [(8, 8), (8, 3), (12, 5), (1, 1)], ids="{0[0]}on{0[1]}".format)
 def test_random_groups_and_permutations(pair):
     """Irregular groups need several permutations between devices."""
@@ -82,6 +96,7 @@ def test_random_groups_and_permutations(pair):
     check(fun, rows(n), reference=lockstep, **on(d))
 
 
+@pytest.mark.few("8")
 @pytest.mark.parametrize("n", [6, 8])
 def test_jax_pmap_agrees_where_it_works(n):
     """``jax.pmap`` supports groups and partial permutations with one replica per device."""
@@ -108,7 +123,7 @@ EXTREMES = (np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 0.25, -0.5, 3.5, -2.0)
 FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e5m2")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few("8on3-None")
 @pytest.mark.parametrize("groups", [None, [[0, 3, 6], [1, 4, 7, 2], [5]], [[0, 1], [2, 3], [4, 5], [6, 7]]])
 @pytest.mark.parametrize("pair", [(8, 8), (8, 3)], ids="{0[0]}on{0[1]}".format)
 def test_the_greatest_and_the_least_of_floats(pair, groups):
@@ -145,11 +160,11 @@ def test_a_softmax_that_no_derivative_goes_through_the_maximum_of():
 
     x = rows(8)
     every = lambda transform: transform(softmax, axis_name=AXIS)
-    theirs, ours = (jax.jacrev(every(transform))(x) for transform in (jax.vmap, pmap))
+    theirs, ours = jax.jit(jax.jacrev(every(jax.vmap)))(x), jax.jacrev(every(pmap))(x)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few("bool-1", "int4-4")
 @pytest.mark.parametrize("d", [1, 4, 6])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_data_of_every_dtype_moves(dtype, d):
@@ -167,6 +182,7 @@ def test_data_of_every_dtype_moves(dtype, d):
     check(fun, x, reference=lockstep, **on(d))
 
 
+@pytest.mark.few("4")
 @pytest.mark.parametrize("d", [1, 4, 6])
 def test_keys_move(d):
     keys = jax.random.split(jax.random.key(0), 6)
@@ -235,6 +251,7 @@ def root(x):
     return lax.custom_root(residual, jnp.zeros_like(x), solve, lambda g, y: y / g(jnp.ones_like(y)))
 
 
+@pytest.mark.few("5on3")
 @pytest.mark.parametrize("pair", [(5, 3), (8, 8), (6, 1)], ids="{0[0]}on{0[1]}".format)
 def test_an_implicit_function(pair):
     n, d = pair
@@ -281,6 +298,7 @@ def test_arguments_that_no_collective_can_follow(message):
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.few("4")
 @pytest.mark.parametrize("d", [1, 4, 6])
 def test_axes_counted_from_the_end(d):
     """JAX 0.10 is wrong for negative axes of an untiled all_to_all: replicax refuses them."""
@@ -373,7 +391,7 @@ HIGHER_ORDER: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.few(9)
+@pytest.mark.few("checkpoint, by name-5on3", "custom_linear_solve-5on3", "all of them-5on3")
 @pytest.mark.parametrize("pair", [(5, 3), (4, 4)], ids="{0[0]}on{0[1]}".format)
 @pytest.mark.parametrize("name", HIGHER_ORDER)
 def test_higher_order_functions_with_collectives_inside(name, pair):

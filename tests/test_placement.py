@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 import test_nested
-from collectives import CONTEXTS, faults
+from collectives import CONTEXTS, faults, share
 from replicax import pmap
 from replicax._layout import placement as _placement
 from replicax._layout.placement import Placement
@@ -70,13 +70,20 @@ def in_turn(names):
     return [(name, places[0 if name in small else k % len(places)]) for k, name in enumerate(names)]
 
 
-@pytest.mark.few(1)
-@pytest.mark.parametrize(("context", "layout"), in_turn(CONTEXTS), indirect=["layout"])
-def test_the_table_of_collectives(context, layout):
-    assert faults(context, *layout) == {}
+#: All variants in each context, and a share of them in two.
+TABLE = [
+    *(pytest.param(context, place, None, marks=pytest.mark.long) for context, place in in_turn(CONTEXTS)),
+    *(pytest.param(context, place, share(context)) for context, place in in_turn(["cond", "remat"])),
+]
 
 
-@pytest.mark.few(8)
+@pytest.mark.parametrize(("context", "layout", "variants"), TABLE, indirect=["layout"])
+def test_the_table_of_collectives(context, layout, variants):
+    n, d = layout
+    assert faults(context, n, d, variants) == {}
+
+
+@pytest.mark.few("jit-middle", "grad-two places")
 @pytest.mark.parametrize(("name", "layout"), in_turn(TRANSFORMS), indirect=["layout"])
 def test_transformations_from_outside(name, layout):
     n, d = layout
@@ -86,7 +93,7 @@ def test_transformations_from_outside(name, layout):
     compare(str, ours, right, rtol=1e-4)
 
 
-@pytest.mark.few(8)
+@pytest.mark.few("middle-sizes2-8-control_flow", "two places-sizes3-8-collectives")
 @pytest.mark.parametrize(
     "program", [test_nested.collectives, test_nested.control_flow, test_nested.closures, test_nested.derivatives_inside]
 )
@@ -105,6 +112,7 @@ def test_derivatives_of_maps_inside_maps(sizes, d, layout):
     compare(str, ours, expected, rtol=1e-3)
 
 
+@pytest.mark.few("middle-one device", "two places-host")
 @pytest.mark.parametrize("where", ["host", "one device", "whole on each", "a result"])
 def test_arguments_from_anywhere(where, layout):
     n, d = layout
