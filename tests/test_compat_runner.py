@@ -82,11 +82,12 @@ def test_a_program_sees_what_it_is_told_to(tmp_path, monkeypatch, how, env, coun
     assert out[2:] == (["('jax', 2)"] if "spawn" in how else [])  # a spawned interpreter has plain JAX
 
 
-def test_a_program_may_import_replicax_first_and_install_it_itself(tmp_path):
+@pytest.mark.few(1)
+@pytest.mark.parametrize(("how", "env"), [((*RUNNER, "--replicas", "5"), {}), ((), {"REPLICAX_REPLICAS": "5"})])
+def test_a_program_may_import_replicax_first_and_install_it_itself(tmp_path, how, env):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(first="import replicax.compat; replicax.compat.install()"))
-    assert python(*RUNNER, "--replicas", "5", script).startswith("replicax (3,) float64 5\n")
-    assert python(script, REPLICAX_REPLICAS="5").startswith("replicax (3,) float64 5\n")
+    assert python(*how, script, **env).startswith("replicax (3,) float64 5\n")
 
 
 def test_nothing_happens_without_the_runner(tmp_path):
@@ -113,6 +114,7 @@ print(sorted(vars(__main__)), type(__loader__).__name__, sys.argv, sys.path[0])
 """
 
 
+@pytest.mark.few("link.py")
 @pytest.mark.parametrize("program", ["script.py", "folder", "program.zip", "link.py"])
 def test_a_program_is_run_as_python_runs_it(tmp_path, monkeypatch, program):
     monkeypatch.chdir(tmp_path)
@@ -126,7 +128,7 @@ def test_a_program_is_run_as_python_runs_it(tmp_path, monkeypatch, program):
     assert re.sub("0x[0-9a-f]+", "", ours) == re.sub("0x[0-9a-f]+", "", theirs)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("text", "how"),
     [
@@ -145,11 +147,12 @@ def test_a_program_fails_as_under_python(tmp_path, monkeypatch, text, how):
     python(*RUNNER, *how, code=theirs.returncode, err=theirs.stderr)
 
 
-def test_a_program_that_is_not_there(tmp_path, monkeypatch):
+@pytest.mark.few(1)
+@pytest.mark.parametrize("how", [["script.py"], ["-m", "script"]])
+def test_a_program_that_is_not_there(tmp_path, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
-    for how in (["script.py"], ["-m", "script"]):
-        theirs = subprocess.run([sys.executable, *how], capture_output=True, encoding="utf-8", check=False)
-        python(*RUNNER, *how, code=theirs.returncode, err=theirs.stderr)
+    theirs = subprocess.run([sys.executable, *how], capture_output=True, encoding="utf-8", check=False)
+    python(*RUNNER, *how, code=theirs.returncode, err=theirs.stderr)
 
 
 def test_compiled_code_runs(tmp_path, monkeypatch):

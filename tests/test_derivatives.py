@@ -14,6 +14,10 @@ from replicax.testing import check, lockstep
 AXIS = "i"
 
 
+def compiled_lockstep(fun, **options):
+    return jax.jit(lockstep(fun, **options))
+
+
 def rows(n):
     return np.random.default_rng(n).uniform(0.1, 1, (n, 3)).astype(np.float32)
 
@@ -60,7 +64,7 @@ RULES = {
 }
 
 
-@pytest.mark.few(8)
+@pytest.mark.few("a constant, in reverse-3", "a constant, forwards-3", "an argument for all-3")
 @pytest.mark.parametrize("d", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", RULES)
 def test_results_equal_in_all_replicas(name, d):
@@ -75,6 +79,7 @@ def test_results_equal_in_all_replicas(name, d):
     )
 
 
+@pytest.mark.few("3")
 @pytest.mark.parametrize("d", [1, 2, 3, 4])
 def test_a_constant_derivative_by_an_argument_for_all(d):
     check(
@@ -94,6 +99,7 @@ def test_an_equal_result_of_a_rule_may_be_broadcast(d):
     np.testing.assert_allclose(out, rows(8).mean(0) * [1, 2, 3], rtol=1e-6)
 
 
+@pytest.mark.few("2")
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_a_checkpointed_loop_differentiated_inside(d):
     def fun(x):
@@ -103,6 +109,7 @@ def test_a_checkpointed_loop_differentiated_inside(d):
     check(fun, rows(3), axis_name=AXIS, devices=jax.devices()[:d])
 
 
+@pytest.mark.few("2")
 @pytest.mark.parametrize("d", [1, 2, 4])
 def test_sums_of_complex_constants(d):
     """XLA aborts when it folds a sum of complex constants between devices, also in ``jax.pmap``."""
@@ -116,9 +123,17 @@ def test_sums_of_complex_constants(d):
             "inside": jax.grad(lambda y: jnp.real(lax.pmean(y, AXIS) + lax.all_gather(y, AXIS)).sum())(x),
         }
 
-    check(fun, rows(4) * (1 + 1j), axis_name=AXIS, devices=jax.devices()[:d], reference=lockstep, derivatives=True)
+    check(
+        fun,
+        rows(4) * (1 + 1j),
+        axis_name=AXIS,
+        devices=jax.devices()[:d],
+        reference=compiled_lockstep,
+        derivatives=True,
+    )
 
 
+@pytest.mark.few("2")
 @pytest.mark.parametrize("d", [1, 2, 4])
 def test_the_derivative_by_a_complex_argument_for_all_may_be_constant(d):
     """JAX adds this sum between devices itself, because the argument is not sharded."""
@@ -130,6 +145,7 @@ def test_the_derivative_by_a_complex_argument_for_all_may_be_constant(d):
     check(fun, rows(4) * (1 + 1j), rows(1)[0] * 1j, derivatives=True, **options)
 
 
+@pytest.mark.few("2")
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_rules_of_what_is_equal_everywhere(d):
     """No argument is mapped, so no value varies."""
@@ -160,7 +176,7 @@ def equal_in_the_forward_rule(x):
 equal_in_the_forward_rule.defvjp(lambda x: (lax.pmean(x, AXIS), x), lambda x, ct: (ct * x,))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few("3")
 @pytest.mark.parametrize("d", [1, 2, 3, 6, 8])
 def test_cotangents_of_rules_on_any_number_of_devices(d):
     """For a result with ``out_axes=None``, each replica gets 1/N of the cotangent, as in ``jax.pmap``."""
@@ -170,6 +186,7 @@ def test_cotangents_of_rules_on_any_number_of_devices(d):
     check(equal_in_the_forward_rule, rows(6), **options)
 
 
+@pytest.mark.few("3")
 @pytest.mark.parametrize("d", [1, 3, 6])
 def test_a_constant_summed_over_groups_of_different_sizes(d):
     groups = [[0, 1], [2, 3, 4, 5]]
@@ -180,7 +197,7 @@ def test_a_constant_summed_over_groups_of_different_sizes(d):
             lambda c, _: (lax.psum(c, AXIS, axis_index_groups=groups) / 3, None), ones, None, 2
         )
 
-    check(fun, rows(6), axis_name=AXIS, devices=jax.devices()[:d], reference=lockstep, derivatives=True)
+    check(fun, rows(6), axis_name=AXIS, devices=jax.devices()[:d], reference=compiled_lockstep, derivatives=True)
 
 
 @pytest.mark.parametrize("d", [1, 3, 6])
@@ -190,6 +207,7 @@ def test_the_derivative_of_a_closed_over_array_under_jit(d):
     np.testing.assert_allclose(out, np.full(6, 6.0))
 
 
+@pytest.mark.few("5-3")
 @pytest.mark.parametrize(("n", "d"), [(8, 8), (12, 8), (5, 3)])
 def test_the_types_in_a_rule_are_plain(n, d):
     """Types have no mesh, in rules traced with the map or later. Libraries compare them."""
@@ -212,9 +230,10 @@ def test_the_types_in_a_rule_are_plain(n, d):
             assert all(mesh.empty for each in meshes for mesh in each)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few("plain-5-3")
 @pytest.mark.parametrize(("n", "d"), [(8, 8), (12, 8), (5, 3)])
-def test_a_checkpointed_loop_of_equinox(n, d):
+@pytest.mark.parametrize("where", ["plain", "nested"])
+def test_a_checkpointed_loop_of_equinox(where, n, d):
     """Every diffrax solve uses this loop. Its backward rule compares the types of its arguments."""
     loops = pytest.importorskip("equinox.internal", reason="equinox is not installed: pip install '.[clients]'")
 
@@ -226,12 +245,13 @@ def test_a_checkpointed_loop_of_equinox(n, d):
 
     counts = jnp.arange(n) % 5 + 2
     options: dict[str, Any] = {"in_axes": (None, 0)}
-    mapped = pmap(steps, devices=jax.devices()[:d], **options)
-    nested = pmap(lambda s, k: pmap(lambda k: steps(s, k))(jnp.stack([k, k + 1])), devices=jax.devices()[:d], **options)
-    nested_right = jax.vmap(lambda s, k: jax.vmap(lambda k: steps(s, k))(jnp.stack([k, k + 1])), **options)
-    for ours, right in ((mapped, jax.vmap(steps, **options)), (nested, nested_right)):
-        derivative, expected = (jax.grad(lambda s, f=f: (f(s, counts) ** 2).sum())(1.3) for f in (ours, right))
-        np.testing.assert_allclose(derivative, expected, rtol=1e-5)
+
+    def program(mapped):
+        return steps if where == "plain" else lambda s, k: mapped(lambda k: steps(s, k))(jnp.stack([k, k + 1]))
+
+    ours, right = pmap(program(pmap), devices=jax.devices()[:d], **options), jax.vmap(program(jax.vmap), **options)
+    derivative, expected = (jax.grad(lambda s, f=f: (f(s, counts) ** 2).sum()) for f in (ours, right))
+    np.testing.assert_allclose(derivative(1.3), jax.jit(expected)(1.3), rtol=1e-5)
 
 
 @jax.custom_jvp
@@ -263,7 +283,7 @@ communicates_backward.defvjp(lambda x: (jnp.sin(x), jnp.cos(x)), lambda r, ct: (
 IN_RULES = [communicates_forward, communicates_ahead, communicates_backward]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few("fwd-4-8", "bwd-5-3")
 @pytest.mark.parametrize(("n", "d"), [(4, 8), (12, 8), (5, 3)])
 @pytest.mark.parametrize("rule", IN_RULES, ids=["jvp", "fwd", "bwd"])
 def test_a_branch_that_replicas_disagree_on_and_whose_rule_communicates(rule, n, d):
@@ -277,11 +297,12 @@ def test_a_branch_that_replicas_disagree_on_and_whose_rule_communicates(rule, n,
 
     for fun in (choose, twice):
         mapped, right = pmap(fun, AXIS, devices=jax.devices()[:d]), jax.vmap(fun, axis_name=AXIS)
-        for wrap in (lambda f: f, jax.jit):
-            ours, expected = (wrap(jax.grad(lambda x, f=f: (f(x) ** 2).sum()))(rows(n)) for f in (mapped, right))
-            np.testing.assert_allclose(ours, expected, rtol=1e-5)
+        ours, expected = (jax.grad(lambda x, f=f: (f(x) ** 2).sum()) for f in (mapped, right))
+        for run in (ours, jax.jit(ours)):
+            np.testing.assert_allclose(run(rows(n)), jax.jit(expected)(rows(n)), rtol=1e-5)
 
 
+@pytest.mark.few("5-3")
 @pytest.mark.parametrize(("n", "d"), [(4, 8), (12, 8), (5, 3)])
 def test_a_loop_that_replicas_leave_at_different_times_and_whose_rule_communicates(n, d):
     def loop(x):

@@ -4,6 +4,8 @@
 one replica at a time. ``jax.pmap`` is a second reference if there is a device per replica.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,18 +65,28 @@ def everything(key, x):
     }
 
 
-@pytest.mark.few(1)
-@pytest.mark.parametrize(("n", "d"), PLACES)
+@functools.cache
+def everything_of_each(n, impl):
+    return each(everything, keys(n, impl), np.arange(n, dtype=np.float32))
+
+
+@pytest.mark.few("5-3-rbg-call")
+@pytest.mark.parametrize("how", ["call", "jit"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_each_replica_draws_from_its_own_key(impl, n, d):
-    k, x = keys(n, impl), np.arange(n, dtype=np.float32)
-    mapped, right = pmap(everything, devices=jax.devices()[:d]), each(everything, k, x)
-    equal(mapped(k, x), right)
-    equal(jax.jit(mapped)(k, x), right)
-    if n == d:
-        equal(jax.pmap(everything)(k, x), right)
+@pytest.mark.parametrize(("n", "d"), PLACES)
+def test_each_replica_draws_from_its_own_key(n, d, impl, how):
+    mapped = pmap(everything, devices=jax.devices()[:d])
+    ours = (mapped if how == "call" else jax.jit(mapped))(keys(n, impl), np.arange(n, dtype=np.float32))
+    equal(ours, everything_of_each(n, impl))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("impl", IMPLS)
+def test_jax_pmap_draws_the_same(impl):
+    equal(jax.pmap(everything)(keys(8, impl), np.arange(8, dtype=np.float32)), everything_of_each(8, impl))
+
+
+@pytest.mark.few("rbg-5-3")
 @pytest.mark.parametrize(("n", "d"), [(8, 3), (5, 3)])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_keys_of_the_old_kind(impl, n, d):
@@ -84,6 +96,7 @@ def test_keys_of_the_old_kind(impl, n, d):
         equal(mapped(k), each(lambda k: jax.random.normal(jax.random.split(k)[0], (2,)), k))
 
 
+@pytest.mark.few("rbg-3", "unsafe_rbg-8")
 @pytest.mark.parametrize("d", [1, 3, 8])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_maps_inside_maps(impl, d):
@@ -91,16 +104,20 @@ def test_maps_inside_maps(impl, d):
     fun = lambda outer, inner: (jax.random.normal(outer, (2,)), jax.random.normal(inner) - jax.random.uniform(outer))
     one = lambda outer, inner: (*fun(outer, inner), lax.axis_index("j"))
     mapped = pmap(lambda row: pmap(one, "j", in_axes=(None, 0))(row[0], row), devices=jax.devices()[:d])
-    right = [each(lambda inner, row=row: fun(row[0], inner), row) for row in k]
-    equal(mapped(k)[:2], jax.tree.map(lambda *rows: jnp.stack(rows), *right))
+    right = each(fun, jnp.repeat(k[:, 0], 5), k.reshape(-1))
+    equal(mapped(k)[:2], jax.tree.map(lambda y: y.reshape(3, 5, *y.shape[1:]), right))
 
 
-@pytest.mark.few(1)
+DRAWS = {"normal": lambda k, x: x * jax.random.normal(k), "gamma": jax.random.gamma}
+
+
+@pytest.mark.few("normal-5-3-rbg")
 @pytest.mark.parametrize(("n", "d", "impl"), [(8, 8, "rbg"), (5, 3, "rbg"), (5, 3, "unsafe_rbg")])
-def test_derivatives(n, d, impl):
+@pytest.mark.parametrize("draw", DRAWS)
+def test_derivatives(draw, n, d, impl):
     """Derivatives of the map and inside the map, through a checkpoint, which draws the numbers again."""
     k, x = keys(n, impl), np.linspace(0.5, 2, n, dtype=np.float32)
-    noisy = jax.checkpoint(lambda k, x: jnp.sin(x * jax.random.normal(k)) + jax.random.gamma(k, x))
+    noisy = jax.checkpoint(lambda k, x: jnp.sin(DRAWS[draw](k, x)))
     mapped = pmap(noisy, devices=jax.devices()[:d])
     right = each(jax.grad(noisy, 1), k, x)
     equal(jax.grad(lambda x: mapped(k, x).sum())(x), right)
@@ -108,6 +125,7 @@ def test_derivatives(n, d, impl):
     equal(pmap(jax.grad(noisy, 1), devices=jax.devices()[:d])(k, x), right)
 
 
+@pytest.mark.few("3")
 @pytest.mark.parametrize("d", [1, 3, 8])
 def test_a_rule_of_the_users_that_draws(d):
     k, x = keys(5, "rbg"), np.arange(5, dtype=np.float32)
@@ -123,6 +141,7 @@ def test_a_rule_of_the_users_that_draws(d):
     equal(derivative(x), 3 * each(jax.grad(dropped, 1), k, x))
 
 
+@pytest.mark.few("8-8", "5-3")
 @pytest.mark.parametrize(("n", "d"), [(8, 8), (8, 3), (5, 3)])
 def test_one_key_for_all_is_one_draw(n, d):
     key = jax.random.key(3, impl="rbg")
@@ -133,6 +152,7 @@ def test_one_key_for_all_is_one_draw(n, d):
     assert program.count("stablehlo.while") == 0
 
 
+@pytest.mark.few("rbg")
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_what_vectorizes_stays_vectorized(impl):
     """Threefry, which ``rbg`` also uses in ``split`` and ``fold_in``."""
@@ -152,6 +172,7 @@ def test_an_implementation_of_the_users():
     equal(pmap(fun, devices=jax.devices()[:3])(keys(8, mine)), each(fun, keys(8, mine)))
 
 
+@pytest.mark.few("3")
 @pytest.mark.parametrize("d", [1, 3, 8])
 def test_a_vmap_from_outside_keeps_its_meaning_for_each_replica(d):
     k = keys(16, "rbg").reshape(8, 2)
