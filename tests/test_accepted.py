@@ -80,7 +80,7 @@ def centered(x):
 SPLIT = [(22, 2, 8), (20, 4, 8), (15, 5, 8), (10, 2, 4), (21, 7, 4)]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few("22-2-8-0")
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(("n", "held", "used"), SPLIT)
 def test_rows_split_by_an_explicit_mesh_where_the_map_pads(n, held, used, axis):
@@ -88,7 +88,7 @@ def test_rows_split_by_an_explicit_mesh_where_the_map_pads(n, held, used, axis):
     host = np.moveaxis(rows(n, 3), 0, axis)
     x = jax.device_put(host, NamedSharding(mesh, P(*[None] * axis, "a")))
     mapped = pmap(centered, axis_name="i", in_axes=axis, devices=jax.devices()[:used])
-    right = jax.vmap(centered, axis_name="i", in_axes=axis)
+    right = jax.jit(jax.vmap(centered, axis_name="i", in_axes=axis))
     for _ in range(2):  # the second call is warm
         close(mapped(x), right(host))
     with jax.set_mesh(mesh):
@@ -212,13 +212,13 @@ SPARSE = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few("13-mapped")
 @pytest.mark.parametrize("case", SPARSE)
 @pytest.mark.parametrize("n", [8, 13])
 def test_sparse_matrices(n, case):
     fun, in_axes, out_axes = SPARSE[case]
     mapped = pmap(fun, "i", in_axes=in_axes, out_axes=out_axes)
-    right = jax.vmap(fun, in_axes, out_axes, axis_name="i")(matrices(n), rows(3))
+    right = jax.jit(jax.vmap(fun, in_axes, out_axes, axis_name="i"))(matrices(n), rows(3))
     for _ in range(2):
         same(mapped(matrices(n), rows(3)), right)
     same(jax.jit(mapped)(matrices(n), rows(3)), right)
@@ -231,11 +231,11 @@ def test_sparse_matrices_that_all_replicas_get_whole_and_in_keywords():
     fun = lambda m, v, scale=None: (m @ v, m) if scale is None else (scale @ v, m)
     same(
         pmap(fun, in_axes=(None, 0), out_axes=(0, None))(one, rows(13, 3)),
-        jax.vmap(fun, (None, 0), (0, None))(one, rows(13, 3)),
+        jax.jit(jax.vmap(fun, (None, 0), (0, None)))(one, rows(13, 3)),
     )
     same(
         pmap(fun, in_axes=(None, 0), out_axes=(0, None))(one, rows(13, 3), scale=matrices(13)),
-        jax.vmap(fun, (None, 0), (0, None))(one, rows(13, 3), scale=matrices(13)),
+        jax.jit(jax.vmap(fun, (None, 0), (0, None)))(one, rows(13, 3), scale=matrices(13)),
     )
     rowwise = BCSR.from_bcoo(matrices(8))
     same(pmap(lambda m: m)(rowwise), jax.vmap(lambda m: m)(rowwise))

@@ -34,6 +34,7 @@ def everywhere(x):
     }
 
 
+@pytest.mark.few("direct", "padded", "one")
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_arguments_may_lie_anywhere(n):
     x = np.arange(n * 4, dtype=np.float32).reshape(n, 4)
@@ -43,6 +44,7 @@ def test_arguments_may_lie_anywhere(n):
         np.testing.assert_array_equal(y, x, err_msg=f"{place}: the argument itself")
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("n", N.values(), ids=N)
 @pytest.mark.parametrize("place", [0, 3, 6])
 def test_broadcast_arguments_may_lie_anywhere(n, place):
@@ -52,7 +54,7 @@ def test_broadcast_arguments_may_lie_anywhere(n, place):
         np.testing.assert_array_equal(fun(np.ones((n, 3)), y), np.ones((n, 1)) * w)
 
 
-@pytest.mark.few(22)
+@pytest.mark.few(14)
 @pytest.mark.parametrize("n", N.values(), ids=N)
 @pytest.mark.parametrize(
     "dtype",
@@ -68,7 +70,7 @@ def test_every_dtype(n, dtype):
     check(lambda a: (a, a.reshape(2, 1)), jnp.asarray(x))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few("fewer")
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_typed_keys(n):
     keys = jax.random.split(jax.random.key(7), n)
@@ -92,17 +94,20 @@ def test_derivatives_of_ints(n):
     np.testing.assert_array_equal(twice, 2 * np.arange(n))
 
 
+@pytest.mark.few("direct", "padded")
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_arrays_without_elements(n):
     check(lambda a: (a, a.sum(), jax.lax.psum(a, "i"), jax.lax.all_gather(a, "i")), np.ones((n, 0, 2)), axis_name="i")
 
 
+@pytest.mark.few("direct", "padded")
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_tangents_of_integers(n):
     """``float0`` arrays, which have no bytes: JAX's tangents of integers."""
     check(lambda a: (a, jnp.ones(3)), np.zeros((n, 2), jax.dtypes.float0))
 
 
+@pytest.mark.few("padded")
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_scalars_of_python(n):
     x = np.arange(n, dtype=np.float32)
@@ -110,7 +115,7 @@ def test_scalars_of_python(n):
         check(lambda a, s: a * s, x, scalar, in_axes=(0, None))
 
 
-@pytest.mark.few(12)
+@pytest.mark.few("2--2-lanes", "1-2-fewer", "-1--1-padded")
 @pytest.mark.parametrize("n", N.values(), ids=N)
 @pytest.mark.parametrize(("in_axis", "out_axis"), [(0, 0), (1, 0), (0, 1), (1, 2), (-1, -1), (2, -2), (-3, -3)])
 def test_any_axis_in_and_out(n, in_axis, out_axis):
@@ -123,6 +128,7 @@ def test_any_axis_in_and_out(n, in_axis, out_axis):
     )  # fmt: skip
 
 
+@pytest.mark.few("padded", "fewer")
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_trees_and_prefixes(n):
     rng = np.random.default_rng(1)
@@ -140,12 +146,14 @@ def test_trees_and_prefixes(n):
     check(fun, tree, 2.0, kwargs={"offset": np.arange(n)}, axis_name="i", in_axes=[{"a": 0, "b": (1, None, 0)}, None])
 
 
+@pytest.mark.few("fewer", "padded")
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_nothing_mapped(n):
     check(lambda w: w * jax.lax.axis_index("i"), np.arange(3.0), axis_name="i", in_axes=None, axis_size=n)
     np.testing.assert_array_equal(pmap(lambda: jax.lax.axis_index("i"), axis_name="i", axis_size=n)(), np.arange(n))
 
 
+@pytest.mark.few("direct", "padded")
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_numpy_arguments_may_change_as_soon_as_the_call_returns(n):
     # Large and aligned, so that JAX would alias the memory.
@@ -160,16 +168,17 @@ def test_numpy_arguments_may_change_as_soon_as_the_call_returns(n):
         np.testing.assert_array_equal(np.unique(out), expected)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few("fewer")
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_closed_over_arrays_may_lie_anywhere(n):
     x = np.arange(n, dtype=np.float32)
     for place, closed in everywhere(np.arange(n * 4, dtype=np.float32).reshape(n, 4)).items():
         fun = lambda a, c=closed: (a * c[0], (c + a).sum(), jnp.asarray(c)[jax.lax.axis_index("i")])
-        for ours, theirs in zip(pmap(fun, "i")(x), jax.vmap(fun, axis_name="i")(jnp.asarray(x)), strict=True):
+        for ours, theirs in zip(pmap(fun, "i")(x), jax.jit(jax.vmap(fun, axis_name="i"))(x), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6, err_msg=place)
 
 
+@pytest.mark.few("lanes", "padded")
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_scalars_of_python_in_collectives(n):
     def fun(x):

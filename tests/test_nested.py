@@ -148,7 +148,9 @@ def given(program, sizes):
     return {collectives: (np.moveaxis(x, 0, 1), rows(2)), control_flow: (x,)}.get(program, (x, rows(2)))
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(
+    "collectives-(2, 7)on5", "control_flow-(5, 2)on2", "closures-(3, 2)on8", "derivatives_inside-(4, 3)on8"
+)
 @two_levels
 @pytest.mark.parametrize("program", [collectives, control_flow, closures, derivatives_inside])
 def test_two_levels_equal_vmap(program, sizes, d):
@@ -198,7 +200,7 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few("jvp-sizes1-8", "scan-sizes0-8")
 @pytest.mark.parametrize(("sizes", "d"), [((2, 4), 8), ((3, 2), 8), ((2, 3), 5)])
 @pytest.mark.parametrize("outside", OUTSIDE)
 def test_transformations_from_outside_equal_vmap(outside, sizes, d):
@@ -209,7 +211,7 @@ def test_transformations_from_outside_equal_vmap(outside, sizes, d):
     compare(str, ours(*args), jax.jit(theirs)(*args), rtol=1e-3)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few("(1, 2, 3)on5")
 @three_levels
 def test_three_levels_equal_vmap(sizes, d):
     def nested(mapped):
@@ -255,6 +257,7 @@ def case(n):
     return x, depth, jax.jit(small(jax.vmap, depth))(x)
 
 
+@pytest.mark.few(10)
 @every_pair
 def test_every_pair_of_replicas_and_devices(n, d):
     x, depth, expected = case(n)
@@ -303,6 +306,7 @@ STAY_APART = {
 }
 
 
+@pytest.mark.few("in jit", "under other axes")
 @pytest.mark.parametrize("program", STAY_APART)
 def test_what_goes_from_map_to_map_stays_on_its_devices(program):
     """At any depth and through jit, each device gets only its part and keeps its part of the result."""
@@ -311,13 +315,14 @@ def test_what_goes_from_map_to_map_stays_on_its_devices(program):
     text = mapped.lower(x).compile().as_text()
     assert not [op for op in COMMUNICATES if f" {op}" in text]
     out = mapped(x)
-    compare(str, out, STAY_APART[program](jax.vmap)(x))
+    compare(str, out, jax.jit(STAY_APART[program](jax.vmap))(x))
     assert {shard.data.size for shard in out.addressable_shards} == {100}
     squares = lambda f: lambda x: (f(x) ** 2).sum()
-    compare(str, *(jax.grad(squares(STAY_APART[program](mapped)))(x) for mapped in (pmap, jax.vmap)))
+    ours, right = (jax.grad(squares(STAY_APART[program](mapped))) for mapped in (pmap, jax.vmap))
+    compare(str, ours(x), jax.jit(right)(x))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few("sizes2-6")
 @pytest.mark.parametrize(
     ("sizes", "d"), [((2, 2, 2), 8), ((2, 3, 2), 8), ((3, 2, 3), 6), ((1, 2, 4), 8), ((4, 4, 4), 8)]
 )
@@ -359,6 +364,7 @@ def test_values_known_while_tracing():
     np.testing.assert_allclose(pmap(outer, "i")(rows(2, 3)), rows(2, 3) + np.arange(3, 6))
 
 
+@pytest.mark.few("closures")
 @pytest.mark.parametrize("program", [closures, derivatives_inside])
 def test_jax_finds_no_fault_with_what_is_traced(program):
     with jax.enable_checks(True):

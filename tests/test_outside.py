@@ -21,7 +21,7 @@ every_size = pytest.mark.parametrize("n", SIZES)
 
 
 def vmapped(fun):
-    return jax.vmap(fun, axis_name=AXIS)
+    return jax.jit(jax.vmap(fun, axis_name=AXIS))
 
 
 def close(ours, right):
@@ -121,6 +121,7 @@ def test_disable_jit_runs_python_at_every_call():
     assert len(seen) == 3
 
 
+@pytest.mark.few("13")
 @every_size
 def test_debug_nans(n):
     bad = rows(n)
@@ -149,6 +150,7 @@ def test_checking_leaks():
         pmap(lambda x: kept.append(x + 1) or x)(rows(n))
 
 
+@pytest.mark.few("13")
 @every_size
 def test_ensure_compile_time_eval(n):
     @jax.jit
@@ -171,7 +173,7 @@ def test_ensure_compile_time_eval(n):
 # The user's own meshes
 
 
-@pytest.mark.few(2)
+@pytest.mark.few("AxisType.Explicit-16")
 @pytest.mark.parametrize("n", [16, 13])
 @pytest.mark.parametrize("kind", MESHES, ids=str)
 def test_arrays_on_a_mesh_of_the_users(kind, n):
@@ -179,7 +181,7 @@ def test_arrays_on_a_mesh_of_the_users(kind, n):
     x = jax.device_put(rows(n), NamedSharding(MESHES[kind], P("a") if n == 16 else P()))
     close(mapped(x), right(rows(n)))
     close(jax.jit(lambda x: mapped(x) + x)(x), right(rows(n)) + rows(n))
-    derivative = jax.grad(lambda x: right(x).sum())(rows(n))
+    derivative = jax.jit(jax.grad(lambda x: right(x).sum()))(rows(n))
     for jit in (jax.jit, lambda f: f):
         close(jit(jax.grad(lambda x: mapped(x).sum()))(x), derivative)
     close(lax.scan(lambda c, _: (mapped(c), None), x, None, 2)[0], right(right(rows(n))))
@@ -217,6 +219,7 @@ def test_a_vmap_that_splits_its_batch_is_refused():
 # A vmap inside the map, and collectives over both axes
 
 
+@pytest.mark.few("axes0-psum", "axes1-pmax")
 @pytest.mark.parametrize("collective", [lax.psum, lax.pmean, lax.pmax, lax.pmin, lambda x, axes: lax.axis_index(axes)])
 @pytest.mark.parametrize("axes", [("i", "j"), ("j", "i")])
 def test_collectives_over_the_axis_of_a_vmap_inside(collective, axes):
@@ -253,4 +256,4 @@ def test_scatters_and_gathers_of_outer_replicas_inside_inner_ones():
     gathered = lambda v: lax.all_gather(v, "j", axis=1) * v[:, None]
     x = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
     ours = jax.jacrev(pmap(gathered, axis_name="j", devices=jax.devices()[:3]))(x)
-    np.testing.assert_allclose(ours, jax.jacrev(jax.vmap(gathered, axis_name="j"))(x), rtol=1e-5)
+    np.testing.assert_allclose(ours, jax.jit(jax.jacrev(jax.vmap(gathered, axis_name="j")))(x), rtol=1e-5)

@@ -86,15 +86,15 @@ SHARDED: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few("two axes-4", "what is equal-13", "a rule, unchecked-13", "pmap-1")
 @pytest.mark.parametrize(("case", "n"), [*((case, 13) for case in SHARDED), ("two axes", 4), ("pmap", 1)])
 def test_shard_map_inside_a_map(n, case):
     fun = SHARDED[case]
     mapped, right = pmap(fun, "i"), jax.vmap(fun, axis_name="i")
     x = rows(n, 8, 4) / 4
-    close(mapped(x), right(x))
+    close(mapped(x), jax.jit(right)(x))
     derivative = lambda f: jax.grad(lambda x: sum(jnp.sin(y).sum() for y in jax.tree.leaves(f(x))))
-    close(derivative(mapped)(x), derivative(right)(x))
+    close(derivative(mapped)(x), jax.jit(derivative(right))(x))
 
 
 def test_derivative_rules_in_a_shard_map_inside_a_map():
@@ -102,19 +102,20 @@ def test_derivative_rules_in_a_shard_map_inside_a_map():
     fun = lambda x: inner(x, jnp.ones((4, 3)))
     within = lambda x: jax.grad(lambda x: sum((y**2).sum() for y in fun(x)))(x)
     x = rows(13, 8, 4)
-    close(pmap(fun)(x), jax.vmap(fun)(x))
-    close(pmap(within)(x), jax.vmap(within)(x))
+    close(pmap(fun)(x), jax.jit(jax.vmap(fun))(x))
+    close(pmap(within)(x), jax.jit(jax.vmap(within))(x))
     for case in (fun, sharded(ruled, P("a"), P("a"), mesh(a=8))):
         with pytest.raises(replicax.NestedMapError, match=r"differentiated from outside.*check_vma=False in"):
             jax.grad(lambda x, case=case: sum(y.sum() for y in jax.tree.leaves(pmap(case)(x))))(x)
 
 
+@pytest.mark.few("13")
 @pytest.mark.parametrize("n", [4, 13])
 def test_shard_map_over_a_mesh_with_explicit_axes_inside_a_map(n):
     fun = lambda x: (
         (sharded(lambda x: x * lax.psum(x, "a"), P(), P(), mesh(AxisType.Explicit, a=8))(x) + 1)[:, :2].sum() * x
     )
-    close(pmap(fun)(rows(n, 8, 4)), jax.vmap(fun)(rows(n, 8, 4)))
+    close(pmap(fun)(rows(n, 8, 4)), jax.jit(jax.vmap(fun))(rows(n, 8, 4)))
 
 
 def test_shard_map_that_is_no_map_is_refused():

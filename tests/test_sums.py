@@ -100,31 +100,44 @@ FUNCTIONS = [
 ]
 
 
-@pytest.mark.few(11)
+@pytest.mark.few(
+    "outer-24",
+    "with_decay-31",
+    "of_batches-24",
+    "used_twice-29",
+    "of_one_that_is_equal-31",
+    "in_a_loop-29",
+    "in_jits-31",
+    "over_both-29",
+    "by_batch-24",
+    "of_integers-24",
+    "of_bfloat16-24",
+)
 @pytest.mark.parametrize("n", [24, 29, 31])
 @pytest.mark.parametrize("f", FUNCTIONS)
 def test_values(f, n):
     x, y = rows(n, 3), rows(n, 3)[::-1]
     oracle = partial(f, inner_map=jax.vmap) if f is over_both else f
-    expected = jax.vmap(oracle, axis_name="i")(x, y)
+    expected = jax.jit(jax.vmap(oracle, axis_name="i"))(x, y)
     tolerance = 0.05 if f is of_bfloat16 else 1e-5
     for got, want in zip(jax.tree.leaves(pmap(f, "i")(x, y)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=tolerance, atol=10 * tolerance)
         assert got.dtype == want.dtype
 
 
-@pytest.mark.few(1)
+@pytest.mark.few("31")
 @pytest.mark.parametrize("n", [24, 29, 31])
 def test_derivatives_from_outside(n):
     x, y = rows(n, 3), rows(n, 3)[::-1]
     for got, want in zip(
-        jax.grad(lambda *args: jnp.sum(pmap(with_decay, "i")(*args) ** 2), (0, 1))(x, y),
-        jax.grad(lambda *args: jnp.sum(jax.vmap(with_decay, axis_name="i")(*args) ** 2), (0, 1))(x, y),
+        jax.jit(jax.grad(lambda *args: jnp.sum(pmap(with_decay, "i")(*args) ** 2), (0, 1)))(x, y),
+        jax.jit(jax.grad(lambda *args: jnp.sum(jax.vmap(with_decay, axis_name="i")(*args) ** 2), (0, 1)))(x, y),
         strict=True,
     ):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.few("inf-31", "nan-29")
 @pytest.mark.parametrize("n", [29, 31])
 @pytest.mark.parametrize("value", [np.inf, np.nan, -np.inf])
 def test_what_padding_copies_does_not_spread(value, n):
@@ -134,6 +147,7 @@ def test_what_padding_copies_does_not_spread(value, n):
     np.testing.assert_array_equal(pmap(outer, "i")(x, y), jax.vmap(outer, axis_name="i")(x, y))
 
 
+@pytest.mark.few("<lambda>0-61", "<lambda>1-61")
 @pytest.mark.parametrize("n", [64, 61])
 @pytest.mark.parametrize("model", [lambda w, x: jnp.tanh(x @ w), jax.jit(lambda w, x: jnp.tanh(x @ w))])
 def test_no_replica_has_a_gradient_of_its_own(n, model):
