@@ -1,6 +1,6 @@
 """Ten classes of layout, each with pairs of N replicas and D devices.
 
-``make test`` runs these pairs; ``make test-all`` also runs the whole table of 110 pairs.
+``make test`` runs these pairs, a part of them in each test; ``make test-all`` also runs the whole table of 110 pairs.
 """
 
 import math

@@ -31,7 +31,7 @@ def arguments(n):
 OPTIONS: dict[str, Any] = {"axis_name": "i", "in_axes": (0, None), "out_axes": {"state": 0, "total": None}}
 
 
-@pytest.mark.few(9)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("pair", SHORT, ids="{0[0]}on{0[1]}".format)
 def test_compiled_for_types_and_called_like_the_map(pair):
     n, d = pair
@@ -100,6 +100,7 @@ def test_text_is_of_the_users_program():
     assert not any(name in text for name in ("Dispatcher", "MappedFunction", "trace_replica", "all_replicas"))
 
 
+@pytest.mark.few("13")
 @pytest.mark.parametrize("n", [8, 13])
 def test_donated_arguments_are_taken(n):
     compiled = pmap(lambda s, x: s + x, donate_argnums=0).lower(table(n), table(n)).compile()

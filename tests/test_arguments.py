@@ -89,6 +89,7 @@ def test_named_arguments_of_methods():
     assert x.is_deleted()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("n", [8, 13])
 @pytest.mark.parametrize("options", [{"donate_argnums": 1}, {"donate_argnames": "s"}, {"donate_argnames": ("s", "t")}])
 def test_donated_arguments_are_passed_either_way(n, options):
@@ -236,6 +237,7 @@ class Layer:
         return self.activation(y if self.bias is None else y + self.bias)
 
 
+@pytest.mark.few("13")
 @pytest.mark.parametrize("n", [5, 8, 13])
 def test_modules_whose_functions_are_static_fields(n):
     rng = np.random.default_rng(0)
@@ -286,6 +288,7 @@ def combine(arrays, rest):
     return rest.tree.unflatten([b if a is None else a for a, b in zip(filled, rest.leaves, strict=True)])
 
 
+@pytest.mark.few("5")
 @pytest.mark.parametrize("n", [5, 8])
 def test_modules_with_functions_among_their_leaves_are_partitioned(n):
     module = Module(weight=table(n), act=jnp.tanh, power=2, layers=[Module(w=table(n) + 1, act=jnp.sin)])
@@ -313,6 +316,7 @@ def test_modules_with_functions_among_their_leaves_are_partitioned(n):
     assert "rest is Frozen(" in traced.explain_cache_miss(*other, x)
 
 
+@pytest.mark.few("5")
 @pytest.mark.parametrize("n", [5, 8])
 def test_none_among_the_leaves(n):
     x = table(n)

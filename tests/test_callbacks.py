@@ -69,7 +69,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(13)
 @pytest.mark.parametrize(("n", "d"), [(8, 8), (5, 3)])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_user_sees_the_exception_and_its_replica_and_the_next_call_works(program, n, d):
@@ -88,7 +88,7 @@ def test_the_user_sees_the_exception_and_its_replica_and_the_next_call_works(pro
     np.testing.assert_allclose(mapped(x), expected, rtol=1e-5)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few("5-3")
 @pytest.mark.parametrize(("n", "d"), LAYOUTS)
 def test_loops_whose_predicates_read_a_callback_stop(n, d):
     refusing = Picky(0.0)  # with zeros for failed results, none of these loops would stop
@@ -107,6 +107,7 @@ def test_loops_whose_predicates_read_a_callback_stop(n, d):
             run(fun, n, d)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("n", "d"), LAYOUTS)
 def test_a_choice_by_a_callback_that_every_device_makes_for_itself(n, d):
     calls = []
@@ -240,7 +241,7 @@ by_jvp.defjvp(lambda p, t: (by_jvp(*p), pure(functools.partial(sine, function=np
 by_vjp.defvjp(lambda x: (by_vjp(x), x), lambda x, ct: (jnp.cos(x) * ct,))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("n", "d"), LAYOUTS)
 @pytest.mark.parametrize("function", [by_jvp, by_vjp])
 def test_functions_with_derivative_rules_that_call_back(function, n, d):
@@ -296,7 +297,7 @@ RULES = [(call, "at the top", *layout) for call in CALLS for layout in [(8, 8), 
 RULES += [("pure_callback", where, 5, 3) for where in WHERE if where != "at the top"]
 
 
-@pytest.mark.few(5)
+@pytest.mark.few("jvp-pure_callback-in a branch-5-3", "vjp-io_callback-at the top-8-8")
 @pytest.mark.parametrize(("call", "where", "n", "d"), RULES)
 @pytest.mark.parametrize("kind", ["jvp", "vjp"])
 def test_callbacks_that_a_forward_rule_alone_makes(n, d, kind, call, where):
@@ -403,6 +404,7 @@ def test_an_io_callback_that_several_replicas_of_a_device_cannot_make_is_refused
         assert "vmap-of-cond" not in str(caught.value)
 
 
+@pytest.mark.few("8")
 @pytest.mark.parametrize("devices", [1, 8])
 def test_an_interrupt_while_devices_wait_for_each_other_does_not_lose_the_session(devices):
     script = """

@@ -246,6 +246,7 @@ def test_errors(call, error, text):
         call()
 
 
+@pytest.mark.few("13")
 @pytest.mark.parametrize("n", [1, 4, 8, 12, 13])
 def test_derivatives_of_results_that_differ_do_not_depend_on_devices(n):
     def gradient(pmap):

@@ -96,7 +96,7 @@ def imported(request, packages):
     return lambda: early or import_all()
 
 
-@pytest.mark.few(3)
+@pytest.mark.few("after-11")
 @pytest.mark.parametrize("n", [8, 11, 12, 20])
 def test_replica_0_and_all_of_them(imported, n):
     with compat.installed(replicas=n):
@@ -132,6 +132,7 @@ def test_replica_0_and_all_of_them(imported, n):
         assert len(kfac.parallel.p_split_num(keys, 3)) == 3
 
 
+@pytest.mark.few("after-11", "before-None")
 @pytest.mark.parametrize("replicas", [None, 8, 11])
 def test_a_result_without_a_mapped_axis_is_left_whole(imported, replicas):
     with compat.installed(replicas=replicas):
@@ -192,6 +193,7 @@ def test_what_is_imported_meanwhile_is_put_back(packages):
 # chex
 
 
+@pytest.mark.few("11")
 @pytest.mark.parametrize("n", [8, 11, 12])
 def test_chex(n):
     chex = pytest.importorskip("chex", reason="chex is not installed: pip install '.[clients]'")

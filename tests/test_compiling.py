@@ -29,6 +29,7 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.few("12", "8")
 @pytest.mark.parametrize("n", [8, 12, 14])
 def test_wherever_the_arguments_lie(n, compiled):
     calls: list[None] = []

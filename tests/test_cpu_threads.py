@@ -141,6 +141,7 @@ print(subprocess.run(child, capture_output=True, text=True).stdout)
     assert run("simulate_devices", program)[0] == ["8", "False", "False"]
 
 
+@pytest.mark.few("simulate_devices-None-64")
 @needed
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 @pytest.mark.parametrize(("start", "nproc", "threads"), [("simulate_devices", None, 64), ("too late", "24", 24)])

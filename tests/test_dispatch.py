@@ -55,6 +55,7 @@ def fun(x, y=0, power=1):
     return jax.tree.map(lambda leaf: lax.psum(leaf**power, "i") + leaf + y, x)
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("n", [1, 8, 16])
 @pytest.mark.parametrize("call", CALLS)
 def test_a_warm_call_runs_nothing_of_ours(by_python, call, n):
@@ -101,6 +102,7 @@ def test_nested_arrays_of_numpy_on_several_devices_go_by_themselves_too(by_pytho
     assert len(by_python) == before
 
 
+@pytest.mark.few(13)
 @pytest.mark.parametrize("axis", [0, None])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("size", [3, 20_000, 500_000])
@@ -161,6 +163,7 @@ def test_a_nan_is_found_where_all_is_donated():
                     mapped(zeros)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("n", [1, 8])
 @pytest.mark.parametrize("dtype", [">f4", ">i2", ">c8", ">f8"])
 def test_bytes_in_another_order(dtype, n):
@@ -210,6 +213,7 @@ def test_static_arguments_that_are_equal_are_not_alike():
             mapped(x, [1])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("tree", [lambda x: x, lambda x: [placed(rows(8)), x], lambda x: {"a": {"b": [x, 1.0]}}])
 def test_a_deleted_array_is_named(tree):
     mapped, kept = pmap(lambda t, k: sum(jax.tree.leaves(t)) + k, in_axes=(None, 0)), placed(rows(8))
@@ -273,7 +277,7 @@ def many(n, count=24):
     return zip(*(kinds[k % len(kinds)] for k in range(count)), strict=True)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few("8")
 @pytest.mark.parametrize("n", [1, 5, 8, 13, 16])
 def test_many_small_arrays_compute_the_same_packed_or_not(n):
     (leaves, axes), traced = many(n), []

@@ -76,6 +76,7 @@ def operations(text):
     return Counter(OPERATION.findall(text))
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("fun", PROGRAMS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("d", [1, 2, 8])
 def test_one_replica_a_device_compiles_to_the_program_by_hand(fun, d):
@@ -106,6 +107,7 @@ def over_both(fun):
     return {train_step: train_step_by_hand, looped: looped_by_hand, prints: prints}[fun]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("fun", [train_step, looped, prints], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(("n", "d"), [(16, 8), (64, 8), (6, 2), (12, 1)])
 def test_lanes_compile_to_the_program_by_hand(fun, n, d):
@@ -124,6 +126,7 @@ def bytes_out(text):
     return total
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("reduce", [lax.psum, lax.pmean, lax.pmax, lax.pmin], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("n", [8, 64, 61, 1000])
 def test_a_reduction_over_many_replicas_sends_one_replicas_bytes(reduce, n):

@@ -12,6 +12,7 @@ from replicax.testing import check
 PADDED = [(9, 8), (13, 8), (5, 3), (7, 2), (19, 5)]
 
 
+@pytest.mark.few("9-8", "5-3")
 @pytest.mark.parametrize(("n", "d"), PADDED)
 def test_prints_and_callbacks_come_once_from_each_replica(n, d, capfd):
     seen, kept = [], []
@@ -30,6 +31,7 @@ def test_prints_and_callbacks_come_once_from_each_replica(n, d, capfd):
     assert sorted(line for line in lines if line) == sorted(f"replica {i}" for i in range(n))
 
 
+@pytest.mark.few("14-4")
 @pytest.mark.parametrize(("n", "d"), [*PADDED, (14, 4)])
 def test_io_callbacks_come_once_from_each_replica(n, d):
     seen = []
@@ -57,6 +59,7 @@ def test_pure_callbacks_where_parts_of_a_result_lie_on_some_devices_each():
     np.testing.assert_array_equal(pmap(jnp.negative, devices=jax.devices()[:4])(out), -2 * x)
 
 
+@pytest.mark.few("9-8", "5-3")
 @pytest.mark.parametrize(("n", "d"), PADDED)
 def test_a_loop_that_zeros_would_never_leave(n, d):
     """If the padding held zeros, this loop would never end."""
@@ -65,6 +68,7 @@ def test_a_loop_that_zeros_would_never_leave(n, d):
     )
 
 
+@pytest.mark.few("9-8", "5-3")
 @pytest.mark.parametrize(("n", "d"), PADDED)
 def test_padding_makes_no_nan(n, d):
     with jax.debug_nans(True):
@@ -73,6 +77,7 @@ def test_padding_makes_no_nan(n, d):
         )
 
 
+@pytest.mark.few("9-8", "5-3")
 @pytest.mark.parametrize(("n", "d"), PADDED)
 def test_padding_has_no_part_in_derivatives(n, d):
     """The last replica's slope is infinite. Its padding copies must not add a NaN."""
@@ -85,6 +90,7 @@ def test_many_replicas_one_at_a_time_far_over_the_devices():
     check(lambda x: x - lax.pmean(x, "i"), np.random.default_rng(0).normal(size=(10_003, 2)), axis_name="i")
 
 
+@pytest.mark.few("2", "8")
 @pytest.mark.parametrize("d", [1, 2, 5, 8])
 def test_a_map_is_linear_where_its_function_is(d):
     x, on = np.arange(3.0, dtype=np.float32), {"devices": jax.devices()[:d]}

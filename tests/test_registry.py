@@ -48,6 +48,7 @@ def on(d):
     return {"axis_name": AXIS, "devices": jax.devices()[:d]}
 
 
+@pytest.mark.few("7on3", "8on2")
 @pytest.mark.parametrize("pair", PAIRS, ids="{0[0]}on{0[1]}".format)
 def test_a_toy_collective_is_what_numpy_says(pair):
     n, d = pair
@@ -58,6 +59,7 @@ def test_a_toy_collective_is_what_numpy_says(pair):
     np.testing.assert_allclose(alone, right[0], rtol=1e-6)
 
 
+@pytest.mark.few("scan-8on2", "cond-7on3", "jit-8on2", "remat-7on3")
 @pytest.mark.parametrize("pair", [(7, 3), (8, 2)], ids="{0[0]}on{0[1]}".format)
 @pytest.mark.parametrize("context", ["scan", "while", "cond", "jit", "remat"])
 def test_a_toy_collective_in_control_flow(context, pair):
@@ -65,6 +67,7 @@ def test_a_toy_collective_in_control_flow(context, pair):
     check(lambda x: CONTEXTS[context](pmedian, x), rows(n), reference=lockstep, **on(d))
 
 
+@pytest.mark.few("4")
 @pytest.mark.parametrize("d", [1, 4, 8])
 def test_a_toy_collective_over_the_axes_of_two_maps(d):
     x = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)

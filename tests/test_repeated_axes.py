@@ -53,6 +53,7 @@ def rows():
     return np.arange(3.0 * N, dtype=np.float32).reshape(N, 3)
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize("d", [1, 3, 8])
 @pytest.mark.parametrize("name", [*COLLECTIVES, *PLACES])
 def test_an_axis_that_is_named_twice_is_refused(name, d):
@@ -81,6 +82,7 @@ def test_vmap_refuses_it(name):
         jax.vmap(COLLECTIVES[name], axis_name="i")(jnp.asarray(rows()))
 
 
+@pytest.mark.few("3")
 @pytest.mark.parametrize("d", [1, 3, 8])
 def test_what_jax_defines(d):
     """``axis_index`` and ``axis_size`` support repeated axes."""
@@ -88,6 +90,7 @@ def test_what_jax_defines(d):
     check(lambda x: (x, lax.axis_index(TWICE), lax.axis_size(TWICE), lax.psum(1, TWICE)), rows(), **options)
 
 
+@pytest.mark.few("3")
 @pytest.mark.parametrize("d", [1, 3, 8])
 def test_a_map_inside_hides_the_axis_of_its_name(d):
     def nested(mapped):

@@ -22,6 +22,7 @@ def rows_held(x):
     return max(shard.data.shape[0] for shard in x.addressable_shards)
 
 
+@pytest.mark.few("12", "13")
 @pytest.mark.parametrize("n", SIZES)
 def test_replicate_and_back(n):
     many = replicax.replicate(tree(), n)
@@ -43,6 +44,7 @@ def test_replicate_onto_all_devices_or_some():
     assert some.devices() == set(jax.devices()[2:4])
 
 
+@pytest.mark.few("12", "13")
 @pytest.mark.parametrize("n", SIZES)
 def test_shard(n):
     x = np.arange(n * 4 * 2).reshape(n * 4, 2)
@@ -61,6 +63,7 @@ def test_shard_copies_what_its_owner_may_change():
     np.testing.assert_array_equal(np.unique(out), 1)
 
 
+@pytest.mark.few("8", "12")
 @pytest.mark.parametrize("n", SIZES)
 def test_local_replicas_are_the_rows_in_order(n):
     x = np.arange(n * 3.0, dtype=np.float32).reshape(n, 3)

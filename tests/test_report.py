@@ -126,6 +126,7 @@ def test_many_devices(monkeypatch):
     ]
 
 
+@pytest.mark.few("bfloat16-1", "complex64-1+0j", "bool-True")
 @pytest.mark.parametrize(
     ("dtype", "shown"),
     [("bool", "True"), ("int4", "1"), ("bfloat16", "1"), ("float32", "1"), ("complex64", "1+0j")],

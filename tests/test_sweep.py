@@ -48,7 +48,7 @@ def derivatives_of_vmap(n, controls):
     return gradient(jax.vmap(program(controls, ("float32",)), axis_name=AXIS), (rows(n),), {}, jax.jit)
 
 
-@pytest.mark.few(14)
+@pytest.mark.few("1on1", "6on1", "7on5", "10on4", "12on8")
 @every_pair
 def test_values_equal_vmap(n, d):
     controls = rotation(CONTROL, n, d)
@@ -59,7 +59,7 @@ def test_values_equal_vmap(n, d):
         compare(str, {c: out[c] for c in cells}, {c: expected[c] for c in cells}, 0.1 if small else None)
 
 
-@pytest.mark.few(9)
+@pytest.mark.few("8on8", "7on5", "12on8")
 @every_pair
 def test_derivatives_equal_vmap(n, d):
     controls = rotation(DIFFERENTIABLE, n, d)
@@ -67,7 +67,7 @@ def test_derivatives_equal_vmap(n, d):
     compare(str, gradient(ours, (rows(n),), {}, lambda fun: fun), derivatives_of_vmap(n, controls), rtol=1e-3)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few("5on2")
 @pytest.mark.parametrize("pair", [(1, 1), (5, 5), (5, 1), (5, 2), (8, 8), (8, 3), (7, 3)], ids="{0[0]}on{0[1]}".format)
 def test_derivative_rules_that_communicate(pair):
     """The reference is ``jax.pmap``: under ``vmap``, cotangents in such rules are multiplied by N."""
@@ -84,6 +84,7 @@ def test_derivative_rules_that_communicate(pair):
     check(lambda x, w: scaled(x, w), rows(n), rows(1)[0], in_axes=(0, None), reference=jax.pmap, **options)
 
 
+@pytest.mark.few("5on3")
 @pytest.mark.parametrize("pair", [(5, 3), (8, 8), (7, 1)], ids="{0[0]}on{0[1]}".format)
 def test_a_distributed_solver(pair):
     """The operator of a linear solve contains a collective."""

@@ -34,10 +34,14 @@ def of_vmap(n, name, program):
     return jax.jit(lambda x: TRANSFORMS[name](right, x))(rows(n))
 
 
-@pytest.mark.parametrize(
-    ("n", "d", "name", "program"),
-    [pair(n, d, name, program) for n, d, name, program in cells()],
-)
+def case(n, d, name, program):
+    """A test parameter. Hessians are long: ``test_jacobians_from_outside`` has a smaller one."""
+    param = pair(n, d, name, program)
+    more = [pytest.mark.long] if name == "hessian" else []
+    return pytest.param(*param.values, id=param.id, marks=[*param.marks, *more])
+
+
+@pytest.mark.parametrize(("n", "d", "name", "program"), [case(*cell) for cell in cells()])
 def test_transformed_map_equals_transformed_vmap(n, d, name, program):
     ours = TRANSFORMS[name](pmap(PROGRAMS[program], AXIS, devices=jax.devices()[:d]), rows(n))
     compare(str, ours, of_vmap(n, name, program), rtol=1e-4)

@@ -127,7 +127,7 @@ def by_the_registry(fun, n, d):
     return REGISTRY[eqn.primitive.name].bytes_sent(axis, [var.aval for var in eqn.invars], eqn.params)
 
 
-@pytest.mark.few(30)
+@pytest.mark.few(21)
 @pytest.mark.parametrize("kind", ["all", "neighbours", "interleaved", "halves", "shuffled"])
 @pytest.mark.parametrize("pair", [(8, 8), (16, 8), (6, 2), (12, 4)], ids="{0[0]}on{0[1]}".format)
 @pytest.mark.parametrize("name", COLLECTIVES)
@@ -142,6 +142,7 @@ def test_the_least_crosses(name, pair, kind):
     assert by_the_registry(one, n, d) == 100 * least(groups or [range(n)], device)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", ["interleaved", "halves", "shuffled"])
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_padding_adds_nothing_to_groups(name, kind):
@@ -172,7 +173,7 @@ PERMUTATIONS = {
 }
 
 
-@pytest.mark.few(16)
+@pytest.mark.few(9)
 @pytest.mark.parametrize("pair", [(8, 8), (16, 8), (64, 8), (12, 4), (6, 2), (6, 1)], ids="{0[0]}on{0[1]}".format)
 @pytest.mark.parametrize("name", PERMUTATIONS)
 def test_only_replicas_that_change_device_travel(name, pair):
@@ -208,6 +209,7 @@ def test_all_replicas_at_once_carry_their_padding(name):
     assert by_the_registry(lambda x: fun(x, None, 14), 14, 4) == 100 * least([range(16)], device)
 
 
+@pytest.mark.few("None-2", "groups1-4")
 @pytest.mark.parametrize("d", [1, 2, 4])
 @pytest.mark.parametrize("groups", [None, [[0, 2, 4, 6], [1, 3, 5, 7]]])
 def test_other_types_and_a_ragged_exchange_are_counted_too(groups, d):
