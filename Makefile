@@ -2,7 +2,7 @@
 #
 #   make help     this page
 #   make demo     installs what it needs and does the main job on real data
-#   make test     a few cases of each kind of test, in some minutes
+#   make test     a few cases of each kind of test (four minutes on two idle cores)
 #   make test-all the whole test suite
 #   make check    linter, formatter and strict types
 #   make sweep    the whole table of replicas x devices x collectives x types x control flow (long)
