@@ -153,7 +153,7 @@ def test_no_two_numbers_are_called_the_same():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few("unreplicate, 1 small array", "1 small array of NumPy")
 @pytest.mark.parametrize(
     "title",
     [

@@ -208,7 +208,7 @@ def a_method_mapped_by_its_owner():
     return [weakref.ref(model), *programs_of(model.step)]
 
 
-@pytest.mark.few("a_closure", "a_bound_method", "what_is_compiled_ahead")
+@pytest.mark.few("a_bound_method", "what_is_compiled_ahead")
 @pytest.mark.parametrize(
     "make",
     [

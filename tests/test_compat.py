@@ -122,6 +122,7 @@ def test_the_ways_programs_use_it():
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(compat.pmap(double, out_axes=None)))(x8), 0)
 
 
+@pytest.mark.few("jit")
 @pytest.mark.parametrize("outer", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_out_axes_none_does_not_ask_whether_replicas_agree(outer):
     def fun(x):

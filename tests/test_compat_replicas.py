@@ -68,7 +68,7 @@ def test_the_devices_of_another_platform_are_its_own(monkeypatch):
         assert tuple(jax.devices("cpu")) == REAL
 
 
-@pytest.mark.few("11", "12")
+@pytest.mark.few("11")
 def test_maps_take_such_lists(n):
     def fun(x):
         return x - lax.pmean(x, "i"), lax.ppermute(x, "i", [(i, (i + 1) % n) for i in range(n)])
@@ -81,7 +81,7 @@ def test_maps_take_such_lists(n):
     np.testing.assert_array_equal(part(np.arange(5.0)), np.full(5, 10))
 
 
-@pytest.mark.few("11", "12")
+@pytest.mark.few("11")
 def test_arrays_are_put_on_such_lists(n):
     tree = {"a": np.arange(3), "b": (jnp.ones(2), 0.5), "key": jax.random.key(1)}
     out = jax.device_put_replicated(tree, jax.local_devices())
@@ -98,7 +98,7 @@ def test_arrays_are_put_on_such_lists(n):
     np.testing.assert_array_equal(total, np.full((n, 2), n * (n - 1) // 2))
 
 
-@pytest.mark.few("11", "12")
+@pytest.mark.few("12")
 def test_what_is_put_lies_where_maps_put_results(n):
     result = jax.pmap(lambda x: 2 * x)(np.ones((n, 3)))
     for put in (

@@ -70,10 +70,10 @@ def in_turn(names):
     return [(name, places[0 if name in small else k % len(places)]) for k, name in enumerate(names)]
 
 
-#: All variants in each context, and a share of them in two.
+#: All variants in each context, and a share of them in one.
 TABLE = [
     *(pytest.param(context, place, None, marks=pytest.mark.long) for context, place in in_turn(CONTEXTS)),
-    *(pytest.param(context, place, share(context)) for context, place in in_turn(["cond", "remat"])),
+    *(pytest.param(context, place, share(context)) for context, place in in_turn(["cond"])),
 ]
 
 
@@ -131,6 +131,7 @@ def test_arguments_from_anywhere(where, layout):
     np.testing.assert_array_equal(other(x.T), x.T)
 
 
+@pytest.mark.few("two places")
 def test_callbacks_come_once_from_each_replica(layout):
     n, d = layout
     seen = []
@@ -144,6 +145,7 @@ def test_callbacks_come_once_from_each_replica(layout):
     assert sorted(seen) == list(range(n))
 
 
+@pytest.mark.few("middle")
 def test_padding_has_no_part_in_products_summed_over_lanes(layout):
     n, d = layout
     x = np.random.default_rng(0).normal(size=(n, 4, 5)).astype(np.float32)

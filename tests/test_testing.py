@@ -16,7 +16,7 @@ from replicax.testing._check import compare
 x5 = np.abs(np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)) + 0.1
 
 
-@pytest.mark.few("scan")
+@pytest.mark.few("cond_divergent")
 @pytest.mark.parametrize("control", CONTROL)
 def test_lockstep_agrees_with_vmap(control):
     fun = program((control,), DTYPES)
