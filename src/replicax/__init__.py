@@ -1,6 +1,7 @@
 """Parallel map for JAX: any number of replicas of a program on any number of devices."""
 
 from replicax import compat as compat
+from replicax import distributed as distributed
 from replicax import errors as errors
 from replicax import testing as testing
 from replicax._arrays import fetch as fetch
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MappedFunction",
     "compat",
+    "distributed",
     "errors",
     "fetch",
     "local_replicas",

@@ -138,7 +138,8 @@ def _within(index: Sequence[slice], shape: Sequence[int], axis: int) -> str:
 def _headline(x: Array | HostArray, name: str, axis: int, devices: int) -> str:
     kind = f"{x.dtype}[{', '.join(map(str, x.shape))}]"
     replicas = _count(x.shape[axis], "replica") + (f" along axis {axis}" if axis else "")
-    return f"{name}: {kind}, {replicas} on {_count(devices, 'device') if devices else 'the host'}"
+    here = f" of process {jax.process_index()}" if devices and jax.process_count() > 1 else ""
+    return f"{name}: {kind}, {replicas} on {_count(devices, 'device') if devices else 'the host'}{here}"
 
 
 def _summary(parts: Sequence[Part], size: int, devices: int) -> str:

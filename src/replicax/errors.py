@@ -35,6 +35,7 @@ keep working::
     │   ├── OrderedCallbackError           ValueError          a callback with ordered=True in a mapped function
     │   ├── UnsupportedCallbackError       NotImplementedError an io_callback where JAX cannot vectorize it
     │   └── CallbackError                  RuntimeError        a user callback raised an exception
+    ├── ProcessesError                     RuntimeError        the processes of a map do not call it alike
     └── MismatchError                      AssertionError      replicax.testing found a difference
 """
 
@@ -167,6 +168,10 @@ class SimulationError(OptionError, RuntimeError):
 
 class ReplicasError(OptionError, ValueError):
     """``replicax.compat`` cannot make a program see this number of devices, or can no longer change the number."""
+
+
+class ProcessesError(ReplicaxError, RuntimeError):
+    """The processes of a map do not run the same program, or one of them does not call the map."""
 
 
 class MismatchError(ReplicaxError, AssertionError):

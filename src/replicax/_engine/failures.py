@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from replicax._layout.layout import LogicalAxis
@@ -108,8 +109,10 @@ class _Failure:
     what: str
 
 
-#: Failure numbers count down, so the earliest of several failures has the largest number, and ``pmax`` selects it.
-_numbers = itertools.count(2**31 - 1, -1)
+#: Failure numbers count down, so the earliest of several failures has the largest number, and ``pmax`` selects it. Each
+#: process has numbers of its own: those with its index as the remainder of the distance from the highest number.
+_numbers = itertools.count()
+_HIGHEST, _PROCESSES, _TURNS = 2**31 - 1, 4096, 2**19 - 1
 _failures: dict[int, _Failure] = {}
 _lock = threading.Lock()
 
@@ -119,7 +122,7 @@ _KEPT = 1024
 
 def _record(error: BaseException, what: str) -> int:
     with _lock:
-        number = next(_numbers)
+        number = _HIGHEST - _PROCESSES * (next(_numbers) % _TURNS) - jax.process_index()
         _failures[number] = _Failure(error, what)
         while len(_failures) > _KEPT:
             del _failures[next(iter(_failures))]
@@ -135,6 +138,9 @@ def raise_failure(number: ArrayLike, *_: ArrayLike) -> None:
     failed = int(np.max(number))
     if failed == NONE:
         return
+    process = (_HIGHEST - failed) % _PROCESSES
+    if process != jax.process_index():
+        raise CallbackError(f"A callback raised an exception in process {process}. See its output.")
     failure = _failures.get(failed)
     if failure is None:
         raise CallbackError(

@@ -7,11 +7,13 @@ from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from replicax._engine import primitives
 from replicax._engine.blocks import on_data
-from replicax._layout.layout import LogicalAxis
+from replicax._layout.layout import Layout, LogicalAxis
 from replicax._layout.placement import Placement
 from replicax._messages import text_of
 from replicax._typing import Array, Axes
@@ -83,11 +85,39 @@ def own_rows(x: Array, dim: int, first: Array, placement: Placement) -> Array:
     if not placement.padding_is_last:
         table = jnp.asarray(placement.replica_at, jnp.int32)
         return jnp.take(x, lax.dynamic_slice_in_dim(table, first, count), dim)
+    if count > last + 1:  # a process with fewer replicas than lanes
+        return jnp.take(x, jnp.minimum(first + jnp.arange(count), last), dim)
     return lax.cond(
         first + count <= last + 1,
         lambda: lax.dynamic_slice_in_dim(x, jnp.minimum(first, last + 1 - count), count, dim),
         lambda: jnp.take(x, jnp.minimum(first + jnp.arange(count), last), dim),
     )
+
+
+def lend_rows(x: Array, layout: Layout, spec: PartitionSpec) -> Array:
+    """Fills the block of a device whose process has no replicas with a row of another device, see ``Layout.lent``.
+
+    The values of padding are never used, but loops in padding lanes end only on values that a replica can have.
+
+    Args:
+        x: The block of one device, ``(..., lanes, ...)``.
+        layout: The layout.
+        spec: The ``PartitionSpec`` of the whole array. Blocks of arrays without a mapped axis are returned unchanged.
+    """
+    name = layout.mesh.axis_names[0]
+    if name not in spec:
+        return x
+    dim, at_once = list(spec).index(name), len(layout.axis.placement.devices_with_replicas)
+
+    def filled(x: Array) -> Array:
+        row, here = lax.slice_in_dim(x, 0, 1, axis=dim), lax.axis_index(name)
+        for k in range(0, len(layout.lent), at_once):
+            pairs = layout.lent[k : k + at_once]
+            borrows = jnp.isin(here, np.array([to for _, to in pairs], np.int32))
+            x = jnp.where(borrows, lax.ppermute(row, name, pairs), x)
+        return x
+
+    return on_data(filled, x)
 
 
 def as_equal(x: Array, names: Sequence[Hashable]) -> Array:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from replicax import _jax
 from replicax._engine.blocks import real_rows, without_folding
 from replicax._engine.callbacks import guard, raise_after, refuse_ordered
-from replicax._engine.levels import OneReplica, as_equal, as_per_device, over_lanes
+from replicax._engine.levels import OneReplica, as_equal, as_per_device, lend_rows, over_lanes
 from replicax._engine.nested import DeviceShard, Split, as_shard, splits_made, splits_taken
 from replicax._engine.outputs import OutputPolicy, Outputs, check_outputs
 from replicax._engine.replica import Replica
@@ -209,6 +209,8 @@ def _over_devices(
 ) -> Callable[..., tuple[Array, ...]]:
     """Returns the function that all devices run on padded arguments. It slices the results to N rows.
 
+    Over several processes, the results keep their padding, because each process slices its own part.
+
     Args:
         one_device: The function that each device runs.
         layout: The layout of the replicas.
@@ -223,7 +225,10 @@ def _over_devices(
 
     def alike(*blocks: Array) -> tuple[Array, ...]:
         with _jax.source(None):
-            given = (as_equal(x, missing(spec)) for x, spec in zip(blocks, ins, strict=True))
+            filled = (
+                (lend_rows(x, layout, spec) for x, spec in zip(blocks, ins, strict=True)) if layout.lent else blocks
+            )
+            given = (as_equal(x, missing(spec)) for x, spec in zip(filled, ins, strict=True))
             return tuple(as_per_device(y, missing(spec)) for y, spec in zip(one_device(*given), outs, strict=True))
 
     mapped = jax.shard_map(alike, mesh=layout.mesh, in_specs=tuple(ins), out_specs=tuple(outs), check_vma=False)
@@ -231,8 +236,10 @@ def _over_devices(
     def all_replicas(*args: Array) -> tuple[Array, ...]:
         with _jax.source(source):
             results = mapped(*args)
+        if not layout.axis.padding or layout.own is not None:
+            return results
         return tuple(
-            out if a is None or not layout.axis.padding else real_rows(out, a, layout.axis.placement)
+            out if a is None else real_rows(out, a, layout.axis.placement)
             for out, a in zip(results, out_axes, strict=True)
         )
 

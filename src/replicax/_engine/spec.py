@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,34 +68,50 @@ class ProgramSpec:
 
     @cached_property
     def in_shardings(self) -> tuple[NamedSharding, ...]:
-        """The sharding of each padded argument leaf."""
+        """The sharding of each padded argument leaf, over all devices of the program."""
         return tuple(map(self.layout.sharding, self.inputs.axes, self.in_splits))
 
     @cached_property
+    def own_in_shardings(self) -> tuple[NamedSharding, ...]:
+        """The sharding of each padded argument leaf, as this process passes it: over its own devices."""
+        return tuple(map(self.layout.local.sharding, self.inputs.axes, self.in_splits))
+
+    @cached_property
     def out_shardings(self) -> tuple[NamedSharding, ...]:
-        """The sharding of each result leaf."""
-        own = jax.tree.leaves(self.replica.out)
-        each = zip(own, self.out_axes, self.out_splits, strict=True)
+        """The sharding of each result leaf, over all devices of the program."""
+        if self.layout.own is not None:  # the results keep their padding, and each process drops its own
+            return tuple(map(self._unless_empty(self.layout.sharding), self.out, self.out_axes, self.out_splits))
+        return self.own_out_shardings
+
+    @cached_property
+    def own_out_shardings(self) -> tuple[NamedSharding, ...]:
+        """The sharding of each result leaf, as this process gets it: over its own devices."""
+        where = functools.partial(self.layout.local.result_sharding, on_mesh=self.one_mesh)
+        return tuple(map(self._unless_empty(where), self.out, self.out_axes, self.out_splits))
+
+    def _unless_empty(self, where: Callable[..., NamedSharding]) -> Callable[..., NamedSharding]:
         # XLA replicates an array without elements on each device. JAX 0.10 does not account for this.
         # Workaround: arrays_without_elements.
-        return tuple(
-            self.layout.sharding(None)
-            if 0 in aval.shape
-            else self.layout.result_sharding(axis, splits, on_mesh=self.one_mesh)
-            for aval, axis, splits in each
-        )
+        return lambda aval, axis, splits: where(None) if 0 in aval.shape else where(axis, splits)
+
+    @property
+    def out(self) -> list[ShapeAndDtype]:
+        """The type of each result leaf in one replica."""
+        return jax.tree.leaves(self.replica.out)
+
+    def out_types(self, rows: int) -> list[jax.ShapeDtypeStruct]:
+        """The type of each result leaf of so many replicas."""
+        shapes = [
+            x.shape if axis is None else (*x.shape[:axis], rows, *x.shape[axis:])
+            for x, axis in zip(self.out, self.out_axes, strict=True)
+        ]
+        return [jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(shapes, self.out, strict=True)]
 
     @cached_property
     def padded_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The type of each argument leaf after padding."""
-        return tuple(map(self._padded_type, self.inputs.types, self.inputs.axes))
-
-    def _padded_type(self, x: ShapeAndDtype, axis: int | None) -> jax.ShapeDtypeStruct:
-        aval = _jax.typeof(x)
-        shape = list(aval.shape)
-        if axis is not None:
-            shape[axis] = self.layout.padded_size
-        return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+        rows = self.layout.padded_size
+        return tuple(with_rows(x, axis, rows) for x, axis in zip(self.inputs.types, self.inputs.axes, strict=True))
 
     @property
     def donated_in_place(self) -> tuple[int, ...]:
@@ -109,5 +126,14 @@ class ProgramSpec:
 
     @cached_property
     def device_set(self) -> set[jax.Device]:
-        """The devices that the program runs on."""
-        return self.layout.sharding(None).device_set
+        """The devices of this process that the program runs on."""
+        return self.layout.local.sharding(None).device_set
+
+
+def with_rows(x: ShapeAndDtype | Array, axis: int | None, rows: int) -> jax.ShapeDtypeStruct:
+    """Returns the type of ``x`` with another number of rows along its mapped axis, None for no mapped axis."""
+    aval = _jax.typeof(x)
+    shape = list(aval.shape)
+    if axis is not None:
+        shape[axis] = rows
+    return jax.ShapeDtypeStruct(shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))

@@ -34,7 +34,13 @@ from replicax._jax.jaxprs import trace_flat as trace_flat
 from replicax._jax.jaxprs import with_results as with_results
 from replicax._jax.jaxprs import without_constants as without_constants
 from replicax._jax.jaxprs import without_mesh as without_mesh
+from replicax._jax.processes import client as client
+from replicax._jax.processes import detected_cluster as detected_cluster
+from replicax._jax.processes import on_own_shards as on_own_shards
+from replicax._jax.processes import own_part as own_part
+from replicax._jax.processes import own_parts as own_parts
 from replicax._jax.random import draws_batches as draws_batches
+from replicax._jax.random import zeros as zeros
 from replicax._jax.rules import bind_again as bind_again
 from replicax._jax.rules import derivative_rules as derivative_rules
 from replicax._jax.rules import expansion as expansion

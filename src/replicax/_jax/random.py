@@ -38,6 +38,14 @@ _DRAWS = {
 }
 
 
+def zeros(x: jax.ShapeDtypeStruct) -> Array:
+    """Returns zeros of a type, which may be that of typed keys."""
+    if not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.numpy.zeros(x.shape, x.dtype)
+    impl: Any = x.dtype._impl
+    return jax.random.wrap_key_data(jax.numpy.zeros((*x.shape, *impl.key_shape), np.uint32), impl=impl)
+
+
 class Implementation(Protocol):
     """The part of a PRNG implementation that :func:`draws_batches` uses. JAX's own class moves between modules."""
 

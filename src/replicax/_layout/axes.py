@@ -445,20 +445,21 @@ def _by_argument(mapped: Sequence[tuple[Leaf, int, int]]) -> list[str]:
 _ARGUMENT = re.compile(r"(?=[.\[])")
 
 
-def mapped_size(axes: Axes, leaves: Sequence[Leaf], axis_size: int | None) -> int:
+def mapped_size(axes: Axes, leaves: Sequence[Leaf], axis_size: int | None, *, least: int = 1) -> int:
     """Returns the number of replicas, on which all mapped arguments and ``axis_size`` must agree.
 
     Args:
         axes: The mapped axis of each leaf.
         leaves: The argument leaves.
         axis_size: The number of replicas that the user gave, or None.
+        least: The smallest number of replicas that is accepted.
 
     Raises:
         MappedSizeError: The sizes differ, are less than 1, or there are none. The message lists every argument.
     """
     mapped = [(leaf, axis, leaf.aval.shape[axis]) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
     sizes = {size for _, _, size in mapped} | ({axis_size} if axis_size is not None else set())
-    if len(sizes) == 1 and (size := next(iter(sizes))) > 0:
+    if len(sizes) == 1 and (size := next(iter(sizes))) >= least:
         return size
     if not sizes:
         raise MappedSizeError(

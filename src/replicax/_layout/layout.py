@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
 
 from replicax._layout import placement as _placement
 from replicax._layout.placement import Placement
@@ -126,11 +127,21 @@ class Layout:
         axis: The mapped axis, with its device and lane axes.
         mesh: The mesh: its first axis has D' devices, and its other axes are for nested maps.
         inner: The mesh axes for nested maps, outermost first.
+        own: The part of this process, if the map is over several processes: its replicas on its devices.
+        lent: Pairs of devices. The second of each pair belongs to a process without replicas, and its padding slots
+            copy a replica of the first.
     """
 
     axis: LogicalAxis
     mesh: Mesh
     inner: tuple[DeviceAxis, ...] = ()
+    own: Layout | None = None
+    lent: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def local(self) -> Layout:
+        """The part of this process: the layout itself, unless the map is over several processes."""
+        return self.own or self
 
     @property
     def size(self) -> int:
@@ -195,6 +206,9 @@ def mesh_axis_name(name: Hashable) -> str:
     return name if isinstance(name, str) and name.isidentifier() else "replicas"
 
 
+#: Devices, in an array of dtype object.
+DeviceArray = NDArray[np.object_]
+
 #: The nested maps of a program: for each level, outermost first, the names and sizes of the maps.
 Nesting = Sequence[Sequence[tuple[Hashable, int]]]
 
@@ -226,17 +240,33 @@ def layout(
         nesting: The nested maps.
     """
     levels = [[(name, size)], *nesting]
-    counts = (_factored if use_all_devices else _filled)([[n for _, n in level] for level in levels], len(devices))
+    counts = (_factored if use_all_devices else fewest_devices)([[n for _, n in at] for at in levels], len(devices))
+    names = axis_names(levels, avoid_user_names=avoid_user_names)
+    used = np.asarray(devices[: math.prod(counts)], dtype=object)
+    inner = inner_axes(names[1:], counts[1:])
+    lanes = -(-size // counts[0])
+    axis = _axis(name, size, counts[0], lanes, names[0], 0)
+    return Layout(axis, mesh_of(used, names[0], inner), inner)
+
+
+def axis_names(levels: Nesting, *, avoid_user_names: bool = False) -> list[str]:
+    """Returns the name of the mesh axis of each level, the outermost map included."""
     names: list[str] = []
     for (first, _), *_ in levels:
         plain = f"{mesh_axis_name(first)}_devices" if avoid_user_names else mesh_axis_name(first)
         names.append(plain if plain not in names else f"{plain}_{len(names) + 1}")
-    used = np.asarray(devices[: math.prod(counts)], dtype=object)
-    inner = tuple(DeviceAxis(n if d > 1 else None, d) for n, d in zip(names[1:], counts[1:], strict=True))
-    in_mesh = [0, *[k + 1 for k, where in enumerate(inner) if where.name is not None]]
-    mesh = Mesh(used.reshape([counts[k] for k in in_mesh]), tuple(names[k] for k in in_mesh))
-    lanes = -(-size // counts[0])
-    return Layout(_axis(name, size, counts[0], lanes, names[0], 0), mesh, inner)
+    return names
+
+
+def inner_axes(names: Sequence[str], counts: Sequence[int]) -> tuple[DeviceAxis, ...]:
+    """Returns the mesh axes for nested maps. An axis of one device has no name."""
+    return tuple(DeviceAxis(name if count > 1 else None, count) for name, count in zip(names, counts, strict=True))
+
+
+def mesh_of(devices: DeviceArray, name: str, inner: Sequence[DeviceAxis]) -> Mesh:
+    """Returns the mesh of these devices, with one axis for the outermost map and the named axes for nested maps."""
+    named = [where for where in inner if where.name is not None]
+    return Mesh(devices.reshape(-1, *[where.size for where in named]), (name, *[where.name for where in named]))
 
 
 def replicas_of(name: Hashable, size: int) -> LogicalAxis:
@@ -244,7 +274,7 @@ def replicas_of(name: Hashable, size: int) -> LogicalAxis:
     return _axis(name, size, 1, size, None, 0)
 
 
-def _filled(levels: Sequence[Sequence[int]], devices: int) -> list[int]:
+def fewest_devices(levels: Sequence[Sequence[int]], devices: int) -> list[int]:
     """Returns the number of devices of each level. The outermost level takes as many as it can use, then the next."""
     counts = []
     for sizes in levels:

@@ -16,9 +16,12 @@ from replicax._engine.replica import Replica, trace_replica
 from replicax._engine.spec import Inputs
 from replicax._layout.axes import Leaf, mapped_size, match_in_axes, one_replica_type
 from replicax._layout.layout import layout, replicas_of
+from replicax._layout.processes import layout_over_processes
 from replicax._runtime.arguments import Call
 from replicax._runtime.executable import Executable
 from replicax._runtime.options import Options
+from replicax._runtime.own_rows import OwnRows
+from replicax._runtime.processes import agree_on_program, agree_on_rows, over_processes, own_size
 from replicax._runtime.signature import Signature
 from replicax._typing import ArrayLike, Function
 
@@ -34,8 +37,11 @@ def signature_of(options: Options, call: Call, leaves: Sequence[ArrayLike]) -> S
     named = [Leaf(name, shape_of(x)) for name, x in zip(call.leaf_names(), leaves, strict=True)]
     static = {where for where, _, _ in call.static} | {*options.static.positions}
     in_axes, own_tree = match_in_axes(options.in_axes, args, call.kwargs, every, static, named)
+    size = (
+        own_size(options, in_axes, named) if over_processes(options) else mapped_size(in_axes, named, options.axis_size)
+    )
     return Signature(
-        size=mapped_size(in_axes, named, options.axis_size),
+        size=size,
         leaves=tuple(named),
         in_axes=tuple(in_axes),
         tree=jax.tree.structure((call.dynamic, call.kwargs)),
@@ -70,8 +76,11 @@ def build(options: Options, call: Call, signature: Signature, *, use_all_devices
     inside = _jax.tracing_replica()
     if inside:
         options.refuse_inner_devices(call.name)
+    inputs = Inputs(tuple(leaf.aval for leaf in signature.leaves), signature.in_axes, call.donated(options.donated))
+    if over_processes(options):
+        return _build_over_processes(options, call, signature, inputs)
     devices = options.resolve_devices()
-    replica = _trace(options, call, signature)
+    replica = _trace(options, call, signature, signature.size)
     if inside:
         axis = replicas_of(options.axis_name, signature.size)
         return record(replica, axis, signature.in_axes, options.outputs, call.name)
@@ -84,14 +93,28 @@ def build(options: Options, call: Call, signature: Signature, *, use_all_devices
         avoid_user_names=under_trace,
         nesting=nesting,
     )
-    inputs = Inputs(tuple(leaf.aval for leaf in signature.leaves), signature.in_axes, call.donated(options.donated))
     executable = Executable(lower(replica, where, inputs, options.outputs, call.name))
     if _jax.eager():  # Trace now: under this thread's lock, and before any argument is moved.
         _ = executable.traced
     return executable
 
 
-def _trace(options: Options, call: Call, signature: Signature) -> Replica:
+def _build_over_processes(options: Options, call: Call, signature: Signature, inputs: Inputs) -> Executable:
+    """Builds a program over several processes, together with them."""
+    shares = agree_on_rows(options, call, signature)
+
+    def lowered() -> OwnRows:
+        replica = _trace(options, call, signature, sum(share.replicas for share in shares))
+        nesting = primitives.nesting(replica.jaxpr)
+        where = layout_over_processes(options.axis_name, shares, jax.process_index(), nesting)
+        executable = OwnRows(lower(replica, where, inputs, options.outputs, call.name))
+        _ = executable.traced
+        return executable
+
+    return agree_on_program(shares, call.name, lowered)
+
+
+def _trace(options: Options, call: Call, signature: Signature, size: int) -> Replica:
     types = (one_replica_type(leaf.aval, a) for leaf, a in zip(signature.leaves, signature.in_axes, strict=True))
     dynamic, kwargs = jax.tree.unflatten(signature.own_tree, types)
     by_position = dict(zip(call.positions, dynamic, strict=True))
@@ -103,7 +126,7 @@ def _trace(options: Options, call: Call, signature: Signature) -> Replica:
         kwargs,
         call.static_positions,
         options.axis_name,
-        signature.size,
+        size,
     )
 
 

@@ -6,6 +6,8 @@ The paths:
   :func:`replicax._runtime.transfer.put` for each NumPy array.
 - Copy host leaves: Python copies the small NumPy arrays first. Then as in place, with a separate C++ cache. On a single
   device, C++ aliases the memory of a NumPy array, and may read it after the call has returned.
+- Own rows: like in place, for maps over several processes. The program returns arrays over all processes, and Python
+  takes this process's part of them.
 - Packed: Python transfers many small NumPy arrays as one: see :mod:`replicax._runtime.packing`.
 - Slow path: only Python, for the first call of a signature, and for arrays that must be moved or padded.
 
@@ -45,6 +47,7 @@ class Path(Enum):
     IN_PLACE = auto()
     COPY_HOST_LEAVES = auto()
     PACKED = auto()
+    OWN_ROWS = auto()
 
 
 class Outcome(NamedTuple):
@@ -61,8 +64,8 @@ class Outcome(NamedTuple):
     start: Path | None = None
 
 
-#: ``slow_path(args, kwargs, copied)``; ``copied``: whether small NumPy arrays in the arguments are already copies.
-SlowPath: TypeAlias = Callable[[Args, Kwargs, bool], Outcome]
+#: ``slow_path(args, kwargs, path)``; ``path``: the path whose C++ cache missed the call.
+SlowPath: TypeAlias = Callable[[Args, Kwargs, Path], Outcome]
 
 #: ``slow(args, kwargs)`` returns the result of a call, and the data for the C++ cache.
 Slow: TypeAlias = Callable[[Args, Kwargs], tuple[PyTree, Known | None]]
@@ -118,10 +121,11 @@ class PathTaker(Generic[R]):
         _paths: The function of each path.
         _slow_path: The function of the slow path.
         _start: The path on which calls start.
+        _table: Creates the function with the C++ cache of a path.
         _copies: Whether an earlier call needed copies of NumPy arrays.
     """
 
-    __slots__ = ("__call__", "__weakref__", "_copies", "_paths", "_slow_path", "_start", "_switch")
+    __slots__ = ("__call__", "__weakref__", "_copies", "_paths", "_slow_path", "_start", "_switch", "_table")
 
     __call__: Callable[..., R]
 
@@ -129,15 +133,16 @@ class PathTaker(Generic[R]):
         """Creates the functions of the paths.
 
         Args:
-            table: ``table(slow, copied=...)`` returns a callable with a C++ cache, which runs ``slow`` on a miss.
+            table: ``table(slow, path)`` returns a callable with a C++ cache, which runs ``slow`` on a miss.
             slow_path: Runs a call in Python.
             switch: Sets ``__call__``.
         """
         self._switch, self._start, self._copies = switch, Path.IN_PLACE, False
-        self._slow_path = _jax.api_boundary(lambda *args, **kwargs: slow_path(args, kwargs, False).result)
+        self._slow_path = _jax.api_boundary(lambda *args, **kwargs: slow_path(args, kwargs, Path.IN_PLACE).result)
         itself = weakref.ref(self)
-        copied = table(functools.partial(_run_and_learn, itself, slow_path, True), copied=True)
-        in_place = table(functools.partial(_missed, itself, slow_path, copied), copied=False)
+        self._table = functools.partial(_with_table, table, itself, slow_path)
+        copied = self._table(Path.COPY_HOST_LEAVES)
+        in_place = table(functools.partial(_missed, itself, slow_path, copied), Path.IN_PLACE)
         maybe_packed = functools.partial(_maybe_packed, itself, slow_path, in_place)
         self._paths = {
             Path.IN_PLACE: in_place,
@@ -148,16 +153,24 @@ class PathTaker(Generic[R]):
 
     def _begin(self, start: Path) -> None:
         """Makes calls start on this path from now on."""
+        if start is Path.OWN_ROWS and start not in self._paths:
+            self._paths[start] = _own_rows(self._table(start))
         if start is not self._start:
             self._start, self._copies = start, self._copies or start is Path.COPY_HOST_LEAVES
             self._switch.point(self)
 
 
+def _with_table(
+    table: Callable[..., Function], taker: weakref.ref[PathTaker[R]], slow_path: SlowPath, path: Path
+) -> Function:
+    return table(functools.partial(_run_and_learn, taker, slow_path, path), path)
+
+
 def _run_and_learn(
-    taker: weakref.ref[PathTaker[R]], slow_path: SlowPath, copied: bool, args: Args, kwargs: Kwargs
+    taker: weakref.ref[PathTaker[R]], slow_path: SlowPath, path: Path, args: Args, kwargs: Kwargs
 ) -> tuple[R, Known | None]:
     """Runs the slow path and sets the start of later calls. Returns the result and the data for the C++ cache."""
-    outcome = slow_path(args, kwargs, copied)
+    outcome = slow_path(args, kwargs, path)
     if outcome.start is not None and (found := taker()) is not None:
         found._begin(outcome.start)
     return outcome.result, outcome.known
@@ -169,7 +182,7 @@ def _maybe_packed(
     """Runs a call that may be packed: on the slow path if it has many arrays, else in place."""
     if len(cpp.flatten((args, kwargs), None)[0]) < MANY:
         return in_place(*args, **kwargs)
-    return _run_and_learn(taker, slow_path, False, args, kwargs)[0]
+    return _run_and_learn(taker, slow_path, Path.PACKED, args, kwargs)[0]
 
 
 def _missed(
@@ -185,7 +198,16 @@ def _missed(
             found._begin(Path.COPY_HOST_LEAVES)
         args, kwargs = _copies(args, kwargs)
         return copied(*args, **kwargs), None
-    return _run_and_learn(taker, slow_path, False, args, kwargs)
+    return _run_and_learn(taker, slow_path, Path.IN_PLACE, args, kwargs)
+
+
+def _own_rows(over_processes: Function) -> Function:
+    """Runs calls of a map over several processes, and returns this process's part of the results."""
+
+    def call(*args: PyTree, **kwargs: PyTree) -> PyTree:
+        return _jax.own_parts(over_processes(*args, **kwargs))
+
+    return call
 
 
 def _copies(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:

@@ -22,6 +22,7 @@ from replicax._runtime.build import build, shape_of, signature_of
 from replicax._runtime.call_path import Outcome, Path, Slow, Switch, table
 from replicax._runtime.executable import Executable
 from replicax._runtime.options import Options
+from replicax._runtime.own_rows import OwnRows
 from replicax._runtime.packing import may_be_packed, packed
 from replicax._runtime.run import cpp_cacheable, reads_host_memory, run, stage
 from replicax._runtime.signature import Signature
@@ -33,6 +34,9 @@ from replicax._typing import Args, ArrayLike, Function, Kwargs, PyTree
 PATIENCE = 300.0
 
 logger = logging.getLogger("replicax")
+
+#: The paths with a C++ cache.
+_WITH_TABLES = (Path.IN_PLACE, Path.COPY_HOST_LEAVES, Path.OWN_ROWS)
 
 
 class Dispatcher:
@@ -57,21 +61,21 @@ class Dispatcher:
         self._signatures: dict[Hashable, Signature] = {}
         self._tracing: dict[Hashable, threading.RLock] = {}
         # The owners of the entries in JAX's C++ cache. The entries are freed with their owner.
-        self._owners = {copied: functools.partial(_without_jit, weakref.ref(self)) for copied in (False, True)}
+        self._owners = {path: functools.partial(_without_jit, weakref.ref(self)) for path in _WITH_TABLES}
 
     def __call__(self, fun: Function, args: Args, kwargs: Kwargs) -> PyTree:
         """Runs a call on the Python slow path."""
         return self.call(fun, args, kwargs).result
 
     @_jax.api_boundary
-    def call(self, fun: Function, args: Args, kwargs: Kwargs, copied: bool = False) -> Outcome:
+    def call(self, fun: Function, args: Args, kwargs: Kwargs, path: Path = Path.IN_PLACE) -> Outcome:
         """Runs a call on the Python slow path.
 
         Args:
             fun: The mapped function.
             args: The positional arguments.
             kwargs: The keyword arguments.
-            copied: Whether small NumPy arrays in the arguments are already copies.
+            path: The path whose C++ cache missed the call.
 
         Returns:
             The result, the data for the C++ cache, and the path on which such calls should start.
@@ -86,7 +90,7 @@ class Dispatcher:
             else:
                 _jax.refuse_leaked_tracers([*leaves, *program.closed])
                 names = functools.partial(_leaf_names, fun, self.options, args, kwargs)
-                results, known, start = _run(program, leaves, names, copied)
+                results, known, start = _run(program, leaves, names, path)
             out = jax.tree.unflatten(program.out_tree, results)
         return Outcome(out, known and cpp.remember(known, out), start)
 
@@ -144,7 +148,7 @@ class Dispatcher:
         with _jax.own_mesh():
             program, leaves = self.resolve(fun, args, kwargs, abstract=True)
             if isinstance(program, Executable) and _jax.eager():
-                out = program.traced.out_info
+                out = program.out_info
             else:
                 out = jax.eval_shape(program.staged, *map(shape_of, [*leaves, *program.closed]))
         types = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False)) for x in out]
@@ -159,9 +163,9 @@ class Dispatcher:
             return f"{call.name} is already compiled for such a call."
         return signature_of(self.options, call, leaves).explain(call.name, list(self._signatures.values()))
 
-    def table(self, fun: Function, slow: Slow, *, copied: bool) -> Function:
+    def table(self, fun: Function, slow: Slow, path: Path) -> Function:
         """A callable that looks up calls in JAX's C++ cache and runs ``slow`` on a miss."""
-        return table(self._owners[copied], fun, self.options, slow)
+        return table(self._owners[path], fun, self.options, slow)
 
     def clear(self) -> None:
         """Frees all programs."""
@@ -172,9 +176,14 @@ class Dispatcher:
 
 
 def _run(
-    program: Executable, leaves: Sequence[ArrayLike], names: Callable[[], Sequence[str]], copied: bool
+    program: Executable, leaves: Sequence[ArrayLike], names: Callable[[], Sequence[str]], path: Path
 ) -> tuple[Sequence[ArrayLike], Known | None, Path | None]:
     """Runs an eager call. Returns the results, the data for the C++ cache, and the path where such calls start."""
+    if isinstance(program, OwnRows):
+        results, placed = run(program, leaves, names)
+        alone = path is Path.OWN_ROWS and program.takes_parts_alone
+        may = alone and cpp_cacheable(program.spec, leaves, placed) and not reads_host_memory(program.spec, leaves)
+        return results, program.known if may else None, Path.OWN_ROWS
     if pack := packed(program, leaves):
         return run(pack.executable, pack.leaves(leaves), pack.names(names))[0], None, Path.PACKED
     results, placed = run(program, leaves, names)
@@ -182,7 +191,7 @@ def _run(
         return results, None, None
     if not reads_host_memory(program.spec, leaves):
         return results, program.known, Path.IN_PLACE
-    return results, program.known if copied else None, Path.COPY_HOST_LEAVES
+    return results, program.known if path is Path.COPY_HOST_LEAVES else None, Path.COPY_HOST_LEAVES
 
 
 def _leaf_names(fun: Function, options: Options, args: Args, kwargs: Kwargs) -> Sequence[str]:

@@ -80,7 +80,7 @@ class Executable:
     @cached_property
     def closed_in_place(self) -> list[Array]:
         """:attr:`closed`, replicated over the devices of the layout. Arrays are immutable, so they are moved once."""
-        return list(jax.device_put(self.spec.closed, self.spec.layout.sharding(None)))
+        return list(jax.device_put(self.spec.closed, self.spec.layout.local.sharding(None)))
 
     def run(self, *leaves: Array) -> Sequence[Array]:
         """Runs the program eagerly on arrays that are already on ``in_shardings``."""
@@ -99,6 +99,20 @@ class Executable:
         self._has_run = True
         return results
 
+    def runner(self, compiled: jax.stages.Compiled) -> Function:
+        """A compiled form of the program, as :meth:`run` calls it."""
+        return compiled
+
+    @property
+    def out_info(self) -> list[jax.ShapeDtypeStruct]:
+        """The type and the sharding of each result leaf."""
+        return self.traced.out_info
+
+    @property
+    def no_rows(self) -> Sequence[Array | None]:
+        """What to pass for each mapped argument without rows. Only a map over several processes has such arguments."""
+        raise NotImplementedError
+
     def pad(self, which: tuple[int, ...], leaves: list[Array]) -> list[Array]:
         """Adds the padding rows to arguments that are on the devices of the layout."""
         whole = all(x.sharding.is_fully_replicated and x.dtype in _WHOLE_BYTES for x in leaves)
@@ -106,7 +120,7 @@ class Executable:
             axes = [axis for i in which if (axis := self.spec.inputs.axes[i]) is not None]
             self._pads[which, whole] = jax.jit(
                 _taking_rows(self.spec, axes) if whole else _adding_rows(self.spec, axes),
-                out_shardings=[self.spec.in_shardings[i] for i in which],
+                out_shardings=[self.spec.own_in_shardings[i] for i in which],
             )
         return list(self._pads[which, whole](leaves))
 
@@ -123,14 +137,15 @@ _WHOLE_BYTES = frozenset(
 
 
 def _adding_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Array]], list[Array]]:
-    where = spec.layout.axis.placement
+    where = spec.layout.local.axis.placement
     # If Explicit axes of a mesh shard the rows, an array with the padded row count may have no valid type.
     return lambda xs: [pad_rows(primitives.retype(x, None), a, where) for x, a in zip(xs, axes, strict=True)]
 
 
 def _taking_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Array]], list[Array]]:
     """Each device selects its rows from a replicated array. Without shard_map, XLA would communicate here."""
-    where, name = spec.layout, spec.layout.mesh.axis_names[0]
+    where = spec.layout.local
+    name = where.mesh.axis_names[0]
 
     def rows(xs: list[Array]) -> list[Array]:
         first = lax.axis_index(name) * where.axis.lanes

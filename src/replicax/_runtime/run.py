@@ -19,7 +19,7 @@ from replicax._runtime.executable import Executable
 from replicax._runtime.taken import TakenArrays
 from replicax._runtime.transfer import copy_small, is_small, put
 from replicax._typing import Array, ArrayLike, Function
-from replicax.errors import DeletedArrayError, UnsupportedTransformationError
+from replicax.errors import DeletedArrayError, ProcessesError, UnsupportedTransformationError
 
 
 def run(
@@ -65,7 +65,7 @@ def cpp_cacheable(spec: ProgramSpec, leaves: Sequence[ArrayLike], placed: Sequen
     """Whether JAX's C++ fast path can run such a call: it must place each argument in the same way as Python does."""
     if spec.closed or _jax.looks_for_nans():
         return False
-    several = spec.layout.mesh.size > 1
+    several = spec.layout.local.mesh.size > 1
     for x, y, axis in zip(leaves, placed, spec.inputs.axes, strict=False):
         if isinstance(x, jax.Array):
             moves = several and len(x.sharding.device_set) == 1 and not spec.inputs.donated
@@ -78,14 +78,14 @@ def cpp_cacheable(spec: ProgramSpec, leaves: Sequence[ArrayLike], placed: Sequen
 
 def _moves_by_itself(spec: ProgramSpec, x: ArrayLike, axis: int | None) -> bool:
     """Whether C++ can transfer a host argument: no padding, not ``float0``, and small if it must be copied first."""
-    if (spec.layout.axis.padding and axis is not None) or jax.dtypes.float0 == getattr(x, "dtype", None):
+    if (spec.layout.local.axis.padding and axis is not None) or jax.dtypes.float0 == getattr(x, "dtype", None):
         return False
-    return spec.layout.mesh.size > 1 or not isinstance(x, np.ndarray) or is_small(x)
+    return spec.layout.local.mesh.size > 1 or not isinstance(x, np.ndarray) or is_small(x)
 
 
 def reads_host_memory(spec: ProgramSpec, leaves: Sequence[ArrayLike]) -> bool:
     """Whether C++ would alias the caller's NumPy arrays. C++ treats a NumPy scalar as an array."""
-    return spec.layout.mesh.size == 1 and any(isinstance(x, np.ndarray | np.generic) for x in leaves)
+    return spec.layout.local.mesh.size == 1 and any(isinstance(x, np.ndarray | np.generic) for x in leaves)
 
 
 def _shares(x: jax.Array, copy: jax.Array) -> bool:
@@ -102,7 +102,7 @@ def _check_donated(spec: ProgramSpec, leaves: Sequence[ArrayLike], names: Callab
     faults = {i: "was donated to an earlier call, or deleted" for i, x in arrays.items() if x.is_deleted()}
     for i in spec.donated_in_place:  # an array that has to be moved may be passed twice: the program gets a copy
         x = arrays.get(i)
-        if x is not None and i not in faults and times[id(x)] > 1 and _lies(x, spec.in_shardings[i]):
+        if x is not None and i not in faults and times[id(x)] > 1 and _lies(x, spec.own_in_shardings[i]):
             faults[i] = "is donated, and passed twice"
     if faults:
         called = names()
@@ -122,8 +122,13 @@ def _check_donated(spec: ProgramSpec, leaves: Sequence[ArrayLike], names: Callab
 def place(executable: Executable, leaves: Sequence[ArrayLike]) -> list[Array]:
     """Pads and moves the argument leaves. Leaves already on ``in_shardings`` are passed through."""
     spec = executable.spec
-    wanted, placement = spec.in_shardings, spec.layout.axis.placement
+    wanted, placement = spec.own_in_shardings, spec.layout.local.axis.placement
     placed, astray, to_pad = list(leaves), [], []
+    if spec.layout.local.size == 0:
+        placed = [
+            x if axis is None else executable.no_rows[i]
+            for i, (x, axis) in enumerate(zip(placed, spec.inputs.axes, strict=True))
+        ]
     for i, x in enumerate(placed):
         axis = spec.inputs.axes[i] if placement.padding else None
         if not isinstance(x, jax.Array):
@@ -142,17 +147,27 @@ def place(executable: Executable, leaves: Sequence[ArrayLike]) -> list[Array]:
         for i, x in zip(to_pad, executable.pad(tuple(to_pad), [placed[i] for i in to_pad]), strict=True):
             placed[i] = x
     if astray:
+        _refuse_foreign([placed[i] for i in astray])
         moved = jax.device_put([placed[i] for i in astray], [wanted[i] for i in astray])
         for i, x in zip(astray, moved, strict=True):
             placed[i] = x
     return placed
 
 
+def _refuse_foreign(arrays: Sequence[Array]) -> None:
+    foreign = [x for x in arrays if not x.is_fully_addressable]
+    if foreign:
+        raise ProcessesError(
+            f"An argument of shape {foreign[0].shape} lies on devices of other processes, and eager maps take arrays "
+            f"of their own process. Pass this process's rows, or replicax.fetch(x) for the whole array."
+        )
+
+
 def _put(spec: ProgramSpec, x: ArrayLike, wanted: jax.sharding.NamedSharding, axis: int | None) -> ArrayLike:
     """Pads a host argument and copies it to its devices. On a single device, JAX transfers small arrays itself."""
-    if axis is None and spec.layout.mesh.size == 1 and (not isinstance(x, np.ndarray) or is_small(x)):
+    if axis is None and spec.layout.local.mesh.size == 1 and (not isinstance(x, np.ndarray) or is_small(x)):
         return copy_small(x)
-    return put(x, wanted, axis, spec.layout.axis.placement)
+    return put(x, wanted, axis, spec.layout.local.axis.placement)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -186,7 +186,7 @@ class Traced:
         self.in_avals = plan.in_avals
         self.in_tree = plan.signature.tree
         self.out_tree = plan.executable.spec.out_tree
-        self.out_info = jax.tree.unflatten(self.out_tree, traced.out_info)
+        self.out_info = jax.tree.unflatten(self.out_tree, plan.executable.out_info)
 
     @property
     def donate_argnums(self) -> tuple[int, ...]:
@@ -261,7 +261,8 @@ class Compiled(jax.stages.Compiled):  # type: ignore[misc]
         self._compiled = compiled
         self._plan = plan
         may_hang = cpu_threads.may_hang(plan.executable.spec.layout.mesh)
-        self._run_on: Function = cpu_threads.bounded(compiled) if may_hang else compiled
+        runner = plan.executable.runner(compiled)
+        self._run_on: Function = cpu_threads.bounded(runner) if may_hang else runner
 
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Runs the program.

@@ -1,0 +1,201 @@
+"""Agreement between processes: before a program over several processes runs, they compare what they are about to run.
+
+Each process posts a statement under the next number to JAX's key-value service, and reads those of the others. If a
+process does not come, the others raise after a time, and a thread in every process ends a program that still waits for
+a replica.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from replicax import _jax
+from replicax._messages import report, text_of
+from replicax.errors import ProcessesError
+
+#: What a process states: any JSON value.
+Statement = Mapping[str, Any]
+
+
+class Settings:
+    """Times in seconds, set by ``replicax.distributed.initialize``.
+
+    Attributes:
+        patience: How long a process waits for the others before the first run of a program.
+        grace: How long a program may still run after another process has given up, before its process is ended.
+    """
+
+    patience = 30.0
+    grace = 5.0
+
+
+#: The exit status of a process that waited for replicas of a process that does not come.
+NOT_JOINED = 75
+
+_numbers: dict[tuple[int, ...], itertools.count[int]] = {}
+_lock = threading.RLock()
+
+
+def exchange(processes: Sequence[int], statement: Statement, what: str) -> dict[int, Statement]:
+    """Posts a statement, and returns the statements of all processes.
+
+    Args:
+        processes: The indices of the processes that take part, this one included.
+        statement: What this process states.
+        what: What this process does, for the message.
+
+    Raises:
+        ProcessesError: JAX is not connected to the other processes, or one of them has not come in time.
+    """
+    client, here = _jax.client(), jax.process_index()
+    if client is None:
+        raise ProcessesError(
+            "A map over several processes needs their key-value service. Call replicax.distributed.initialize() (or "
+            "jax.distributed.initialize) in each process first."
+        )
+    _watch(client)
+    group = tuple(processes)
+    with _lock:
+        number = next(_numbers.setdefault(group, itertools.count()))
+        place = f"replicax/{'-'.join(map(str, group))}"
+        client.key_value_set(f"{place}/{number}/{here}", json.dumps(statement))
+        deadline = time.monotonic() + Settings.patience
+        found, missing = {here: statement}, []
+        for process in group:
+            if process != here:
+                text = _read(client, f"{place}/{number}/{process}", deadline)
+                if text is None:
+                    missing.append(process)
+                else:
+                    found[process] = json.loads(text)
+        if missing:
+            _give_up(client, what, missing)
+        if number >= _KEPT:  # everyone has read what came before the last exchange
+            client.key_value_delete(f"{place}/{number - _KEPT}/{here}")
+    return {process: found[process] for process in group}
+
+
+#: How many exchanges the service keeps. One that all processes have left is never read again.
+_KEPT = 2
+
+
+def _read(client: Any, key: str, deadline: float) -> str | None:
+    """The value of a key; None if nobody sets it in time. An abort ends the wait."""
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return client.blocking_key_value_get(key, max(1, int(1000 * min(left, 1.0))))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in text_of(error):
+                raise
+        if (told := _aborted(client)) is not None:
+            raise ProcessesError(told)
+        if left <= 1.0:
+            return None
+
+
+def _give_up(client: Any, what: str, missing: Sequence[int]) -> None:
+    which = f"process {missing[0]} has" if len(missing) == 1 else f"processes {', '.join(map(str, missing))} have"
+    message = report(
+        f"Process {jax.process_index()} waited {Settings.patience:g} seconds, and {which} not come:",
+        [f"process {jax.process_index()} {what}"],
+        "All processes must call the same maps in the same order, each with its own rows, and change the shapes, "
+        "types or numbers of rows at the same call. If the others are only slow to start, pass a longer time, as in "
+        "replicax.distributed.initialize(timeout=300).",
+    )
+    client.key_value_set(_ABORT, message, allow_overwrite=True)
+    raise ProcessesError(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Digests
+
+
+def digest(*parts: object) -> str:
+    """Returns a digest of texts and arrays, which is equal in all processes that have equal ones."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray | np.generic | jax.Array):
+            host = np.asarray(
+                jax.random.key_data(part) if jax.numpy.issubdtype(part.dtype, jax.dtypes.prng_key) else part
+            )
+            found.update(f"{host.dtype}{host.shape}".encode())
+            found.update(np.ascontiguousarray(host).tobytes())
+        else:
+            found.update(without_addresses(str(part)).encode())
+    return found.hexdigest()
+
+
+def without_addresses(text: str) -> str:
+    """Returns a printed program without what differs between equal ones: addresses, paths, the order of sets."""
+    text = re.sub(r"0x[0-9a-f]+", "", text)
+    text = re.sub(r"[^\s\"']*[/\\][^\s\"':]*\.py(:\d+)*", "", text)
+    return re.sub(r"\{[^{}]*\}", lambda found: ", ".join(sorted(found.group()[1:-1].split(", "))), text)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The watcher
+
+
+_ABORT = "replicax/abort"
+_watching: list[threading.Thread] = []
+
+
+class Running:
+    """The programs over several processes that this process is in.
+
+    Attributes:
+        calls: How many calls have been started, and not returned.
+    """
+
+    calls = 0
+
+
+def _watch(client: Any) -> None:
+    """Starts the thread that ends this process if it waits for replicas of a process that has given up."""
+    with _lock:
+        if not _watching:
+            _watching.append(threading.Thread(target=_end_if_aborted, args=(client,), name="replicax", daemon=True))
+            _watching[0].start()
+
+
+def _aborted(client: Any) -> str | None:
+    try:
+        return client.key_value_try_get(_ABORT)
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def _end_if_aborted(client: Any) -> None:
+    while (told := _aborted(client)) is None:
+        time.sleep(1.0)
+    print(f"replicax, process {jax.process_index()}: another process has given up. {told}", file=sys.stderr, flush=True)
+    since = time.monotonic()
+    while time.monotonic() - since < Settings.grace:
+        time.sleep(0.1)
+        if not _waits():
+            since = time.monotonic()
+    print(
+        f"replicax, process {jax.process_index()}: ended, because its program waits for replicas that do not come.",
+        file=sys.stderr,
+        flush=True,
+    )
+    sys.stdout.flush()
+    os._exit(NOT_JOINED)
+
+
+def _waits() -> bool:
+    """Whether a program has not finished: a call has not returned, or a result is not ready."""
+    return Running.calls > 0 or any(not x.is_deleted() and not x.is_ready() for x in jax.live_arrays())

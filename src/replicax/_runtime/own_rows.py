@@ -1,0 +1,123 @@
+"""Runs a program over several processes on the rows of this process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from replicax import _jax
+from replicax._engine.blocks import on_data, real_rows
+from replicax._engine.spec import with_rows
+from replicax._jax import cpp
+from replicax._jax.aliases import Known
+from replicax._runtime.agreement import Running
+from replicax._runtime.executable import Executable
+from replicax._typing import Array, Function
+from replicax.errors import UnsupportedTransformationError
+
+
+class OwnRows(Executable):
+    """A program over several processes: takes and returns the rows of this process, on its devices."""
+
+    @cached_property
+    def _compiled(self) -> Function:
+        """The program, which takes padded rows of this process, and returns arrays over all processes."""
+        return cpp.fast_call(self._on_own_shards(self.traced.lower().compile()))
+
+    def _on_own_shards(self, compiled: jax.stages.Compiled) -> jax.stages.Compiled:
+        spec, own = self.spec, self.spec.layout.local
+        types = [
+            with_rows(x, axis, own.padded_size) for x, axis in zip(spec.inputs.types, spec.inputs.axes, strict=True)
+        ]
+        return _jax.on_own_shards(compiled, types, spec.own_in_shardings, own.sharding(None))
+
+    def runner(self, compiled: jax.stages.Compiled) -> Function:
+        """A compiled form of the program, as :meth:`run` calls it."""
+        own = self._on_own_shards(compiled)
+        return lambda *leaves: self._own_results(self._called(own, leaves))
+
+    @property
+    def out_info(self) -> list[jax.ShapeDtypeStruct]:
+        """The type and the sharding of each result leaf of this process."""
+        types = self.spec.out_types(self.spec.layout.local.size)
+        each = zip(types, self.spec.own_out_shardings, strict=True)
+        return [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x, where in each]
+
+    def run(self, *leaves: Array) -> Sequence[Array]:
+        """Runs the program on arrays that are already on ``own_in_shardings``."""
+        if jax.config.jax_disable_jit:
+            raise UnsupportedTransformationError(
+                "A map over several processes cannot run under jax.disable_jit. Leave disable_jit out, or map over the "
+                "devices of this process only: pmap(f, devices=jax.local_devices())."
+            )
+        with self._turn:
+            compiled = self._compiled
+        if self._has_run:
+            return self._own_results(self._called(compiled, leaves))
+        results, self.known = self._called(functools.partial(_first_run, compiled), leaves)
+        self._has_run = True
+        return self._own_results(results)
+
+    @property
+    def takes_parts_alone(self) -> bool:
+        """Whether the results of this process are its parts of the program's results, without any other step."""
+        return not self.spec.layout.local.axis.padding and not self.empty
+
+    @cached_property
+    def empty(self) -> dict[int, Array]:
+        """The results without elements, by position. XLA has them whole on each device."""
+        types, where = self.spec.out_types(self.spec.layout.local.padded_size), self.spec.layout.local.sharding(None)
+        return {k: jax.device_put(_jax.zeros(x), where) for k, x in enumerate(types) if 0 in self.spec.out[k].shape}
+
+    def _called(self, compiled: Function, leaves: Sequence[Array]) -> Any:
+        Running.calls += 1
+        try:
+            return compiled(*leaves)
+        finally:
+            Running.calls -= 1
+
+    def _own_results(self, results: Sequence[Array]) -> Sequence[Array]:
+        """This process's rows of the results, without padding."""
+        own = list(map(_jax.own_part, results))
+        for k, x in self.empty.items():
+            own[k] = x
+        if _jax.looks_for_nans():
+            _refuse_nans(self.spec.name, own)
+        return own if not self.spec.layout.local.axis.padding else self._without_padding(own)
+
+    @cached_property
+    def _without_padding(self) -> Function:
+        spec, own = self.spec, self.spec.layout.local
+
+        def rows(results: Sequence[Array]) -> list[Array]:
+            return [
+                x if axis is None else on_data(functools.partial(real_rows, dim=axis, placement=own.axis.placement), x)
+                for x, axis in zip(results, spec.out_axes, strict=True)
+            ]
+
+        return jax.jit(rows, out_shardings=list(spec.own_out_shardings))
+
+    @cached_property
+    def no_rows(self) -> list[Array | None]:
+        """The padding that this process passes for each mapped argument if it has no replicas: zeros."""
+        spec, rows = self.spec, self.spec.layout.local.padded_size
+        each = zip(spec.inputs.types, spec.inputs.axes, spec.own_in_shardings, strict=True)
+        return [
+            None if axis is None else jax.device_put(_jax.zeros(with_rows(x, axis, rows)), where)
+            for x, axis, where in each
+        ]
+
+
+def _first_run(compiled: Function, *leaves: Array) -> tuple[Sequence[Array], Known | None]:
+    return cpp.first_run(compiled, leaves)
+
+
+def _refuse_nans(name: str, results: Sequence[Array]) -> None:
+    if any(jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) and bool(jax.numpy.isnan(x).any()) for x in results):
+        raise FloatingPointError(
+            f"invalid value (nan) encountered in a result of {name}, in a replica of process {jax.process_index()}"
+        )

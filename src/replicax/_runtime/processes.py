@@ -1,0 +1,193 @@
+"""Programs over several processes: what the processes compare before they build one, and before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from replicax import _jax
+from replicax._engine.spec import ProgramSpec
+from replicax._layout.axes import Leaf, mapped_size, one_replica_type
+from replicax._layout.processes import Share, by_process, replicas_of_processes
+from replicax._messages import report, text_of
+from replicax._runtime import agreement
+from replicax._runtime.arguments import Call
+from replicax._runtime.options import Options
+from replicax._runtime.own_rows import OwnRows
+from replicax._runtime.signature import Signature
+from replicax._typing import Axes
+from replicax.errors import DevicesError, MappedSizeError, ProcessesError, UnsupportedTransformationError
+
+
+def over_processes(options: Options) -> bool:
+    """Whether an eager call of this map runs on devices of several processes."""
+    if jax.process_count() == 1 or _jax.tracing_replica():
+        return False
+    processes = {device.process_index for device in options.resolve_devices()}
+    if jax.process_index() not in processes:
+        which = ", ".join(map(str, sorted(processes)))
+        raise DevicesError(
+            f"Process {jax.process_index()} calls a map, but all of its devices belong to process {which}. Pass "
+            f"devices of every process that calls the map, or call it only in process {which}."
+        )
+    if len(processes) > 1 and not _jax.eager() and not _jax.staging():
+        raise UnsupportedTransformationError(
+            "grad, vmap and other transformations of a map over several processes are not supported yet, unless they "
+            "are inside jax.jit, where arrays are global. Write the transformation inside the mapped function, as in "
+            "pmap(jax.grad(f)); or map over the devices of this process only: pmap(f, devices=jax.local_devices())."
+        )
+    return len(processes) > 1 and _jax.eager()
+
+
+def own_size(options: Options, in_axes: Axes, leaves: Sequence[Leaf]) -> int:
+    """The number of replicas of this process: that of its mapped arguments, or its share of ``axis_size``."""
+    if any(axis is not None for axis in in_axes):
+        return mapped_size(in_axes, leaves, None, least=0)
+    size, shares = mapped_size(in_axes, leaves, options.axis_size), by_process(options.resolve_devices())
+    ranges = replicas_of_processes(size, [len(share.devices) for share in shares])
+    return len(ranges[[share.process for share in shares].index(jax.process_index())])
+
+
+def agree_on_rows(options: Options, call: Call, signature: Signature) -> list[Share]:
+    """Compares the call with those of the other processes. Returns the replicas of each process.
+
+    Raises:
+        ProcessesError: A process has another call, another version of replicax or JAX, or does not come.
+        MappedSizeError: No process has a replica, or ``axis_size`` is another number.
+    """
+    shares, what = by_process(options.resolve_devices()), _described(call.name, signature)
+    own = {
+        "versions": f"replicax {metadata.version('replicax')}, JAX {_jax.VERSION}",
+        "call": what,
+        "settings": {name: repr(value) for name, value in signature.settings.items()},
+        "replicas": signature.size,
+        "axis_size": options.axis_size,
+        "unmapped": _unmapped(call, signature),
+    }
+    every = agreement.exchange([share.process for share in shares], own, f"calls {what}")
+    _compare(every, "versions", "The processes use different versions:", "Install the same versions on every host.")
+    remedy = (
+        "All processes must call the same maps in the same order, with arguments of the same types in one replica. "
+        "Only the number of replicas may differ."
+    )
+    _compare(every, "call", "The processes do not call the same map:", remedy)
+    _compare(every, "axis_size", "The processes pass different values of axis_size:", remedy)
+    _compare(
+        every, "settings", "The processes have different settings of JAX:", "Use the same settings in all processes."
+    )
+    _compare(
+        every,
+        "unmapped",
+        "The processes pass different values of arguments with in_axes=None (these are digests of the values):",
+        "Every replica gets the whole argument, so it must be equal in all processes. Pass what differs as a mapped "
+        "argument.",
+    )
+    rows = {process: said["replicas"] for process, said in every.items()}
+    total, axis_size = sum(rows.values()), options.axis_size
+    if total == 0 or axis_size not in (None, total):
+        raise MappedSizeError(
+            report(
+                "pmap needs at least one replica:" if total == 0 else f"axis_size is {axis_size}, of all processes:",
+                [f"process {process} has {count} replicas" for process, count in rows.items()],
+                "Map a non-empty axis in at least one process."
+                if total == 0
+                else "axis_size is the number of replicas of all processes. Correct it, or leave it out.",
+            )
+        )
+    return [Share(share.process, share.devices, rows[share.process]) for share in shares]
+
+
+def _described(name: str, signature: Signature) -> str:
+    """The call in one line: the type of each argument in one replica, and the static values."""
+    leaves = [
+        f"{leaf.name}: {_jax.typeof(one_replica_type(leaf.aval, axis)).str_short()}"
+        + ("" if axis is None else f" mapped along {axis}")
+        for leaf, axis in zip(signature.leaves, signature.in_axes, strict=True)
+    ]
+    static = [f"{name}={agreement.without_addresses(repr(value))}" for name, value in signature.static.items()]
+    return f"{name}({', '.join([*leaves, *static])})"
+
+
+def _unmapped(call: Call, signature: Signature) -> dict[str, str]:
+    """Digests of the small arguments that every replica gets whole. A call with abstract arguments has none."""
+    leaves = jax.tree.leaves((call.dynamic, call.kwargs))
+    return {
+        leaf.name: agreement.digest(np.asarray(x) if isinstance(x, bool | int | float | complex) else x)[:8]
+        for leaf, axis, x in zip(signature.leaves, signature.in_axes, leaves, strict=True)
+        if axis is None
+        and not isinstance(x, jax.ShapeDtypeStruct)
+        and leaf.aval.size * leaf.aval.dtype.itemsize <= _SMALL
+    }
+
+
+#: Arguments of up to this many bytes are compared.
+_SMALL = 1 << 16
+
+
+def _compare(every: Mapping[int, Mapping[str, Any]], key: str, headline: str, remedy: str) -> None:
+    if len({str(said[key]) for said in every.values()}) > 1:
+        faults = [f"process {process}: {said[key]}" for process, said in every.items()]
+        raise ProcessesError(report(headline, faults, remedy))
+
+
+def agree_on_program(shares: Sequence[Share], name: str, build: Callable[[], OwnRows]) -> OwnRows:
+    """Builds a program, and compares it with those of the other processes.
+
+    Raises:
+        ProcessesError: The programs differ, or the function has raised in another process.
+    """
+    processes = [share.process for share in shares]
+    try:
+        program = build()
+    except Exception as error:
+        said = f"{type(error).__name__}: {text_of(error)}"
+        _tell(processes, {"error": said.splitlines()[0]}, name)
+        raise
+    every = agreement.exchange(processes, _digests(program.spec), f"has traced {name}")
+    errors = [f"process {p}: {said['error']}" for p, said in every.items() if "error" in said]
+    if errors:
+        raise ProcessesError(
+            report(f"{name} cannot run, because tracing it has raised in another process:", errors, "See its output.")
+        )
+    own = every[jax.process_index()]
+    differ = [what for what in own if len({said[what] for said in every.values()}) > 1]
+    if differ:
+        raise ProcessesError(
+            report(
+                f"{name} is not the same program in all processes. They differ in:",
+                [
+                    f"{what}: " + ", ".join(f"process {p} has {said[what][:8]}" for p, said in every.items())
+                    for what in differ
+                ],
+                "The function must not depend on the process: no jax.process_index() in it, no global variable or "
+                "closed-over array that differs. Pass what differs as a mapped argument. (The numbers are digests.)",
+            )
+        )
+    return program
+
+
+def _tell(processes: Sequence[int], said: Mapping[str, str], name: str) -> None:
+    """Tells the other processes that this one raises. What they say does not matter any more."""
+    try:
+        agreement.exchange(processes, said, f"has raised while tracing {name}")
+    except ProcessesError:
+        return
+
+
+def _digests(spec: ProgramSpec) -> dict[str, str]:
+    options = spec.inputs.axes, spec.out_axes, spec.inputs.donated, spec.policy, spec.layout.axis.placement
+    foreign = [x.shape for x in spec.replica.consts if isinstance(x, jax.Array) and not x.is_fully_addressable]
+    if foreign:
+        raise ProcessesError(
+            f"{spec.name} closes over an array of shape {foreign[0]} that lies on several processes. Pass "
+            f"replicax.fetch(array), or close over an array of this process."
+        )
+    return {
+        "the traced program": agreement.digest(spec.replica.jaxpr),
+        "the values of closed-over arrays": agreement.digest(*spec.replica.consts),
+        "in_axes, out_axes or donated arguments": agreement.digest(options),
+    }
