@@ -117,7 +117,7 @@ def examine(program: Program) -> Verdict:
         WrongError: replicax is wrong.
     """
     trial = Trial(program)
-    right, by, refusal = _first(trial.values, ["lockstep"] if "lockstep" in program.facts else ["vmap", "lockstep"])
+    right, by, refusal = first(trial.values, ["lockstep"] if "lockstep" in program.facts else ["vmap", "lockstep"])
     try:
         ours = trial.values("replicax")
     except Exception as error:
@@ -129,14 +129,14 @@ def examine(program: Program) -> Verdict:
     _agree(trial, by, False, ours, right)
     beside_pmap = program.beside_pmap and trial.runs_in_pmap()
     if beside_pmap:
-        theirs, name, _ = _first(trial.values, ["jax.pmap"])
+        theirs, name, _ = first(trial.values, ["jax.pmap"])
         beside_pmap = name is not None
         if beside_pmap:
             _agree(trial, "jax.pmap", False, ours, theirs)
     derived_by = trial.derivatives_by()
     if derived_by is not None:
         others = ["lockstep"] if derived_by == "vmap" and "a rule of the user's" not in program.facts else []
-        right, derived_by, refusal = _first(trial.derivatives, [derived_by, *others])
+        right, derived_by, refusal = first(trial.derivatives, [derived_by, *others])
         if derived_by is None:
             return Verdict(by, None, beside_pmap, f"derivative: {refusal}")
         try:
@@ -147,7 +147,7 @@ def examine(program: Program) -> Verdict:
     return Verdict(by, derived_by, beside_pmap)
 
 
-def _first(compute: Callable[[str], Any], oracles: Sequence[str]) -> tuple[Any, str | None, str | None]:
+def first(compute: Callable[[str], Any], oracles: Sequence[str]) -> tuple[Any, str | None, str | None]:
     """The result and the name of the first oracle that raises no error; otherwise the last oracle's error."""
     refusal = None
     for name in oracles:
@@ -163,14 +163,14 @@ def _name(error: Exception) -> str:
 
 
 def _agree(trial: Trial, by: str, derivatives: bool, ours: Any, right: Any) -> None:
-    if problem := _difference(ours, right):
+    if problem := difference_of(ours, right):
         second = "; ".join(
             _second_opinion(trial, other, derivatives, ours) for other in ("vmap", "lockstep") if other != by
         )
         raise WrongError(_report(trial.program, by, derivatives, f"{problem}\nAnd {second}."))
 
 
-def _difference(ours: Any, right: Any) -> str | None:
+def difference_of(ours: Any, right: Any) -> str | None:
     try:
         compare(str, ours, right, RTOL)
     except MismatchError as error:
@@ -179,10 +179,10 @@ def _difference(ours: Any, right: Any) -> str | None:
 
 
 def _second_opinion(trial: Trial, by: str, derivatives: bool, ours: Any) -> str:
-    right, name, _ = _first(trial.derivatives if derivatives else trial.values, [by])
+    right, name, _ = first(trial.derivatives if derivatives else trial.values, [by])
     if name is None:
         return f"{by} refuses it"
-    return f"{by} {'does not agree' if _difference(ours, right) else 'agrees'} with replicax"
+    return f"{by} {'does not agree' if difference_of(ours, right) else 'agrees'} with replicax"
 
 
 def _report(program: Program, by: str, derivatives: bool, problem: str) -> str:
@@ -252,6 +252,7 @@ class Campaign:
         patience: The number of seconds, up to a factor of 1.5, for shrinking one failing program.
         before: Called with each program before it runs.
         after: Called after each correct program.
+        examine: Compares one program with its oracles; raises ``WrongError``.
         counts: The number of programs, by feature.
         failures: For each failure, the report of the smallest failing program.
     """
@@ -260,6 +261,7 @@ class Campaign:
     patience: float = 60.0
     before: Callable[[Program], None] = lambda program: None
     after: Callable[[], None] = lambda: None
+    examine: Callable[[Program], Verdict] = examine
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     _last: frozenset[str] = frozenset()
@@ -321,7 +323,7 @@ class Campaign:
 
     def _examine(self, program: Program) -> Verdict:
         self.before(program)
-        return examine(program)
+        return self.examine(program)
 
     def _is_variation(self, program: Program) -> bool:
         """Whether most lines are those of the previous program, as in Hypothesis's mutations."""

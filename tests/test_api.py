@@ -18,11 +18,11 @@ PUBLIC = {
     "unreplicate",
 }  # fmt: skip
 
-MODULES = {"compat", "errors", "testing"}
+MODULES = {"compat", "distributed", "errors", "testing"}
 
 #: The layers from the top down, as folders and modules. A module imports only from its own layer or a lower one.
 ROOMS = [
-    "compat", "testing", "_report", "_arrays", "_devices", "_pmap", "_runtime", "_engine",
+    "compat", "testing", "distributed", "_report", "_arrays", "_devices", "_pmap", "_runtime", "_engine",
     "_engine.primitives", "_layout", "_jax", "_messages", "_typing", "errors",
 ]  # fmt: skip
 
@@ -34,9 +34,14 @@ def test_the_public_names():
     assert {name for name in vars(replicax) if not name.startswith("_") and name not in MODULES} == PUBLIC
     assert {name for name in vars(replicax.testing) if not name.startswith("_")} == {
         "MismatchError",
+        "Processes",
         "check",
         "lockstep",
+        "processes",
     }
+    assert {name for name in vars(replicax.distributed) if not name.startswith("_")} == {
+        "initialize", "pad_rows", "replicas",
+    }  # fmt: skip
     assert {name for name in vars(replicax.compat) if not name.startswith("_")} == {
         "device_put_replicated", "device_put_sharded", "install", "installed", "pmap", "uninstall",
     }  # fmt: skip
@@ -44,7 +49,7 @@ def test_the_public_names():
 
 def test_star_imports_take_the_public_names():
     assert set(replicax.__all__) == PUBLIC | MODULES
-    for module in (replicax, replicax.compat, replicax.testing):
+    for module in (replicax, replicax.compat, replicax.distributed, replicax.testing):
         public = {name for name in vars(module) if not name.startswith("_")}
         assert set(module.__all__) == public - (set() if module is replicax else MODULES)
 
@@ -59,7 +64,7 @@ def test_the_exceptions_are_found_where_they_were():
 
 
 def test_every_public_name_is_documented():
-    for module in (replicax, replicax.errors, replicax.testing, replicax.compat):
+    for module in (replicax, replicax.errors, replicax.testing, replicax.compat, replicax.distributed):
         for name in vars(module):
             thing = getattr(module, name)
             if not name.startswith("_") and name not in MODULES:

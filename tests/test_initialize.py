@@ -1,0 +1,174 @@
+"""``replicax.distributed``: how processes find each other, how they end, and which rows they load."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import replicax
+from replicax.errors import MappedSizeError, NotAnArrayError, ProcessesError
+
+
+HEAD = """
+import sys, time
+import numpy as np, jax, replicax
+replicax.simulate_devices(2)
+replicax.distributed.initialize()
+p = jax.process_index()
+"""
+SUM = (
+    HEAD
+    + """
+out = replicax.pmap(lambda x: jax.lax.psum(x, "i"), "i")(np.full(1, 1.0 + p, np.float32))
+print("sum", np.asarray(out).tolist(), "of", jax.process_count())
+"""
+)
+
+
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torchrun(index, number):
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(number), "WORLD_SIZE": "2", "RANK": str(index)}
+
+
+def openmpi(index, number):
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{number}.0;tcp://127.0.0.1:{number}",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(index),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(index),
+    }
+
+
+def slurm(index, number):
+    return {
+        "SLURM_JOB_ID": str(number),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+    }
+
+
+LAUNCHERS = {"torchrun": torchrun, "ompi": openmpi, "slurm": slurm}
+
+
+def start(code, launcher=torchrun):
+    """Two processes that run a script, as a launcher starts them."""
+    number = port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | launcher(index, number),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+
+
+def ended(running, timeout=60):
+    """The exit status, stdout and stderr of each process."""
+    try:
+        found = [process.communicate(timeout=timeout) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(running, found, strict=True)]
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_is_recognized(launcher):
+    first, second = ended(start(SUM, LAUNCHERS[launcher]))
+    for status, out, err in (first, second):
+        assert status == 0, err
+        assert "sum [3.0] of 2" in out
+    assert f"replicax: 2 processes, found by {launcher}, coordinator " in first[1]
+    assert "replicax: " not in second[1]
+
+
+def test_without_a_launcher_there_is_one_process():
+    done = subprocess.run([sys.executable, "-c", SUM], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "replicax: one process (no launcher found)" in done.stdout
+    assert "sum [1.0] of 1" in done.stdout
+
+
+ENDS = {
+    "sys.exit(7)": 7,
+    "raise ValueError('no good')": 1,
+    "raise KeyboardInterrupt": 130,
+    "sys.exit('a word')": 1,
+}
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("end", ENDS)
+def test_a_process_ends_with_its_own_status_beside_one_that_lives(end):
+    running = start(HEAD + f"print('here', flush=True)\nif p:\n    {end}\ntime.sleep(60)")
+    began = time.monotonic()
+    try:
+        out, err = running[1].communicate(timeout=40)
+        assert running[1].returncode == ENDS[end], err
+        assert "here" in out
+        assert time.monotonic() - began < 30
+        assert running[0].poll() is None
+    finally:
+        running[0].kill()
+        ended(running[:1])
+
+
+def test_a_status_of_zero_ends_as_usual():
+    for status, out, err in ended(start(SUM + "sys.exit(0)")):
+        assert (status, "sum [3.0]" in out) == (0, True), err
+
+
+def test_a_second_call_and_a_late_call():
+    replicax.distributed.initialize()  # no launcher: nothing to do, at any time
+    assert jax.devices()
+    with pytest.raises(ProcessesError, match="must run before JAX starts"):
+        replicax.distributed.initialize("127.0.0.1:1", 2, 0)
+    with pytest.raises(ProcessesError, match="needs coordinator_address, num_processes and process_id"):
+        replicax.distributed.initialize("127.0.0.1:1")
+
+
+def test_the_replicas_of_one_process_are_all():
+    assert replicax.distributed.replicas(12) == range(12)
+    with pytest.raises(MappedSizeError, match="must be at least 1, got 0"):
+        replicax.distributed.replicas(0)
+
+
+def test_rows_are_padded_with_the_last():
+    tree = {"x": np.arange(6.0).reshape(3, 2), "y": np.arange(3)}
+    padded, mask = replicax.distributed.pad_rows(tree, 5)
+    np.testing.assert_array_equal(padded["x"], tree["x"][[0, 1, 2, 2, 2]])
+    np.testing.assert_array_equal(padded["y"], [0, 1, 2, 2, 2])
+    np.testing.assert_array_equal(mask, [True, True, True, False, False])
+    empty, mask = replicax.distributed.pad_rows(np.zeros((0, 2), np.int8), 2)
+    assert (empty.tolist(), empty.dtype, mask.tolist()) == ([[0, 0]] * 2, np.int8, [False] * 2)
+
+
+@pytest.mark.parametrize(
+    ("tree", "kind", "text"),
+    [
+        ({"a": np.zeros(3), "b": np.zeros(2)}, MappedSizeError, r"tree\['b'\] of shape \(2,\)"),
+        (np.zeros(9), MappedSizeError, r"at most 4:\n  \* tree of shape \(9,\)"),
+        (np.float32(1), MappedSizeError, r"tree of shape \(\)"),
+        ({}, MappedSizeError, "the tree has no arrays"),
+        ("rows", NotAnArrayError, "pad_rows needs concrete arrays"),
+    ],
+)
+def test_rows_that_cannot_be_padded(tree, kind, text):
+    with pytest.raises(kind, match=text):
+        replicax.distributed.pad_rows(tree, 4)

@@ -1,0 +1,155 @@
+"""Maps over several processes: own rows in, own rows out, and the values of one process with all rows."""
+
+import numpy as np
+import pytest
+
+import process_programs as programs
+from replicax.errors import ProcessesError
+from replicax.testing import processes
+
+pytestmark = pytest.mark.xdist_group("processes")
+
+#: The devices of each process, and the rows of each process in turn: equal, unequal, none, more than devices.
+GANGS = {
+    "2x2": ((2, 2), [(2, 2), (5, 2)]),
+    "2x2, more rows": ((2, 2), [(4, 4), (3, 1), (0, 3), (1, 6)]),
+    "3+1": ((3, 1), [(3, 1), (2, 5), (7, 0)]),
+    "3x1": ((1, 1, 1), [(1, 1, 1), (2, 0, 3), (4, 1, 2)]),
+    "4x2": ((2, 2, 2, 2), [(2, 2, 2, 2), (3, 0, 1, 6)]),
+}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(g, marks=[pytest.mark.long] * (g != "2x2")) for g in GANGS])
+def gang(request):
+    devices, _ = GANGS[request.param]
+    with processes(len(devices), devices=devices, timeout=300) as running:
+        yield running
+
+
+@pytest.fixture
+def rows(request):
+    """The rows of each process, in turn."""
+    return GANGS[request.node.callspec.params["gang"]][1]
+
+
+LATER = ("scan", "while", "cond", "custom_vjp", "grad inside")
+
+
+@pytest.mark.parametrize("context", ["top level", *(pytest.param(c, marks=pytest.mark.long) for c in LATER)])
+def test_the_table_of_collectives(gang, rows, context):
+    """The whole table at the top level, and a share of it in the other contexts."""
+    share = 1 if context == "top level" else 8
+    for k, counts in enumerate(rows):
+        for faults in gang.run(programs.collective_faults, context, counts, k % share, share):
+            assert faults == {}, counts
+
+
+def test_values(gang, rows):
+    for counts in rows[1:]:
+        for faults in gang.run(programs.values, counts):
+            assert faults == {}, counts
+
+
+def test_maps_inside_maps(gang, rows):
+    for counts in rows:
+        for faults in gang.run(programs.nested, (sum(counts), 4), counts):
+            assert faults == {}, counts
+
+
+def test_callbacks_come_once_from_each_replica_in_its_own_process(gang, rows):
+    for counts in rows[1:]:
+        n, first = sum(counts), 0
+        for (seen, out), own in zip(gang.run(programs.callbacks, counts), counts, strict=True):
+            assert seen == list(range(first, first + own))
+            assert out == [n * (n - 1.0)] * own
+            first += own
+
+
+def test_a_callback_that_fails_raises_in_every_process(gang, rows):
+    counts = rows[0]
+    *others, last = gang.run(programs.failing_callback, counts)
+    assert f"CallbackError: A callback of fun raised ValueError in replica {sum(counts) - 1} of 'i'" in last
+    for said in others:
+        assert f"CallbackError: A callback raised an exception in process {len(counts) - 1}. See its output." in said
+
+
+def test_a_map_over_local_devices_is_of_one_process_alone(gang):
+    first, *others = gang.run(programs.local_maps)
+    assert first == [10.0] * 5
+    assert others == [None] * len(others)
+
+
+def test_helpers_and_own_replicas(gang):
+    found = gang.run(programs.helpers)
+    ranges = [said["replicas"] for said in found]
+    assert [k for a, b in ranges for k in range(a, b)] == list(range(10))
+    total = sum(np.arange(4 * (b - a)).sum() for a, b in ranges)
+    for said, (a, b) in zip(found, ranges, strict=True):
+        assert said["first"] == [1 + total] * 3
+        assert said["rows"] == b - a
+        assert said["fetched"] == (b - a, 3)
+
+
+def test_stages(gang, rows):
+    counts = rows[-1]
+    n = sum(counts)
+    total = [float(n * (n - 1)), float(n * n)]
+    for (shape, compiled, called), own in zip(gang.run(programs.ahead_of_time, counts), counts, strict=True):
+        assert shape == (own, 2)
+        assert compiled == called == [total] * own
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Faults: each process gets an error that says who has what, and goes on
+
+
+@pytest.fixture(scope="module")
+def two():
+    with processes(2, devices=2, timeout=100) as running:
+        yield running
+
+
+BOTH = {
+    "in_another_order": [
+        "The processes do not call the same map",
+        "process 0: add(x: float32[3] mapped along 0)",
+        "process 1: double(x: float32[3] mapped along 0)",
+    ],
+    "of_another_type": ["process 0: add(x: float32[3] ", "process 1: add(x: float32[4] "],
+    "closing_over_another_array": ["not the same program", "the values of closed-over arrays: process 0 has "],
+    "that_depends_on_the_process": ["not the same program", "the traced program: process 0 has "],
+    "with_another_unmapped_argument": ["different values of arguments with in_axes=None", "process 0: {'y': '"],
+    "with_an_array_of_all_processes": ["of shape (4, 3) lies on devices of other processes", "replicax.fetch(x)"],
+    "without_rows": ["pmap needs at least one replica", "process 1 has 0 replicas"],
+    "with_another_axis_size": ["axis_size is 3", "process 0 has 2 replicas"],
+    "under_grad": ["over several processes are not supported yet", "pmap(jax.grad(f))"],
+}
+
+
+@pytest.mark.parametrize("fault", BOTH)
+def test_a_fault_is_an_error_in_both_processes(fault, two):
+    for said in two.run(getattr(programs, fault)):
+        for text in BOTH[fault]:
+            assert text in said
+    assert two.run(programs.agrees_again) == [[[4.0] * 3] * 2] * 2
+
+
+def test_a_function_that_raises_in_one_process(two):
+    first, second = two.run(programs.that_raises_in_one_process)
+    assert second == "ValueError: not here"
+    assert "tracing it has raised in another process" in first
+    assert "process 1: ValueError: not here" in first
+    assert two.run(programs.agrees_again) == [[[4.0] * 3] * 2] * 2
+
+
+def test_a_process_that_never_comes():
+    with processes(2) as two:
+        first, second = two.run(programs.never_comes)
+    assert first.startswith("ProcessesError: Process 0 waited 3 seconds, and process 1 has not come")
+    assert second == "elsewhere"
+
+
+def test_a_process_that_is_warm_under_another_signature_is_ended():
+    with processes(2) as two, pytest.raises(ProcessesError) as caught:
+        two.run(programs.warm_and_not)
+    assert "process 0 ended with exit status 75" in str(caught.value)
