@@ -48,9 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = train_everywhere(console, digits, devices, options.epochs)
     check(console, runs)
     show_surprising(console, runs[-1].params, digits, devices)
+    show_processes(console, digits, runs[0], options.epochs)
     console.print(
         f"\n[bold green]Shown[/]: {split} replicas split over {count(len(devices), 'device')}, one training run in "
-        f"{len(runs)} layouts with one result, and {len(digits.labels):,} images in one call, "
+        f"{len(runs)} layouts and in two processes with one result, and {len(digits.labels):,} images in one call, "
         f"in {time.perf_counter() - start:.1f} s."
     )
 
@@ -295,7 +296,9 @@ def comparison(runs: Sequence[Run]) -> Table:
     return table
 
 
-def check(console: Console, runs: Sequence[Run], *, accuracy: float = 0.95, tolerance: float = 1e-4) -> None:
+def check(
+    console: Console, runs: Sequence[Run], *, accuracy: float = 0.95, tolerance: float = 1e-4, said: bool = True
+) -> None:
     """Ends the demo if a run learned too little, or differs from the first by more than rounding."""
     first = runs[0]
     for run in runs:
@@ -305,6 +308,8 @@ def check(console: Console, runs: Sequence[Run], *, accuracy: float = 0.95, tole
             fail(f"{run}: the losses differ by {deviation(run, first):.0e} from those of {first}")
         if abs(run.right - first.right) > 1:  # rounding may change the class of one ambiguous image
             fail(f"{run}: the held-out accuracy is {run.accuracy:.2%}, that of {first} {first.accuracy:.2%}")
+    if not said:
+        return
     worst = max(deviation(run, first) for run in runs)
     console.print(f"[bold green]All {len(runs)} layouts agree[/]: the losses differ by {worst:.0e} at most.")
     console.print(f"Held-out accuracy: {min(run.accuracy for run in runs):.2%} of {Digits.HELD_OUT} images.")
@@ -353,6 +358,40 @@ def portrait(digits: Digits, i: int, pull: float, guess: int, shades: str) -> Pa
     seen = "trained on" if i < Digits.TRAINING else "held out"
     words = f"written   {digits.labels[i]}\ntaken for {guess} ({verdict})\n{pull:.0f} times the mean\n{seen}"
     return Panel(Text(f"{picture}\n\n{words}"), border_style="green" if verdict == "right" else "red", expand=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. Two processes
+
+PROCESSES, DEVICES_OF_EACH = 2, 2
+
+
+def show_processes(console: Console, digits: Digits, reference: Run, epochs: int) -> None:
+    """Runs the training once more in two processes, as on two hosts, and compares its losses."""
+    console.print()
+    console.print(Rule("[bold]4. Two processes[/]: the same training, each process with its own rows"))
+    with replicax.testing.processes(PROCESSES, devices=DEVICES_OF_EACH, timeout=300) as both:
+        found = both.run(train_own_rows, epochs)
+    for mine, losses, params in found:
+        run = Run(7, PROCESSES * DEVICES_OF_EACH, params, np.asarray(losses), held_out_right(params, digits))
+        console.print(
+            f"Replicas {mine.start} to {mine.stop - 1} of 7: final loss {losses[-1]:.6f}, held-out accuracy "
+            f"{run.accuracy:.2%}; the losses differ by {deviation(run, reference):.0e} from those of {reference}."
+        )
+        check(console, [reference, run], said=False)
+
+
+def train_own_rows(epochs: int) -> tuple[range, list[float], Params]:
+    """What each process runs. It passes only its own replicas, out of 7 of all processes."""
+    mine = replicax.distributed.replicas(7)
+    step = replicax.pmap(train_step, "replicas", in_axes=(None, 0), out_axes=None)
+    params = new_params()
+    state, losses = (params, jax.tree.map(jnp.zeros_like, params)), []
+    for batch in load_data().batches(epochs):
+        rows = {key: np.asarray(x).reshape(7, -1, *x.shape[1:])[mine.start : mine.stop] for key, x in batch.items()}
+        state, loss = step(state, rows)
+        losses.append(float(loss))
+    return mine, losses, jax.device_get(state[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------

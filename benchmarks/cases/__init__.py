@@ -1,6 +1,6 @@
 """The benchmark cases: one module per group, in the order of the table."""
 
-from cases import compile_time, dispatch, gpu, inputs, peers, results, throughput
+from cases import compile_time, dispatch, gpu, inputs, peers, processes, results, throughput
 
 #: Each module has a function ``cases(quick: bool) -> list[Case]``.
 GROUPS = {
@@ -10,5 +10,6 @@ GROUPS = {
     "compile": compile_time,
     "throughput": throughput,
     "peers": peers,
+    "processes": processes,
     "gpu": gpu,
 }
