@@ -8,7 +8,8 @@
 #   make sweep    the whole table of replicas x devices x collectives x types x control flow (long)
 #   make table    the table collective x context, run and printed
 #   make bench    the benchmarks, as ratios to their limits (ten minutes; QUICK=1: four; PAGE=1: and into docs/benchmarks.md)
-#   make fuzz     random programs against the oracles, for MINUTES=10, from SEED=(a random one)
+#   make fuzz     random programs against the oracles, for MINUTES=10, from SEED=(a random one); PROCESSES=2: over that
+#                 many processes, with 4 devices each, or as in DEVICES='3 1'
 #   make clients  packages from PyPI that use jax.pmap, on JAX's own and on replicax (an environment of their own)
 #
 # PYTHON, VENV and JAX choose the interpreter, the environment and the release of JAX, as in
@@ -24,6 +25,8 @@ PAGE ?=
 BENCH_ARGS ?=
 MINUTES ?= 10
 SEED ?=
+PROCESSES ?=
+DEVICES ?=
 
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
@@ -54,7 +57,8 @@ bench: $(VENV)-bench/installed
 	$(if $(QUICK),,$(VENV)-bench/bin/python benchmarks/plot.py benchmarks/results.json docs/benchmarks.png)
 
 fuzz: $(STAMP)
-	$(BIN)/python tests/fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python tests/$(if $(PROCESSES)$(DEVICES),fuzz_processes,fuzz).py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) \
+	    $(if $(PROCESSES),--processes $(PROCESSES)) $(if $(DEVICES),--devices $(DEVICES))
 
 clients: $(VENV)-clients/installed
 	$(VENV)-clients/bin/python clients/run.py $(CLIENTS)

@@ -24,8 +24,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=None, help="what all programs follow from; random by default")
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--devices", type=int, nargs="+", default=[4, 4], help="the devices of each process")
+    parser.add_argument("--processes", type=int, default=2, help="the number of processes, of 4 devices each")
+    parser.add_argument("--devices", type=int, nargs="+", help="the devices of each process")
     options = parser.parse_args()
+    options.devices = options.devices or [4] * options.processes
     number = random.randrange(10**6) if options.seed is None else options.seed
     console, start = Console(width=120 if not sys.stdout.isatty() else None), time.monotonic()
     console.print(f"{options.minutes:g} minutes of random programs on {options.devices} devices: seed {number}")

@@ -13,7 +13,6 @@ import pytest
 import replicax
 from replicax.errors import MappedSizeError, NotAnArrayError, ProcessesError
 
-
 HEAD = """
 import sys, time
 import numpy as np, jax, replicax
