@@ -66,6 +66,8 @@ def exchange(processes: Sequence[int], statement: Statement, what: str) -> dict[
             "jax.distributed.initialize) in each process first."
         )
     _watch(client)
+    if (told := _aborted(client)) is not None:  # the processes are not at the same point any more
+        raise ProcessesError(told)
     group = tuple(processes)
     with _lock:
         number = next(_numbers.setdefault(group, itertools.count()))

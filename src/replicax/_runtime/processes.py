@@ -143,24 +143,26 @@ def agree_on_program(shares: Sequence[Share], name: str, build: Callable[[], Own
     processes = [share.process for share in shares]
     try:
         program = build()
+        digests = _digests(program.spec)
     except Exception as error:
         said = f"{type(error).__name__}: {text_of(error)}"
         _tell(processes, {"error": said.splitlines()[0]}, name)
         raise
-    every = agreement.exchange(processes, _digests(program.spec), f"has traced {name}")
+    every = agreement.exchange(processes, digests, f"has traced {name}")
     errors = [f"process {p}: {said['error']}" for p, said in every.items() if "error" in said]
     if errors:
         raise ProcessesError(
             report(f"{name} cannot run, because tracing it has raised in another process:", errors, "See its output.")
         )
     own = every[jax.process_index()]
-    differ = [what for what in own if len({said[what] for said in every.values()}) > 1]
+    differ = [what for what in own if len({said.get(what) for said in every.values()}) > 1]
     if differ:
         raise ProcessesError(
             report(
                 f"{name} is not the same program in all processes. They differ in:",
                 [
-                    f"{what}: " + ", ".join(f"process {p} has {said[what][:8]}" for p, said in every.items())
+                    f"{what}: "
+                    + ", ".join(f"process {p} has {said.get(what, 'none')[:8]}" for p, said in every.items())
                     for what in differ
                 ],
                 "The function must not depend on the process: no jax.process_index() in it, no global variable or "
