@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import ipaddress
 import os
 import socket
 import sys
@@ -127,11 +126,13 @@ def _has_accelerators() -> bool:
 
 
 def _bind_address(address: str) -> str | None:
-    """The address on which process 0 listens; None to let JAX decide."""
+    """The address on which process 0 listens; None if the coordinator's address is not an interface of this host."""
     host, _, port = address.rpartition(":")
     try:
-        found = ipaddress.ip_address(socket.gethostbyname(host.strip("[]")))
-    except (OSError, ValueError):
+        found = socket.gethostbyname(host)
+        with socket.socket() as probe:
+            probe.bind((found, 0))
+    except OSError:  # an IPv6 address, or one that is translated on the way here
         return None
     return f"{found}:{port}"
 
