@@ -1,6 +1,7 @@
 """``replicax.distributed``: how processes find each other, how they end, and which rows they load."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -97,6 +98,58 @@ def test_a_launcher_is_recognized(launcher):
     assert "replicax: " not in second[1]
 
 
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+def test_mpirun_starts_two_processes():
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-c", SUM]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "found by ompi" in done.stdout
+    assert done.stdout.count("sum [3.0] of 2") == 2
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces, each with its own address, as two hosts on one network."""
+
+    def ip(*words):
+        return subprocess.run(["ip", *words], capture_output=True, check=False).returncode == 0
+
+    names = [f"replicax{os.getpid()}{which}" for which in "ab"]
+    addresses = ["10.77.0.1", "10.77.0.2"]
+    try:
+        made = shutil.which("ip") is not None and all(ip("netns", "add", name) for name in names)
+        ends = ["e0", "netns", names[0], "type", "veth", "peer", "name", "e1", "netns", names[1]]
+        if not (made and ip("link", "add", *ends)):
+            pytest.skip("this machine does not allow network namespaces")
+        for k, (name, address) in enumerate(zip(names, addresses, strict=True)):
+            assert ip("-n", name, "addr", "add", f"{address}/24", "dev", f"e{k}")
+            assert ip("-n", name, "link", "set", "lo", "up")
+            assert ip("-n", name, "link", "set", f"e{k}", "up")
+        yield names, addresses
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+@pytest.mark.long
+def test_two_hosts_connect_over_their_network(hosts):
+    names, addresses = hosts
+    running = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, "-c", SUM],
+            env=os.environ | torchrun(index, 4242) | {"MASTER_ADDR": addresses[0]},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, name in enumerate(names)
+    ]
+    for status, out, err in ended(running):
+        assert status == 0, err
+        assert "sum [3.0] of 2" in out
+
+
 def test_without_a_launcher_there_is_one_process():
     done = subprocess.run([sys.executable, "-c", SUM], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -112,7 +165,7 @@ ENDS = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("end", ENDS)
 def test_a_process_ends_with_its_own_status_beside_one_that_lives(end):
     running = start(HEAD + f"print('here', flush=True)\nif p:\n    {end}\ntime.sleep(60)")
@@ -128,6 +181,7 @@ def test_a_process_ends_with_its_own_status_beside_one_that_lives(end):
         ended(running[:1])
 
 
+@pytest.mark.long
 def test_a_status_of_zero_ends_as_usual():
     for status, out, err in ended(start(SUM + "sys.exit(0)")):
         assert (status, "sum [3.0]" in out) == (0, True), err

@@ -39,6 +39,7 @@ from replicax._jax.processes import detected_cluster as detected_cluster
 from replicax._jax.processes import on_own_shards as on_own_shards
 from replicax._jax.processes import own_part as own_part
 from replicax._jax.processes import own_parts as own_parts
+from replicax._jax.processes import use_address as use_address
 from replicax._jax.random import draws_batches as draws_batches
 from replicax._jax.random import zeros as zeros
 from replicax._jax.rules import bind_again as bind_again

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,17 @@ from replicax._typing import Array, PyTree
 def client() -> Any:
     """The client of ``jax.distributed``'s service; None before ``jax.distributed.initialize``."""
     return distributed.global_state.client
+
+
+def use_address(own: str) -> None:
+    """Makes the CPU collectives of this process listen on an address of its host.
+
+    By default, gloo listens on the address that the host's name resolves to, which on many hosts is a loopback
+    address, so that other hosts cannot connect.
+    """
+    with contextlib.suppress(AttributeError):
+        made = jaxlib.make_gloo_tcp_collectives
+        jaxlib.make_gloo_tcp_collectives = functools.partial(made, hostname=own)
 
 
 def on_own_shards(

@@ -86,6 +86,8 @@ def initialize(
             "replicax.distributed.initialize must run before JAX starts, but this process has already created an array "
             "or listed its devices. Call it right after the imports."
         )
+    if (own := _own_address(found.address)) is not None:
+        _jax.use_address(own)
     try:
         jax.distributed.initialize(
             found.address,
@@ -123,6 +125,17 @@ def _completed(given: _Found) -> _Found:
 def _has_accelerators() -> bool:
     """Whether JAX may use something other than CPUs here."""
     return (jax.config.jax_platforms or "").split(",")[0] != "cpu"
+
+
+def _own_address(coordinator: str) -> str | None:
+    """The address of this host on the way to the coordinator; None if that is unknown."""
+    host, _, port = coordinator.rpartition(":")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((socket.gethostbyname(host), int(port)))  # sends nothing
+            return str(probe.getsockname()[0])
+    except (OSError, ValueError):
+        return None
 
 
 def _bind_address(address: str) -> str | None:
