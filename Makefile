@@ -10,9 +10,13 @@
 #   make bench    the benchmarks, as ratios to their limits (ten minutes; QUICK=1: four; PAGE=1: and into docs/benchmarks.md)
 #   make fuzz     random programs against the oracles, for MINUTES=10, from SEED=(a random one)
 #   make clients  packages from PyPI that use jax.pmap, on JAX's own and on replicax (an environment of their own)
+#   make dist     the source distribution and the wheel, in dist/
 #
 # PYTHON, VENV and JAX choose the interpreter, the environment and the release of JAX, as in
 #   make test PYTHON=python3.13 VENV=.venv-new JAX='jax==0.12.0'
+#
+# For test, test-all and check:
+#   WHEEL=1        installs the built wheel, and not the sources in place
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,11 +28,18 @@ PAGE ?=
 BENCH_ARGS ?=
 MINUTES ?= 10
 SEED ?=
+WHEEL ?=
 
 BIN = $(VENV)/bin
-STAMP = $(VENV)/installed
+STAMP = $(VENV)/installed$(if $(WHEEL),-wheel)
+EXTRAS = [test,check,clients]
+PACKAGE = $(if $(WHEEL),"$$(echo dist/*.whl)$(EXTRAS)",-e '.$(EXTRAS)')
+INSTALLED = $$($(BIN)/python -c 'import importlib.util; print(*importlib.util.find_spec("replicax").submodule_search_locations)')
 
-.PHONY: help demo test test-all check sweep table bench fuzz clients clean
+# Doctests are collected from the package under test.
+PYTEST = $(BIN)/python -m pytest $(if $(WHEEL),-o testpaths="tests README.md docs $(INSTALLED)") $(PYTEST_ARGS)
+
+.PHONY: help demo test test-all check sweep table bench fuzz clients dist clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -37,10 +48,10 @@ demo: $(STAMP)
 	$(BIN)/python demo/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "long or not long"
+	$(PYTEST) -m "long or not long"
 
 sweep: $(STAMP)
 	REPLICAX_SWEEP=full $(BIN)/python -m pytest $(PYTEST_ARGS) -m "long or not long" tests/test_sweep.py tests/test_transforms.py tests/test_placement.py
@@ -66,11 +77,27 @@ check: $(STAMP)
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 
-$(STAMP): pyproject.toml Makefile
+# pip keeps an installed wheel of the same version, so the package is uninstalled first.
+$(STAMP): pyproject.toml Makefile $(if $(WHEEL),dist/built)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "replicax needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade '$(JAX)' -e '.[test,check,clients]'
+	rm -f $(VENV)/installed*
+	$(BIN)/python -m pip uninstall --quiet --yes replicax
+	$(BIN)/python -m pip install --quiet --upgrade '$(JAX)' $(PACKAGE)
+ifdef WHEEL
+	diff -r -x __pycache__ src/replicax "$(INSTALLED)"
+endif
 	touch $(STAMP)
+
+dist: dist/built
+
+# The wheel is built from the source distribution, so both are complete.
+dist/built: pyproject.toml README.md LICENSE requirements/build.in $(shell find src -type f ! -name '*.pyc')
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet --upgrade -r requirements/build.in
+	rm -rf dist
+	$(VENV)-dist/bin/python -m build --no-isolation
+	touch $@
 
 $(VENV)-clients/installed: pyproject.toml Makefile clients/requirements.txt
 	$(PYTHON) -m venv $(VENV)-clients
@@ -83,4 +110,4 @@ $(VENV)-bench/installed: pyproject.toml Makefile benchmarks/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-clients $(VENV)-bench .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-bench $(VENV)-dist dist .mypy_cache .pytest_cache .ruff_cache
