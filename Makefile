@@ -4,6 +4,7 @@
 #   make demo     installs what it needs and does the main job on real data
 #   make test     a few cases of each kind of test, in some minutes
 #   make test-all the whole test suite
+#   make test-long what test-all runs and test does not
 #   make check    linter, formatter, strict types, and the workflow files against their schema
 #   make sweep    the whole table of replicas x devices x collectives x types x control flow (long)
 #   make table    the table collective x context, run and printed
@@ -16,9 +17,10 @@
 # PYTHON, VENV and JAX choose the interpreter, the environment and the release of JAX, as in
 #   make test PYTHON=python3.13 VENV=.venv-new JAX='jax==0.12.0'
 #
-# For test, test-all and check:
+# For test, test-all, test-long and check:
 #   WHEEL=1        installs the built wheel, and not the sources in place
 #   LOCKED=newest  installs the versions in requirements/newest.txt; LOCKED=oldest is for Python 3.11 with JAX 0.10.2
+#   COVERAGE=1     measures the coverage, and fails below the floor in pyproject.toml (for test and test-all)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -32,6 +34,7 @@ MINUTES ?= 10
 SEED ?=
 WHEEL ?=
 LOCKED ?=
+COVERAGE ?=
 
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed$(if $(WHEEL),-wheel)$(if $(LOCKED),-$(LOCKED))
@@ -40,10 +43,12 @@ EXTRAS = [test,check,clients]
 PACKAGE = $(if $(WHEEL),"$$(echo dist/*.whl)$(EXTRAS)",-e '.$(EXTRAS)')
 INSTALLED = $$($(BIN)/python -c 'import importlib.util; print(*importlib.util.find_spec("replicax").submodule_search_locations)')
 
-# Doctests are collected from the package under test.
-PYTEST = $(BIN)/python -m pytest $(if $(WHEEL),-o testpaths="tests README.md docs $(INSTALLED)") $(PYTEST_ARGS)
+# Doctests are collected from the package under test. On Python 3.11, coverage has no sysmon, which is faster.
+PYTEST = $(if $(COVERAGE),COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')) \
+    $(BIN)/python -m pytest $(if $(WHEEL),-o testpaths="tests README.md docs $(INSTALLED)") $(if $(COVERAGE),--cov --cov-report=term) \
+    $(PYTEST_ARGS)
 
-.PHONY: help demo test test-all check sweep table bench fuzz clients dist lock clean
+.PHONY: help demo test test-all test-long check sweep table bench fuzz clients dist lock clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -56,6 +61,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) -m "long or not long"
+
+test-long: $(STAMP)
+	$(PYTEST) -m long
 
 sweep: $(STAMP)
 	REPLICAX_SWEEP=full $(BIN)/python -m pytest $(PYTEST_ARGS) -m "long or not long" tests/test_sweep.py tests/test_transforms.py tests/test_placement.py
@@ -132,4 +140,4 @@ $(VENV)-bench/installed: pyproject.toml Makefile benchmarks/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-clients $(VENV)-bench $(VENV)-dist $(VENV)-lock dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-bench $(VENV)-dist $(VENV)-lock dist .coverage .mypy_cache .pytest_cache .ruff_cache
