@@ -4,16 +4,24 @@
 #   make demo     installs what it needs and does the main job on real data
 #   make test     a few cases of each kind of test (four minutes on two idle cores)
 #   make test-all the whole test suite
-#   make check    linter, formatter and strict types
+#   make test-long what test-all runs and test does not
+#   make check    linter, formatter, strict types, and the workflow files against their schema
 #   make sweep    the whole table of replicas x devices x collectives x types x control flow (long)
 #   make table    the table collective x context, run and printed
 #   make bench    the benchmarks, as ratios to their limits (ten minutes; QUICK=1: four; PAGE=1: and into docs/benchmarks.md)
 #   make fuzz     random programs against the oracles, for MINUTES=10, from SEED=(a random one); PROCESSES=2: over that
 #                 many processes, with 4 devices each, or as in DEVICES='3 1'
 #   make clients  packages from PyPI that use jax.pmap, on JAX's own and on replicax (an environment of their own)
+#   make dist     the source distribution and the wheel, in dist/
+#   make lock     writes the newest versions of all that the environment installs to requirements/*.txt
 #
 # PYTHON, VENV and JAX choose the interpreter, the environment and the release of JAX, as in
 #   make test PYTHON=python3.13 VENV=.venv-new JAX='jax==0.12.0'
+#
+# For test, test-all, test-long and check:
+#   WHEEL=1        installs the built wheel, and not the sources in place
+#   LOCKED=newest  installs the versions in requirements/newest.txt; LOCKED=oldest is for Python 3.11 with JAX 0.10.2
+#   COVERAGE=1     measures the coverage, and fails below the floor in pyproject.toml (for test and test-all)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,11 +35,23 @@ MINUTES ?= 10
 SEED ?=
 PROCESSES ?=
 DEVICES ?=
+WHEEL ?=
+LOCKED ?=
+COVERAGE ?=
 
 BIN = $(VENV)/bin
-STAMP = $(VENV)/installed
+STAMP = $(VENV)/installed$(if $(WHEEL),-wheel)$(if $(LOCKED),-$(LOCKED))
+LOCK = $(if $(LOCKED),requirements/$(LOCKED).txt)
+EXTRAS = [test,check,clients]
+PACKAGE = $(if $(WHEEL),"$$(echo dist/*.whl)$(EXTRAS)",-e '.$(EXTRAS)')
+INSTALLED = $$($(BIN)/python -c 'import importlib.util; print(*importlib.util.find_spec("replicax").submodule_search_locations)')
 
-.PHONY: help demo test test-all check sweep table bench fuzz clients clean
+# Doctests are collected from the package under test. On Python 3.11, coverage has no sysmon, which is faster.
+PYTEST = $(if $(COVERAGE),COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')) \
+    $(BIN)/python -m pytest $(if $(WHEEL),-o testpaths="tests README.md docs $(INSTALLED)") $(if $(COVERAGE),--cov --cov-report=term) \
+    $(PYTEST_ARGS)
+
+.PHONY: help demo test test-all test-long check sweep table bench fuzz clients dist lock clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -40,10 +60,13 @@ demo: $(STAMP)
 	$(BIN)/python demo/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "long or not long"
+	$(PYTEST) -m "long or not long"
+
+test-long: $(STAMP)
+	$(PYTEST) -m long
 
 sweep: $(STAMP)
 	REPLICAX_SWEEP=full $(BIN)/python -m pytest $(PYTEST_ARGS) -m "long or not long" tests/test_sweep.py tests/test_transforms.py tests/test_placement.py
@@ -67,12 +90,48 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 
-$(STAMP): pyproject.toml Makefile
+# pip keeps an installed wheel of the same version, so the package is uninstalled first. With --no-index, pip fails if the
+# lock file lacks a package.
+$(STAMP): pyproject.toml Makefile $(LOCK) $(if $(LOCKED),requirements/build.in) $(if $(WHEEL),dist/built)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "replicax needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade '$(JAX)' -e '.[test,check,clients]'
+	rm -f $(VENV)/installed*
+	$(BIN)/python -m pip uninstall --quiet --yes replicax
+ifdef LOCKED
+	$(BIN)/python -m pip install --quiet --require-hashes -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-index --no-build-isolation $(PACKAGE)
+else
+	$(BIN)/python -m pip install --quiet --upgrade '$(JAX)' $(PACKAGE)
+endif
+ifdef WHEEL
+	diff -r -x __pycache__ src/replicax "$(INSTALLED)"
+endif
 	touch $(STAMP)
+
+dist: dist/built
+
+# The wheel is built from the source distribution, so both are complete.
+dist/built: pyproject.toml README.md LICENSE requirements/build.in $(shell find src -type f ! -name '*.pyc')
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet --upgrade $(if $(LOCKED),--require-hashes -r requirements/build.txt,-r requirements/build.in)
+	rm -rf dist
+	$(VENV)-dist/bin/python -m build --no-isolation
+	touch $@
+
+COMPILE = $(VENV)-lock/bin/uv pip compile --quiet --upgrade --generate-hashes --no-annotate --custom-compile-command 'make lock'
+COMPILE_ALL = $(COMPILE) pyproject.toml requirements/build.in --extra test --extra check --extra clients
+
+# uv does not read pip's configuration: with a mirror of PyPI, set UV_DEFAULT_INDEX. The result does not contain it.
+lock:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet --upgrade uv
+	$(COMPILE) requirements/build.in --python-version 3.11 --universal -o requirements/build.txt
+	echo jax==0.10.2 | $(COMPILE_ALL) --constraint - --python-version 3.11 -o requirements/oldest.txt
+	$(COMPILE_ALL) --python-version 3.12 --universal -o requirements/newest.txt
+	! grep -nE '://|@ |^-' requirements/*.txt  # names, versions and hashes, but no address and no path
 
 $(VENV)-clients/installed: pyproject.toml Makefile clients/requirements.txt
 	$(PYTHON) -m venv $(VENV)-clients
@@ -85,4 +144,4 @@ $(VENV)-bench/installed: pyproject.toml Makefile benchmarks/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-clients $(VENV)-bench .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-bench $(VENV)-dist $(VENV)-lock dist .coverage .mypy_cache .pytest_cache .ruff_cache

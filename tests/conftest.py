@@ -16,6 +16,11 @@ replicax.simulate_devices(8)
 collect_ignore = ["typed_calls.py"]
 
 
+def pytest_report_header():
+    """Shows which package is under test: the sources, or an installed wheel."""
+    return f"replicax {replicax.__version__}: {replicax.__path__[0]}"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items, config):
     """Marks as long all cases of a test but those that ``few`` keeps: ``make test`` skips them."""

@@ -83,9 +83,12 @@ def values(counts):
     compare("keys", lambda k: (jax.random.normal(k, (2,)), lax.psum(jax.random.uniform(k), AXIS)), (keys,), 0, (0, 0))
     compare("keys out", lambda k: (jax.random.fold_in(k, 7), 1.0), (keys,), 0, (0, 0))
     compare("empty", lambda a: (a[:0], a), (x,), 0, (0, 0))
-    for dtype in ("bool", "int8", "uint16", "int32", "bfloat16", "float16", "complex64"):
+    for dtype in ("bool", "int4", "int8", "uint16", "int32", "bfloat16", "float16", "complex64"):
         compare(dtype, lambda a: (a, lax.all_gather(a, AXIS)), ((x * 9).astype(dtype),), 0, (0, 0))
     compare("donated", lambda a: (a * 2, lax.psum(a, AXIS)), (jnp.asarray(x),), 0, (0, 0), donate_argnums=0)
+    none = np.zeros((n, 2), jax.dtypes.float0)
+    if (got := pmap(lambda a: a)(own(none, counts))).shape != (counts[jax.process_index()], 2) or got.dtype != bool:
+        found["float0"] = f"{got.dtype}{got.shape}"
     static = pmap(lambda a, k: a * k, static_broadcasted_argnums=1)(own(x, counts), 3)
     if fault := difference(static, own(x * 3, counts), 1e-6):
         found["static"] = fault

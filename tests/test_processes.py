@@ -22,7 +22,7 @@ GANGS = {
 @pytest.fixture(scope="module", params=[pytest.param(g, marks=[pytest.mark.long] * (g != "2x2")) for g in GANGS])
 def gang(request):
     devices, _ = GANGS[request.param]
-    with processes(len(devices), devices=devices, timeout=300) as running:
+    with processes(len(devices), devices=devices, timeout=120) as running:
         yield running
 
 

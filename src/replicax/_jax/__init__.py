@@ -34,6 +34,7 @@ from replicax._jax.jaxprs import trace_flat as trace_flat
 from replicax._jax.jaxprs import with_results as with_results
 from replicax._jax.jaxprs import without_constants as without_constants
 from replicax._jax.jaxprs import without_mesh as without_mesh
+from replicax._jax.processes import call_unchecked as call_unchecked
 from replicax._jax.processes import client as client
 from replicax._jax.processes import detected_cluster as detected_cluster
 from replicax._jax.processes import on_own_shards as on_own_shards

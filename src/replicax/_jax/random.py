@@ -39,7 +39,9 @@ _DRAWS = {
 
 
 def zeros(x: jax.ShapeDtypeStruct) -> Array:
-    """Returns zeros of a type, which may be that of typed keys."""
+    """Returns zeros of a type, which may be that of typed keys; bools for float0, as XLA has in its place."""
+    if x.dtype == jax.dtypes.float0:
+        return jax.numpy.zeros(x.shape, np.bool_)
     if not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.numpy.zeros(x.shape, x.dtype)
     impl: Any = x.dtype._impl

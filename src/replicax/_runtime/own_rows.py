@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import numpy as np
 
 from replicax import _jax
 from replicax._engine.blocks import on_data, real_rows
@@ -26,7 +27,11 @@ class OwnRows(Executable):
     @cached_property
     def _compiled(self) -> Function:
         """The program, which takes padded rows of this process, and returns arrays over all processes."""
-        return cpp.fast_call(self._on_own_shards(self.traced.lower().compile()))
+        return cpp.fast_call(self._own_compiled)
+
+    @cached_property
+    def _own_compiled(self) -> jax.stages.Compiled:
+        return self._on_own_shards(self.traced.lower().compile())
 
     def _on_own_shards(self, compiled: jax.stages.Compiled) -> jax.stages.Compiled:
         spec, own = self.spec, self.spec.layout.local
@@ -56,22 +61,31 @@ class OwnRows(Executable):
             )
         with self._turn:
             compiled = self._compiled
-        if self._has_run:
-            return self._own_results(self._called(compiled, leaves))
-        results, self.known = self._called(functools.partial(_first_run, compiled), leaves)
+        try:
+            if self._has_run:
+                return self._own_results(self._called(compiled, leaves))
+            results, self.known = self._called(functools.partial(_first_run, compiled), leaves)
+        except ValueError:
+            # JAX 0.10 says, wrongly, that 4-bit arguments have another layout in memory.
+            # Workaround: layouts_of_four_bits.
+            results = self._called(functools.partial(_jax.call_unchecked, self._own_compiled), leaves)
         self._has_run = True
         return self._own_results(results)
 
     @property
     def takes_parts_alone(self) -> bool:
         """Whether the results of this process are its parts of the program's results, without any other step."""
-        return not self.spec.layout.local.axis.padding and not self.empty
+        return not self.spec.layout.local.axis.padding and not self.constant
 
     @cached_property
-    def empty(self) -> dict[int, Array]:
-        """The results without elements, by position. XLA has them whole on each device."""
+    def constant(self) -> dict[int, Array]:
+        """The results without elements, which XLA has whole on each device, and those of float0, by position."""
         types, where = self.spec.out_types(self.spec.layout.local.padded_size), self.spec.layout.local.sharding(None)
-        return {k: jax.device_put(_jax.zeros(x), where) for k, x in enumerate(types) if 0 in self.spec.out[k].shape}
+        return {
+            k: jax.device_put(_jax.zeros(x), where)
+            for k, x in enumerate(types)
+            if 0 in self.spec.out[k].shape or x.dtype == jax.dtypes.float0
+        }
 
     def _called(self, compiled: Function, leaves: Sequence[Array]) -> Any:
         Running.calls += 1
@@ -83,7 +97,7 @@ class OwnRows(Executable):
     def _own_results(self, results: Sequence[Array]) -> Sequence[Array]:
         """This process's rows of the results, without padding."""
         own = list(map(_jax.own_part, results))
-        for k, x in self.empty.items():
+        for k, x in self.constant.items():
             own[k] = x
         if _jax.looks_for_nans():
             _refuse_nans(self.spec.name, own)
@@ -106,10 +120,14 @@ class OwnRows(Executable):
         """The padding that this process passes for each mapped argument if it has no replicas: zeros."""
         spec, rows = self.spec, self.spec.layout.local.padded_size
         each = zip(spec.inputs.types, spec.inputs.axes, spec.own_in_shardings, strict=True)
-        return [
-            None if axis is None else jax.device_put(_jax.zeros(with_rows(x, axis, rows)), where)
-            for x, axis, where in each
-        ]
+        found: list[Any] = []
+        for x, axis, where in each:
+            padded = with_rows(x, axis, rows)
+            if padded.dtype == jax.dtypes.float0:
+                found.append(np.zeros(padded.shape, padded.dtype))
+            else:
+                found.append(None if axis is None else jax.device_put(_jax.zeros(padded), where))
+        return found
 
 
 def _first_run(compiled: Function, *leaves: Array) -> tuple[Sequence[Array], Known | None]:
