@@ -63,7 +63,7 @@ def replicate(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax
     """
     check_arrays("replicate", tree)
     if axis_size is None:
-        axis_size = len(_devices(devices))
+        axis_size = len(_all_devices() if devices is None else check_devices(devices))
     if as_int("axis_size", axis_size) < 1:
         raise MappedSizeError(
             f"replicate: axis_size is the number of replicas and must be at least 1, got {axis_size}."
@@ -72,10 +72,8 @@ def replicate(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax
     return pmap(_identity, in_axes=None, axis_size=axis_size, devices=where)(tree)
 
 
-def _devices(devices: Sequence[jax.Device] | None) -> tuple[jax.Device, ...]:
-    """The given devices. By default, all devices; with several processes, those of this process."""
-    if devices is not None:
-        return check_devices(devices)
+def _all_devices() -> tuple[jax.Device, ...]:
+    """The default devices: all; with several processes, those of this process."""
     return tuple(jax.devices() if jax.process_count() == 1 else jax.local_devices())
 
 
@@ -120,7 +118,7 @@ def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Dev
     """
     check_arrays("shard", tree)
     _check_deleted("shard", tree, jax.tree.leaves(tree))
-    devices = _devices(devices)
+    devices = _all_devices() if devices is None else check_devices(devices)
     size = len(devices) if axis_size is None else as_int("axis_size", axis_size)
     if size < 1:
         raise MappedSizeError(f"shard: axis_size is the number of replicas and must be at least 1, got {size}.")
