@@ -226,6 +226,7 @@ def test_sparse_matrices(n, case):
     same(lockstep(fun, axis_name="i", in_axes=in_axes, out_axes=out_axes)(matrices(n), rows(3)), right)
 
 
+@pytest.mark.long
 def test_sparse_matrices_that_all_replicas_get_whole_and_in_keywords():
     one = BCOO.fromdense(jnp.asarray(np.eye(4, 3, dtype=np.float32)))
     fun = lambda m, v, scale=None: (m @ v, m) if scale is None else (scale @ v, m)

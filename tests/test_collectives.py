@@ -391,7 +391,7 @@ HIGHER_ORDER: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.few("checkpoint, by name-5on3", "custom_linear_solve-5on3", "all of them-5on3")
+@pytest.mark.few("checkpoint, by name-5on3", "custom_linear_solve-5on3")
 @pytest.mark.parametrize("pair", [(5, 3), (4, 4)], ids="{0[0]}on{0[1]}".format)
 @pytest.mark.parametrize("name", HIGHER_ORDER)
 def test_higher_order_functions_with_collectives_inside(name, pair):
