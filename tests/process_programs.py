@@ -270,3 +270,30 @@ def ahead_of_time(counts):
     shape = mapped.eval_shape(x).shape
     compiled = mapped.lower(x).compile()
     return shape, np.asarray(compiled(x)).tolist(), np.asarray(mapped(x)).tolist()
+
+
+def under_a_tracer_when_warm():
+    """A map that was called eagerly, then under ``jit`` with global arrays, in ``eval_shape``, and in another map."""
+    mapped = pmap(lambda x: x + lax.psum(x, AXIS), AXIS)
+    rows = np.arange(4.0, dtype=np.float32)
+    mapped(own(rows, (2, 2)))
+    mapped(own(rows, (2, 2)))
+    where = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()), "a"), jax.sharding.PartitionSpec("a"))
+    x = jax.make_array_from_callback((4,), where, lambda index: rows[index])
+    inner = pmap(lambda x: mapped(x), "j")(own(np.stack([rows, rows]), (1, 1)))
+    return replicax.fetch(jax.jit(mapped)(x)).tolist(), str(jax.eval_shape(mapped, x).dtype), np.asarray(inner).tolist()
+
+
+def donated_in_every_process():
+    """Whether the donated argument is deleted, with padding in one process alone."""
+    x = jnp.ones((3 - jax.process_index(), 2))
+    pmap(lambda x: x + 1, donate_argnums=0)(x)
+    return x.is_deleted()
+
+
+def of_another_setting():
+    jax.config.update("jax_enable_x64", jax.process_index() == 1)
+    try:
+        return raised(lambda: pmap(new()[0], AXIS)(np.ones((2, 3), np.float32)))
+    finally:
+        jax.config.update("jax_enable_x64", False)

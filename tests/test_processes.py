@@ -38,8 +38,8 @@ LATER = ("scan", "while", "cond", "custom_vjp", "grad inside")
 @pytest.mark.parametrize("context", ["top level", *(pytest.param(c, marks=pytest.mark.long) for c in LATER)])
 def test_the_table_of_collectives(gang, rows, context):
     """A third of the table for each number of rows at the top level, and an eighth in the other contexts."""
-    share = 3 if context == "top level" else 8
-    for k, counts in enumerate(rows):
+    share, turns = (3, rows) if context == "top level" else (8, rows[-1:])
+    for k, counts in enumerate(turns, LATER.index(context) if context in LATER else 0):
         for faults in gang.run(programs.collective_faults, context, counts, k % share, share):
             assert faults == {}, counts
 
@@ -118,6 +118,7 @@ BOTH = {
     "of_another_type": ["process 0: add(x: float32[3] ", "process 1: add(x: float32[4] "],
     "closing_over_another_array": ["not the same program", "the values of closed-over arrays: process 0 has "],
     "that_depends_on_the_process": ["not the same program", "the traced program: process 0 has "],
+    "of_another_setting": ["different settings of JAX", "process 0: jax_enable_x64 is False", "jax_enable_x64 is True"],
     "with_another_unmapped_argument": ["different values of arguments with in_axes=None", "process 0: {'y': '"],
     "with_an_array_of_all_processes": ["of shape (4, 3) lies on devices of other processes", "replicax.fetch(x)"],
     "without_rows": ["pmap needs at least one replica", "process 1 has 0 replicas"],
@@ -132,6 +133,22 @@ def test_a_fault_is_an_error_in_both_processes(fault, two):
         for text in BOTH[fault]:
             assert text in said
     assert two.run(programs.agrees_again) == [[[4.0] * 3] * 2] * 2
+
+
+def test_a_warm_map_under_a_tracer(two):
+    right = [6.0, 7.0, 8.0, 9.0]
+    assert two.run(programs.under_a_tracer_when_warm) == [(right, "float32", [right])] * 2
+
+
+def test_a_donated_argument_is_deleted_in_every_process(two):
+    assert two.run(programs.donated_in_every_process) == [True, True]
+
+
+def test_what_the_processes_cannot_run():
+    with pytest.raises(ProcessesError, match="at least 1, for each process"):
+        processes(2, devices=[1, 0])
+    with processes(1) as one, pytest.raises(ProcessesError, match="at the top level of a module"):
+        one.run(lambda: None)
 
 
 def test_a_function_that_raises_in_one_process(two):

@@ -74,11 +74,14 @@ def call_unchecked(compiled: jax.stages.Compiled, *args: Array) -> Sequence[Arra
 
 
 def own_part(x: Any) -> Any:
-    """Returns this process's part of an array over several processes, as an array on its own devices."""
+    """Returns this process's part of an array over several processes, as an array on its own devices.
+
+    Everything else is returned unchanged: arrays of this process, tracers, and float0.
+    """
     if not isinstance(x, jaxlib.ArrayImpl):
-        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(own_part(x._base_array), impl=x.dtype._impl)
-        return x  # float0
+        if isinstance(x, jax.core.Tracer) or not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x
+        return jax.random.wrap_key_data(own_part(x._base_array), impl=x.dtype._impl)
     sharding = x.sharding
     found = _parts.get((id(sharding), x.shape, x.dtype))
     if found is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from replicax._runtime import agreement
 from replicax._runtime.arguments import Call
 from replicax._runtime.options import Options
 from replicax._runtime.own_rows import OwnRows
+from replicax._runtime.run import foreign_array
 from replicax._runtime.signature import Signature
 from replicax._typing import Axes
 from replicax.errors import DevicesError, MappedSizeError, ProcessesError, UnsupportedTransformationError
@@ -59,9 +60,12 @@ def agree_on_rows(options: Options, call: Call, signature: Signature) -> list[Sh
         ProcessesError: A process has another call, another version of replicax or JAX, or does not come.
         MappedSizeError: No process has a replica, or ``axis_size`` is another number.
     """
+    for leaf, x in zip(signature.leaves, jax.tree.leaves((call.dynamic, call.kwargs)), strict=True):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            raise foreign_array(leaf.name, x)
     shares, what = by_process(options.resolve_devices()), _described(call.name, signature)
     own = {
-        "versions": f"replicax {metadata.version('replicax')}, JAX {_jax.VERSION}",
+        "versions": f"replicax {sys.modules['replicax'].__version__}, JAX {_jax.VERSION}",
         "call": what,
         "settings": {name: repr(value) for name, value in signature.settings.items()},
         "replicas": signature.size,
@@ -76,9 +80,7 @@ def agree_on_rows(options: Options, call: Call, signature: Signature) -> list[Sh
     )
     _compare(every, "call", "The processes do not call the same map:", remedy)
     _compare(every, "axis_size", "The processes pass different values of axis_size:", remedy)
-    _compare(
-        every, "settings", "The processes have different settings of JAX:", "Use the same settings in all processes."
-    )
+    _compare_settings({process: said["settings"] for process, said in every.items()})
     _compare(
         every,
         "unmapped",
@@ -116,7 +118,7 @@ def _unmapped(call: Call, signature: Signature) -> dict[str, str]:
     """Digests of the small arguments that every replica gets whole. A call with abstract arguments has none."""
     leaves = jax.tree.leaves((call.dynamic, call.kwargs))
     return {
-        leaf.name: agreement.digest(np.asarray(x) if isinstance(x, bool | int | float | complex) else x)[:8]
+        leaf.name: agreement.digest(x if isinstance(x, jax.Array) else np.asarray(x, leaf.aval.dtype))[:8]
         for leaf, axis, x in zip(signature.leaves, signature.in_axes, leaves, strict=True)
         if axis is None
         and not isinstance(x, jax.ShapeDtypeStruct)
@@ -126,6 +128,15 @@ def _unmapped(call: Call, signature: Signature) -> dict[str, str]:
 
 #: Arguments of up to this many bytes are compared.
 _SMALL = 1 << 16
+
+
+def _compare_settings(every: Mapping[int, Mapping[str, str]]) -> None:
+    first = next(iter(every.values()))
+    differ = [name for name in first if len({said.get(name) for said in every.values()}) > 1]
+    faults = [f"process {p}: {name} is {said.get(name)}" for name in differ for p, said in every.items()]
+    if faults:
+        remedy = "Use the same settings in all processes."
+        raise ProcessesError(report("The processes have different settings of JAX:", faults, remedy))
 
 
 def _compare(every: Mapping[int, Mapping[str, Any]], key: str, headline: str, remedy: str) -> None:
@@ -165,8 +176,9 @@ def agree_on_program(shares: Sequence[Share], name: str, build: Callable[[], Own
                     + ", ".join(f"process {p} has {said.get(what, 'none')[:8]}" for p, said in every.items())
                     for what in differ
                 ],
-                "The function must not depend on the process: no jax.process_index() in it, no global variable or "
-                "closed-over array that differs. Pass what differs as a mapped argument. (The numbers are digests.)",
+                "(The numbers are digests.) The function must not depend on the process: no jax.process_index() in it, "
+                "no global variable or closed-over array that differs. Pass what differs as a mapped argument. Or the "
+                "processes call different functions of this name: they must call the same maps in the same order.",
             )
         )
     return program

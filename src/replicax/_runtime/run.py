@@ -57,6 +57,9 @@ def run(
     results = call(*placed)
     for x in moved.values():
         x.delete()
+    for i in set(spec.inputs.donated) - set(spec.donated_in_place):  # padded in another process, but not in this one
+        if placed[i] is (x := leaves[i]) and isinstance(x, jax.Array):
+            x.delete()
     TakenArrays.delete(leaves)
     return results, placed
 
@@ -147,20 +150,21 @@ def place(executable: Executable, leaves: Sequence[ArrayLike]) -> list[Array]:
         for i, x in zip(to_pad, executable.pad(tuple(to_pad), [placed[i] for i in to_pad]), strict=True):
             placed[i] = x
     if astray:
-        _refuse_foreign([placed[i] for i in astray])
+        for i in astray:
+            if not placed[i].is_fully_addressable:
+                raise foreign_array("An argument", placed[i])
         moved = jax.device_put([placed[i] for i in astray], [wanted[i] for i in astray])
         for i, x in zip(astray, moved, strict=True):
             placed[i] = x
     return placed
 
 
-def _refuse_foreign(arrays: Sequence[Array]) -> None:
-    foreign = [x for x in arrays if not x.is_fully_addressable]
-    if foreign:
-        raise ProcessesError(
-            f"An argument of shape {foreign[0].shape} lies on devices of other processes, and eager maps take arrays "
-            f"of their own process. Pass this process's rows, or replicax.fetch(x) for the whole array."
-        )
+def foreign_array(name: str, x: Array) -> ProcessesError:
+    """The error for an array on devices of other processes."""
+    return ProcessesError(
+        f"{name} of shape {x.shape} lies on devices of other processes, and eager maps take arrays of their own "
+        f"process. Pass this process's rows, or replicax.fetch(x) for the whole array."
+    )
 
 
 def _put(spec: ProgramSpec, x: ArrayLike, wanted: jax.sharding.NamedSharding, axis: int | None) -> ArrayLike:

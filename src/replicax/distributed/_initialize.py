@@ -65,7 +65,8 @@ def initialize(
         timeout: How long, in seconds, a map waits for the other processes to call it too, before its first run.
 
     Raises:
-        ProcessesError: JAX has already started in this process, or the processes cannot connect.
+        ProcessesError: JAX has already started in this process, or the processes cannot connect. If a process does not
+            connect within five minutes, JAX ends the others.
     """
     Settings.patience = float(timeout)
     if jax.distributed.is_initialized():
@@ -86,6 +87,12 @@ def initialize(
             "replicax.distributed.initialize must run before JAX starts, but this process has already created an array "
             "or listed its devices. Call it right after the imports."
         )
+    if found.index == 0:
+        print(
+            f"replicax: {found.count} process{'es' * (found.count != 1)}, found by {found.by}, coordinator "
+            f"{found.address}",
+            flush=True,
+        )
     if (own := _own_address(found.address)) is not None:
         _jax.use_address(own)
     try:
@@ -103,8 +110,6 @@ def initialize(
             f"found by {found.by}): {error}"
         ) from error
     _leave_with_own_status()
-    if found.index == 0:
-        print(f"replicax: {found.count} processes, found by {found.by}, coordinator {found.address}", flush=True)
 
 
 def _completed(given: _Found) -> _Found:

@@ -65,7 +65,7 @@ def pad_rows(tree: PyTree, rows: int) -> tuple[PyTree, np.ndarray[Any, np.dtype[
 
     Returns:
         The same pytree with NumPy arrays of shape ``(rows, ...)``, and the mask, bool of shape ``(rows,)``, True for
-        the rows of ``tree``. Rows are zeros if the batch is empty.
+        the rows of ``tree``. PRNG keys stay ``jax.Array``. Rows are zeros if the batch is empty.
 
     Raises:
         NotAnArrayError: lists every leaf that is not an array.
@@ -92,6 +92,9 @@ def pad_rows(tree: PyTree, rows: int) -> tuple[PyTree, np.ndarray[Any, np.dtype[
         )
 
     def padded(x: Any) -> Any:
+        if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = np.asarray(jax.random.key_data(x))
+            return jax.random.wrap_key_data(jax.numpy.asarray(padded(data)), impl=jax.random.key_impl(x))
         host = np.asarray(x)
         more = host[-1:] if size else np.zeros((1, *host.shape[1:]), host.dtype)
         return np.concatenate([host, np.repeat(more, rows - size, 0)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import time
@@ -43,8 +44,10 @@ def processes(count: int, *, devices: int | Sequence[int] = 1, timeout: float = 
                 results = two.run(train_one_epoch, seed)
     """
     each = [devices] * as_int("count", count) if isinstance(devices, int) else list(devices)
-    if len(each) != count or count < 1:
-        raise ProcessesError(f"processes({count}, devices={devices!r}) needs one number of devices for each process.")
+    if len(each) != count or count < 1 or min(each) < 1:
+        raise ProcessesError(
+            f"processes({count}, devices={devices!r}) needs one number of devices, at least 1, for each process."
+        )
     return Processes([as_int("devices", n) for n in each], timeout)
 
 
@@ -81,15 +84,22 @@ class Processes(AbstractContextManager["Processes"]):
         """
         if not self._processes:
             raise ProcessesError("These processes have been ended.")
+        try:
+            task = pickle.dumps((function, args))
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise ProcessesError(
+                f"The processes cannot import {function!r}, or cannot get its arguments: {error}. Define the function "
+                f"at the top level of a module."
+            ) from error
         for end in self._ends:
-            end.send((function, args))
+            end.send_bytes(task)
         return self._results(getattr(function, "__name__", "function"), timeout or self._timeout)
 
     def close(self) -> None:
         """Ends the processes."""
         for end in self._ends:
             try:
-                end.send(None)
+                end.send_bytes(b"")
             except OSError:
                 continue
         for process in self._processes:
@@ -147,9 +157,9 @@ def _serve(connection: Connection, address: str, count: int, index: int, devices
             initialize(address, count, index)
             sys.stdout = stdout
         connection.send((True, None))
-        while (task := connection.recv()) is not None:
-            function, args = task
+        while task := connection.recv_bytes():
             try:
+                function, args = pickle.loads(task)
                 answer = True, function(*args)
             except BaseException:
                 answer = False, f"raised:\n{traceback.format_exc()}"
