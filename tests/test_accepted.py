@@ -383,6 +383,7 @@ def test_equations_inside_a_map_keep_their_source_lines():
 # Wrappers of jax.pmap
 
 
+@pytest.mark.long
 def test_the_examples_for_wrappers_in_the_docs():
     equinox = pytest.importorskip("equinox")
     page = pathlib.Path(__file__).parent.parent / "docs" / "compat.md"

@@ -300,6 +300,7 @@ def under_jit(call, x, n, w):
     return out[0]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("case", EXPLAINED)
 def test_a_recompile_explains_itself(case, caplog):
     call, why = EXPLAINED[case]

@@ -96,6 +96,7 @@ def test_nothing_happens_without_the_runner(tmp_path):
     assert python(script, REPLICAX_REPLICAS="5").startswith("jax.")
 
 
+@pytest.mark.long
 def test_what_a_program_leaves_behind_finds_it(tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text(

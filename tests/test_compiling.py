@@ -131,6 +131,7 @@ print(*(name.rpartition("_")[2] for name in events))
 """
 
 
+@pytest.mark.long
 def test_another_process_finds_what_was_compiled(tmp_path):
     """Nothing in a program, such as a name or the order of a set, differs between processes."""
     runs = []

@@ -64,7 +64,7 @@ RULES = {
 }
 
 
-@pytest.mark.few("a constant, in reverse-3", "a constant, forwards-3", "an argument for all-3")
+@pytest.mark.few("a constant, in reverse-3", "an argument for all-3")
 @pytest.mark.parametrize("d", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", RULES)
 def test_results_equal_in_all_replicas(name, d):

@@ -115,7 +115,7 @@ def test_scalars_of_python(n):
         check(lambda a, s: a * s, x, scalar, in_axes=(0, None))
 
 
-@pytest.mark.few("2--2-lanes", "1-2-fewer", "-1--1-padded")
+@pytest.mark.few("-1--1-padded")
 @pytest.mark.parametrize("n", N.values(), ids=N)
 @pytest.mark.parametrize(("in_axis", "out_axis"), [(0, 0), (1, 0), (0, 1), (1, 2), (-1, -1), (2, -2), (-3, -3)])
 def test_any_axis_in_and_out(n, in_axis, out_axis):

@@ -257,7 +257,7 @@ def case(n):
     return x, depth, jax.jit(small(jax.vmap, depth))(x)
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(5)
 @every_pair
 def test_every_pair_of_replicas_and_devices(n, d):
     x, depth, expected = case(n)

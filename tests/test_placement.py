@@ -93,7 +93,7 @@ def test_transformations_from_outside(name, layout):
     compare(str, ours, right, rtol=1e-4)
 
 
-@pytest.mark.few("middle-sizes2-8-control_flow", "two places-sizes3-8-collectives")
+@pytest.mark.few("two places-sizes3-8-collectives")
 @pytest.mark.parametrize(
     "program", [test_nested.collectives, test_nested.control_flow, test_nested.closures, test_nested.derivatives_inside]
 )

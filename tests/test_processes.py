@@ -37,13 +37,14 @@ LATER = ("scan", "while", "cond", "custom_vjp", "grad inside")
 
 @pytest.mark.parametrize("context", ["top level", *(pytest.param(c, marks=pytest.mark.long) for c in LATER)])
 def test_the_table_of_collectives(gang, rows, context):
-    """A third of the table for each number of rows at the top level, and an eighth in the other contexts."""
-    share, turns = (3, rows) if context == "top level" else (8, rows[-1:])
+    """A quarter of the table for each number of rows at the top level, and an eighth in the other contexts."""
+    share, turns = (4, rows) if context == "top level" else (8, rows[-1:])
     for k, counts in enumerate(turns, LATER.index(context) if context in LATER else 0):
         for faults in gang.run(programs.collective_faults, context, counts, k % share, share):
             assert faults == {}, counts
 
 
+@pytest.mark.long
 def test_values(gang, rows):
     for counts in rows[1:]:
         for faults in gang.run(programs.values, counts):
@@ -167,6 +168,7 @@ def test_a_process_that_never_comes():
     assert second == "elsewhere"
 
 
+@pytest.mark.long
 def test_a_process_that_is_warm_under_another_signature_is_ended():
     with processes(2) as two, pytest.raises(ProcessesError) as caught:
         two.run(programs.warm_and_not)

@@ -63,7 +63,7 @@ def test_shard_copies_what_its_owner_may_change():
     np.testing.assert_array_equal(np.unique(out), 1)
 
 
-@pytest.mark.few("8", "12")
+@pytest.mark.few("12")
 @pytest.mark.parametrize("n", SIZES)
 def test_local_replicas_are_the_rows_in_order(n):
     x = np.arange(n * 3.0, dtype=np.float32).reshape(n, 3)

@@ -86,7 +86,7 @@ SHARDED: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.few("two axes-4", "what is equal-13", "a rule, unchecked-13", "pmap-1")
+@pytest.mark.few("two axes-4", "what is equal-13")
 @pytest.mark.parametrize(("case", "n"), [*((case, 13) for case in SHARDED), ("two axes", 4), ("pmap", 1)])
 def test_shard_map_inside_a_map(n, case):
     fun = SHARDED[case]

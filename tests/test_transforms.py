@@ -41,6 +41,7 @@ def case(n, d, name, program):
     return pytest.param(*param.values, id=param.id, marks=[*param.marks, *more])
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize(("n", "d", "name", "program"), [case(*cell) for cell in cells()])
 def test_transformed_map_equals_transformed_vmap(n, d, name, program):
     ours = TRANSFORMS[name](pmap(PROGRAMS[program], AXIS, devices=jax.devices()[:d]), rows(n))

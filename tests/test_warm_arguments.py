@@ -119,7 +119,7 @@ def mapped(x, d):
     return pmap(double, in_axes=axis, axis_size=N, devices=jax.devices()[:d])
 
 
-@pytest.mark.few(22)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("d", [1, 3, 8])
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_first_call_refuses_a_warm_call_refuses(name, d):
@@ -137,7 +137,7 @@ def test_what_a_first_call_refuses_a_warm_call_refuses(name, d):
                 assert str(warm.value) == str(cold.value)
 
 
-@pytest.mark.few(15)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("d", [1, 3, 8])
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_a_first_call_takes_a_warm_call_takes(name, d, tmp_path):

@@ -127,7 +127,7 @@ def by_the_registry(fun, n, d):
     return REGISTRY[eqn.primitive.name].bytes_sent(axis, [var.aval for var in eqn.invars], eqn.params)
 
 
-@pytest.mark.few(21)
+@pytest.mark.few(9)
 @pytest.mark.parametrize("kind", ["all", "neighbours", "interleaved", "halves", "shuffled"])
 @pytest.mark.parametrize("pair", [(8, 8), (16, 8), (6, 2), (12, 4)], ids="{0[0]}on{0[1]}".format)
 @pytest.mark.parametrize("name", COLLECTIVES)

@@ -13,8 +13,7 @@ from replicax._devices import simulate_devices as simulate_devices
 from replicax._pmap import MappedFunction as MappedFunction
 from replicax._pmap import pmap as pmap
 from replicax._report import show_replicas as show_replicas
-
-__version__ = "0.1.0"
+from replicax._version import __version__ as __version__
 
 __all__ = [
     "MappedFunction",

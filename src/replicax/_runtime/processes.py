@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from replicax._runtime.own_rows import OwnRows
 from replicax._runtime.run import foreign_array
 from replicax._runtime.signature import Signature
 from replicax._typing import Axes
+from replicax._version import __version__
 from replicax.errors import DevicesError, MappedSizeError, ProcessesError, UnsupportedTransformationError
 
 
@@ -65,7 +65,7 @@ def agree_on_rows(options: Options, call: Call, signature: Signature) -> list[Sh
             raise foreign_array(leaf.name, x)
     shares, what = by_process(options.resolve_devices()), _described(call.name, signature)
     own = {
-        "versions": f"replicax {sys.modules['replicax'].__version__}, JAX {_jax.VERSION}",
+        "versions": f"replicax {__version__}, JAX {_jax.VERSION}",
         "call": what,
         "settings": {name: repr(value) for name, value in signature.settings.items()},
         "replicas": signature.size,
