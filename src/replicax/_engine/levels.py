@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -97,7 +96,7 @@ def own_rows(x: Array, dim: int, first: Array, placement: Placement) -> Array:
 def lend_rows(x: Array, layout: Layout, spec: PartitionSpec) -> Array:
     """Fills the block of a device whose process has no replicas with a row of another device, see ``Layout.lent``.
 
-    The values of padding are never used, but loops in padding lanes end only on values that a replica can have.
+    Padding copies the replica that the placement says: maxima over groups rely on it, and loops end on such values.
 
     Args:
         x: The block of one device, ``(..., lanes, ...)``.
@@ -107,14 +106,13 @@ def lend_rows(x: Array, layout: Layout, spec: PartitionSpec) -> Array:
     name = layout.mesh.axis_names[0]
     if name not in spec:
         return x
-    dim, at_once = list(spec).index(name), len(layout.axis.placement.devices_with_replicas)
+    dim, lanes = list(spec).index(name), layout.axis.lanes
 
     def filled(x: Array) -> Array:
-        row, here = lax.slice_in_dim(x, 0, 1, axis=dim), lax.axis_index(name)
-        for k in range(0, len(layout.lent), at_once):
-            pairs = layout.lent[k : k + at_once]
-            borrows = jnp.isin(here, np.array([to for _, to in pairs], np.int32))
-            x = jnp.where(borrows, lax.ppermute(row, name, pairs), x)
+        here = lax.axis_index(name)
+        for slot, device in layout.lent:
+            row = lax.slice_in_dim(x, slot % lanes, slot % lanes + 1, axis=dim)
+            x = jnp.where(here == device, lax.ppermute(row, name, [(slot // lanes, device)]), x)
         return x
 
     return on_data(filled, x)

@@ -128,8 +128,8 @@ class Layout:
         mesh: The mesh: its first axis has D' devices, and its other axes are for nested maps.
         inner: The mesh axes for nested maps, outermost first.
         own: The part of this process, if the map is over several processes: its replicas on its devices.
-        lent: Pairs of devices. The second of each pair belongs to a process without replicas, and its padding slots
-            copy a replica of the first.
+        lent: Pairs of a slot and a device. The device belongs to a process without replicas, and all of its slots copy
+            the replica of that slot.
     """
 
     axis: LogicalAxis

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, cycle
+from itertools import accumulate, chain
 
 import jax
 import numpy as np
@@ -99,6 +99,8 @@ def layout_over_processes(name: Hashable, shares: Sequence[Share], here: int, ne
 
 
 def _lent(placement: Placement, shares: Sequence[Share], used: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Pairs each device of the processes without replicas with a device that has replicas."""
+    """The slot that each device of the processes without replicas copies, as the placement says, and the device."""
     owners = np.repeat([share.replicas > 0 for share in shares], used)
-    return tuple(zip(cycle(placement.devices_with_replicas.tolist()), np.flatnonzero(~owners).tolist()))
+    without = np.flatnonzero(~owners)
+    copied = placement.slot_of[placement.replica_at[without * placement.lanes]]
+    return tuple(zip(copied.tolist(), without.tolist(), strict=True))
