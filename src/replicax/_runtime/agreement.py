@@ -1,8 +1,8 @@
 """Agreement between processes: before a program over several processes runs, they compare what they are about to run.
 
-Each process posts a statement under the next number to JAX's key-value service, and reads those of the others. If a
-process does not come, the others raise after a time, and a thread in every process ends a program that still waits for
-a replica.
+Each process writes a statement to JAX's key-value service, under a running number, and reads the statements of the other
+processes. If a process does not join in time, the others raise. A thread in every process then ends the process if one
+of its programs still waits for replicas of another process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Settings:
     grace = 5.0
 
 
-#: The exit status of a process that waited for replicas of a process that does not come.
+#: The exit status of a process that waited in vain for replicas of another process.
 NOT_JOINED = 75
 
 _numbers: dict[tuple[int, ...], itertools.count[int]] = {}
@@ -57,7 +57,7 @@ def exchange(processes: Sequence[int], statement: Statement, what: str) -> dict[
         what: What this process does, for the message.
 
     Raises:
-        ProcessesError: JAX is not connected to the other processes, or one of them has not come in time.
+        ProcessesError: ``jax.distributed`` is not initialized, or a process does not join in time.
     """
     client, here = _jax.client(), jax.process_index()
     if client is None:
@@ -89,12 +89,12 @@ def exchange(processes: Sequence[int], statement: Statement, what: str) -> dict[
     return {process: found[process] for process in group}
 
 
-#: How many exchanges the service keeps. One that all processes have left is never read again.
+#: How many exchanges to keep in the service. Older ones have been read by all processes.
 _KEPT = 2
 
 
 def _read(client: Any, key: str, deadline: float) -> str | None:
-    """The value of a key; None if nobody sets it in time. An abort ends the wait."""
+    """The value of a key; None if no process sets it before the deadline. Raises if another process has given up."""
     while True:
         left = deadline - time.monotonic()
         try:

@@ -31,6 +31,7 @@ class Executable:
         spec: The program.
         known: The data that the C++ fast path needs to run the program; None before the first run, or if only Python
             can run it.
+        pad: Adds padding rows to arguments that are on the devices of the layout.
         packings: Programs with packed arguments, by the types of the arguments.
     """
 
@@ -40,7 +41,7 @@ class Executable:
         self.packings: dict[Hashable, Any] = {}
         self._has_run = False
         self._turn = threading.RLock()
-        self._pads: dict[tuple[tuple[int, ...], bool], jax.stages.Wrapped] = {}
+        self.pad = Padding(spec)
 
     @property
     def closed(self) -> tuple[Array, ...]:
@@ -108,26 +109,33 @@ class Executable:
         """The type and the sharding of each result leaf."""
         return self.traced.out_info
 
-    @property
-    def no_rows(self) -> Sequence[Array | None]:
-        """What to pass for each mapped argument without rows. Only a map over several processes has such arguments."""
-        raise NotImplementedError
-
-    def pad(self, which: tuple[int, ...], leaves: list[Array]) -> list[Array]:
-        """Adds the padding rows to arguments that are on the devices of the layout."""
-        whole = all(x.sharding.is_fully_replicated and x.dtype in _WHOLE_BYTES for x in leaves)
-        if (which, whole) not in self._pads:
-            axes = [axis for i in which if (axis := self.spec.inputs.axes[i]) is not None]
-            self._pads[which, whole] = jax.jit(
-                _taking_rows(self.spec, axes) if whole else _adding_rows(self.spec, axes),
-                out_shardings=[self.spec.own_in_shardings[i] for i in which],
-            )
-        return list(self._pads[which, whole](leaves))
-
     @cached_property
     def staged(self) -> jax.stages.Wrapped:
         """The program for an enclosing trace: includes the padding, and lets XLA choose the output shardings."""
         return jax.jit(_padding_by_itself(self.spec))
+
+
+class Padding:
+    """Adds padding rows to arguments. Each combination of arguments has a program of its own.
+
+    Args:
+        spec: The program that the arguments are for.
+    """
+
+    def __init__(self, spec: ProgramSpec) -> None:
+        self._spec = spec
+        self._programs: dict[tuple[tuple[int, ...], bool], jax.stages.Wrapped] = {}
+
+    def __call__(self, which: tuple[int, ...], leaves: list[Array]) -> list[Array]:
+        """Adds the padding rows to arguments that are on the devices of the layout."""
+        whole = all(x.sharding.is_fully_replicated and x.dtype in _WHOLE_BYTES for x in leaves)
+        if (which, whole) not in self._programs:
+            axes = [axis for i in which if (axis := self._spec.inputs.axes[i]) is not None]
+            self._programs[which, whole] = jax.jit(
+                _taking_rows(self._spec, axes) if whole else _adding_rows(self._spec, axes),
+                out_shardings=[self._spec.own_in_shardings[i] for i in which],
+            )
+        return list(self._programs[which, whole](leaves))
 
 
 #: The dtypes that XLA can slice and concatenate at any position. Workaround: two_bits_concatenated.

@@ -57,7 +57,7 @@ def agree_on_rows(options: Options, call: Call, signature: Signature) -> list[Sh
     """Compares the call with those of the other processes. Returns the replicas of each process.
 
     Raises:
-        ProcessesError: A process has another call, another version of replicax or JAX, or does not come.
+        ProcessesError: The processes make different calls or use different versions or settings, or one does not join.
         MappedSizeError: No process has a replica, or ``axis_size`` is another number.
     """
     for leaf, x in zip(signature.leaves, jax.tree.leaves((call.dynamic, call.kwargs)), strict=True):
@@ -185,7 +185,7 @@ def agree_on_program(shares: Sequence[Share], name: str, build: Callable[[], Own
 
 
 def _tell(processes: Sequence[int], said: Mapping[str, str], name: str) -> None:
-    """Tells the other processes that this one raises. What they say does not matter any more."""
+    """Tells the other processes that this one raises. Their statements do not matter any more."""
     try:
         agreement.exchange(processes, said, f"has raised while tracing {name}")
     except ProcessesError:

@@ -16,6 +16,7 @@ from replicax._engine.spec import ProgramSpec
 from replicax._layout.placement import Placement
 from replicax._messages import report
 from replicax._runtime.executable import Executable
+from replicax._runtime.own_rows import OwnRows
 from replicax._runtime.taken import TakenArrays
 from replicax._runtime.transfer import copy_small, is_small, put
 from replicax._typing import Array, ArrayLike, Function
@@ -127,7 +128,7 @@ def place(executable: Executable, leaves: Sequence[ArrayLike]) -> list[Array]:
     spec = executable.spec
     wanted, placement = spec.own_in_shardings, spec.layout.local.axis.placement
     placed, astray, to_pad = list(leaves), [], []
-    if spec.layout.local.size == 0:
+    if isinstance(executable, OwnRows) and spec.layout.local.size == 0:
         placed = [
             x if axis is None else executable.no_rows[i]
             for i, (x, axis) in enumerate(zip(placed, spec.inputs.axes, strict=True))
