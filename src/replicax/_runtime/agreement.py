@@ -1,6 +1,6 @@
 """Agreement between processes: before a program over several processes runs, they compare what they are about to run.
 
-Each process writes a statement to JAX's key-value service, under a running number, and reads the statements of the other
+Each process writes a statement to JAX's key-value service, under a running number, and reads those of the other
 processes. If a process does not join in time, the others raise. A thread in every process then ends the process if one
 of its programs still waits for replicas of another process.
 """
