@@ -241,7 +241,7 @@ by_jvp.defjvp(lambda p, t: (by_jvp(*p), pure(functools.partial(sine, function=np
 by_vjp.defvjp(lambda x: (by_vjp(x), x), lambda x, ct: (jnp.cos(x) * ct,))
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "d"), LAYOUTS)
 @pytest.mark.parametrize("function", [by_jvp, by_vjp])
 def test_functions_with_derivative_rules_that_call_back(function, n, d):
@@ -297,7 +297,7 @@ RULES = [(call, "at the top", *layout) for call in CALLS for layout in [(8, 8), 
 RULES += [("pure_callback", where, 5, 3) for where in WHERE if where != "at the top"]
 
 
-@pytest.mark.few("jvp-pure_callback-in a branch-5-3")
+@pytest.mark.long
 @pytest.mark.parametrize(("call", "where", "n", "d"), RULES)
 @pytest.mark.parametrize("kind", ["jvp", "vjp"])
 def test_callbacks_that_a_forward_rule_alone_makes(n, d, kind, call, where):
@@ -404,7 +404,7 @@ def test_an_io_callback_that_several_replicas_of_a_device_cannot_make_is_refused
         assert "vmap-of-cond" not in str(caught.value)
 
 
-@pytest.mark.few("8")
+@pytest.mark.few("1")
 @pytest.mark.parametrize("devices", [1, 8])
 def test_an_interrupt_while_devices_wait_for_each_other_does_not_lose_the_session(devices):
     script = """

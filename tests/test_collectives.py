@@ -123,7 +123,7 @@ EXTREMES = (np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 0.25, -0.5, 3.5, -2.0)
 FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e5m2")
 
 
-@pytest.mark.few("8on3-None")
+@pytest.mark.long
 @pytest.mark.parametrize("groups", [None, [[0, 3, 6], [1, 4, 7, 2], [5]], [[0, 1], [2, 3], [4, 5], [6, 7]]])
 @pytest.mark.parametrize("pair", [(8, 8), (8, 3)], ids="{0[0]}on{0[1]}".format)
 def test_the_greatest_and_the_least_of_floats(pair, groups):

@@ -96,7 +96,7 @@ def imported(request, packages):
     return lambda: early or import_all()
 
 
-@pytest.mark.few("after-11")
+@pytest.mark.long
 @pytest.mark.parametrize("n", [8, 11, 12, 20])
 def test_replica_0_and_all_of_them(imported, n):
     with compat.installed(replicas=n):

@@ -82,7 +82,7 @@ def test_a_program_sees_what_it_is_told_to(tmp_path, monkeypatch, how, env, coun
     assert out[2:] == (["('jax', 2)"] if "spawn" in how else [])  # a spawned interpreter has plain JAX
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize(("how", "env"), [((*RUNNER, "--replicas", "5"), {}), ((), {"REPLICAX_REPLICAS": "5"})])
 def test_a_program_may_import_replicax_first_and_install_it_itself(tmp_path, how, env):
     script = tmp_path / "script.py"
@@ -248,7 +248,7 @@ COUNTING = """
 """
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("devices", [1, 3, 8])
 def test_a_program_for_eight_devices_on_fewer(tmp_path, devices):
     script = tmp_path / "script.py"

@@ -99,7 +99,7 @@ def run(start, *programs, nproc=None):
     return done.stdout.split(), done.stderr
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("start", "programs"),
     [
@@ -122,6 +122,7 @@ def test_calls_that_run_ahead_do_not_hang(start, programs):
     assert ("NPROC=64" in errors) == warns
 
 
+@pytest.mark.long
 @needed
 def test_the_user_s_number_of_threads_stays():
     printed, errors = run("simulate_devices", "a loop", "import os; print(os.environ['NPROC'])", nproc="8")

@@ -109,7 +109,7 @@ def test_a_checkpointed_loop_differentiated_inside(d):
     check(fun, rows(3), axis_name=AXIS, devices=jax.devices()[:d])
 
 
-@pytest.mark.few("2")
+@pytest.mark.long
 @pytest.mark.parametrize("d", [1, 2, 4])
 def test_sums_of_complex_constants(d):
     """XLA aborts when it folds a sum of complex constants between devices, also in ``jax.pmap``."""
@@ -186,7 +186,7 @@ def test_cotangents_of_rules_on_any_number_of_devices(d):
     check(equal_in_the_forward_rule, rows(6), **options)
 
 
-@pytest.mark.few("3")
+@pytest.mark.long
 @pytest.mark.parametrize("d", [1, 3, 6])
 def test_a_constant_summed_over_groups_of_different_sizes(d):
     groups = [[0, 1], [2, 3, 4, 5]]
@@ -230,7 +230,7 @@ def test_the_types_in_a_rule_are_plain(n, d):
             assert all(mesh.empty for each in meshes for mesh in each)
 
 
-@pytest.mark.few("plain-5-3")
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "d"), [(8, 8), (12, 8), (5, 3)])
 @pytest.mark.parametrize("where", ["plain", "nested"])
 def test_a_checkpointed_loop_of_equinox(where, n, d):
@@ -283,7 +283,7 @@ communicates_backward.defvjp(lambda x: (jnp.sin(x), jnp.cos(x)), lambda r, ct: (
 IN_RULES = [communicates_forward, communicates_ahead, communicates_backward]
 
 
-@pytest.mark.few("bwd-5-3")
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "d"), [(4, 8), (12, 8), (5, 3)])
 @pytest.mark.parametrize("rule", IN_RULES, ids=["jvp", "fwd", "bwd"])
 def test_a_branch_that_replicas_disagree_on_and_whose_rule_communicates(rule, n, d):

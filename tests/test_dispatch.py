@@ -277,7 +277,7 @@ def many(n, count=24):
     return zip(*(kinds[k % len(kinds)] for k in range(count)), strict=True)
 
 
-@pytest.mark.few("8")
+@pytest.mark.long
 @pytest.mark.parametrize("n", [1, 5, 8, 13, 16])
 def test_many_small_arrays_compute_the_same_packed_or_not(n):
     (leaves, axes), traced = many(n), []

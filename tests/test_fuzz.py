@@ -8,7 +8,7 @@ import fuzzing
 from replicax._engine.collectives import REGISTRY, reductions
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("part", range(6))
 def test_random_programs(part):
     campaign, number = fuzzing.Campaign(patience=20), 50 * part

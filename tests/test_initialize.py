@@ -25,7 +25,7 @@ SUM = (
     HEAD
     + """
 out = replicax.pmap(lambda x: jax.lax.psum(x, "i"), "i")(np.full(1, 1.0 + p, np.float32))
-print("sum", np.asarray(out).tolist(), "of", jax.process_count())
+print(f"sum {np.asarray(out).tolist()} of {jax.process_count()}", flush=True)  # one text, so mpirun cannot split it
 """
 )
 

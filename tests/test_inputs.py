@@ -70,7 +70,7 @@ def test_every_dtype(n, dtype):
     check(lambda a: (a, a.reshape(2, 1)), jnp.asarray(x))
 
 
-@pytest.mark.few("fewer")
+@pytest.mark.long
 @pytest.mark.parametrize("n", N.values(), ids=N)
 def test_typed_keys(n):
     keys = jax.random.split(jax.random.key(7), n)

@@ -148,9 +148,7 @@ def given(program, sizes):
     return {collectives: (np.moveaxis(x, 0, 1), rows(2)), control_flow: (x,)}.get(program, (x, rows(2)))
 
 
-@pytest.mark.few(
-    "collectives-(2, 7)on5", "control_flow-(5, 2)on2", "closures-(3, 2)on8", "derivatives_inside-(4, 3)on8"
-)
+@pytest.mark.few("collectives-(2, 7)on5", "closures-(3, 2)on8")
 @two_levels
 @pytest.mark.parametrize("program", [collectives, control_flow, closures, derivatives_inside])
 def test_two_levels_equal_vmap(program, sizes, d):
@@ -211,7 +209,7 @@ def test_transformations_from_outside_equal_vmap(outside, sizes, d):
     compare(str, ours(*args), jax.jit(theirs)(*args), rtol=1e-3)
 
 
-@pytest.mark.few("(1, 2, 3)on5")
+@pytest.mark.long
 @three_levels
 def test_three_levels_equal_vmap(sizes, d):
     def nested(mapped):
@@ -322,7 +320,7 @@ def test_what_goes_from_map_to_map_stays_on_its_devices(program):
     compare(str, ours(x), jax.jit(right)(x))
 
 
-@pytest.mark.few("sizes2-6")
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("sizes", "d"), [((2, 2, 2), 8), ((2, 3, 2), 8), ((3, 2, 3), 6), ((1, 2, 4), 8), ((4, 4, 4), 8)]
 )

@@ -103,7 +103,7 @@ def test_maps_inside_maps(program, sizes, d, layout):
     compare(str, program(test_nested.on_devices(d))(*args), jax.jit(program(jax.vmap))(*args), rtol=2e-4)
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize(("sizes", "d"), [((7, 2), 3), ((2, 5), 6), ((3, 13), 8)])
 def test_derivatives_of_maps_inside_maps(sizes, d, layout):
     args = test_nested.rows(*sizes, 2), test_nested.rows(2)

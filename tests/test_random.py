@@ -70,7 +70,7 @@ def everything_of_each(n, impl):
     return each(everything, keys(n, impl), np.arange(n, dtype=np.float32))
 
 
-@pytest.mark.few("5-3-rbg-call")
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["call", "jit"])
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("n", "d"), PLACES)
@@ -125,7 +125,7 @@ def test_derivatives(draw, n, d, impl):
     equal(pmap(jax.grad(noisy, 1), devices=jax.devices()[:d])(k, x), right)
 
 
-@pytest.mark.few("3")
+@pytest.mark.long
 @pytest.mark.parametrize("d", [1, 3, 8])
 def test_a_rule_of_the_users_that_draws(d):
     k, x = keys(5, "rbg"), np.arange(5, dtype=np.float32)

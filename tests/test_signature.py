@@ -229,7 +229,7 @@ def test_a_mapped_function_is_no_base_class():
         type("Mine", (type(pmap(triple)),), {})
 
 
-@pytest.mark.few("5")
+@pytest.mark.long
 @pytest.mark.parametrize("n", [2, 5, 6, 8, 10, 13])
 def test_jacobians_from_outside(n):
     x = np.arange(float(n), dtype=np.float32)

@@ -48,7 +48,7 @@ def derivatives_of_vmap(n, controls):
     return gradient(jax.vmap(program(controls, ("float32",)), axis_name=AXIS), (rows(n),), {}, jax.jit)
 
 
-@pytest.mark.few("7on5", "10on4")
+@pytest.mark.few("7on5")
 @every_pair
 def test_values_equal_vmap(n, d):
     controls = rotation(CONTROL, n, d)

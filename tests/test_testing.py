@@ -16,7 +16,7 @@ from replicax.testing._check import compare
 x5 = np.abs(np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)) + 0.1
 
 
-@pytest.mark.few("cond_divergent")
+@pytest.mark.long
 @pytest.mark.parametrize("control", CONTROL)
 def test_lockstep_agrees_with_vmap(control):
     fun = program((control,), DTYPES)
@@ -34,6 +34,7 @@ def test_pmap_agrees_with_lockstep_where_vmap_has_a_wrong_derivative(d):
     check(summed_by_some, x5, axis_name="i", reference=lockstep, derivatives=True, devices=jax.devices()[:d])
 
 
+@pytest.mark.long
 def test_lockstep_has_the_right_derivative_where_vmap_has_a_wrong_one():
     fun = summed_by_some
     with pytest.raises(MismatchError, match="derivative"):
