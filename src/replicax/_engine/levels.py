@@ -106,16 +106,7 @@ def lend_rows(x: Array, layout: Layout, spec: PartitionSpec) -> Array:
     name = layout.mesh.axis_names[0]
     if name not in spec:
         return x
-    dim, lanes = list(spec).index(name), layout.axis.lanes
-
-    def filled(x: Array) -> Array:
-        here = lax.axis_index(name)
-        for slot, device in layout.lent:
-            row = lax.slice_in_dim(x, slot % lanes, slot % lanes + 1, axis=dim)
-            x = jnp.where(here == device, lax.ppermute(row, name, [(slot // lanes, device)]), x)
-        return x
-
-    return on_data(filled, x)
+    return on_data(lambda x: primitives.lend_rows(x, name, list(spec).index(name), layout.lent), x)
 
 
 def as_equal(x: Array, names: Sequence[Hashable]) -> Array:

@@ -61,7 +61,9 @@ from replicax._jax.tracing import axes_in_scope as axes_in_scope
 from replicax._jax.tracing import axis_env as axis_env
 from replicax._jax.tracing import eager as eager
 from replicax._jax.tracing import looks_for_nans as looks_for_nans
+from replicax._jax.tracing import on_own_devices as on_own_devices
 from replicax._jax.tracing import outermost_value as outermost_value
+from replicax._jax.tracing import over_processes as over_processes
 from replicax._jax.tracing import own_mesh as own_mesh
 from replicax._jax.tracing import refuse_leaked_tracers as refuse_leaked_tracers
 from replicax._jax.tracing import replica_traced as replica_traced

@@ -104,6 +104,20 @@ def outermost_value(x: ArrayLike) -> tuple[ArrayLike, bool]:
     return x, batched
 
 
+def over_processes(x: ArrayLike) -> bool:
+    """Whether ``x`` is an array over several processes, under ``grad``, ``jvp`` and ``vmap``."""
+    value, _ = outermost_value(x)
+    sharding = None if isinstance(value, core.Tracer) else getattr(value, "sharding", None)
+    return sharding is not None and not sharding.is_fully_addressable
+
+
+def on_own_devices(x: ArrayLike) -> bool:
+    """Whether ``x`` is an array that is committed to devices of this process, under ``grad``, ``jvp`` and ``vmap``."""
+    value, _ = outermost_value(x)
+    known = isinstance(value, jax.Array) and not isinstance(value, core.Tracer)
+    return known and bool(value.committed) and value.is_fully_addressable
+
+
 def looks_for_nans() -> bool:
     """Whether ``jax_debug_nans`` or ``jax_debug_infs`` is set."""
     return bool(config.debug_nans.value or config.debug_infs.value)

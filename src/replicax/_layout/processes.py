@@ -55,7 +55,15 @@ def replicas_of_processes(size: int, devices: Sequence[int]) -> list[range]:
     return list(map(range, ends, ends[1:]))
 
 
-def layout_over_processes(name: Hashable, shares: Sequence[Share], here: int, nesting: Nesting = ()) -> Layout:
+def layout_over_processes(
+    name: Hashable,
+    shares: Sequence[Share],
+    here: int,
+    nesting: Nesting = (),
+    *,
+    use_all_devices: bool = False,
+    avoid_user_names: bool = False,
+) -> Layout:
     """Returns the layout of a map over several processes.
 
     All devices run the same number of lanes, L: the largest of ceil(replicas / devices) of the processes. Each process
@@ -67,13 +75,15 @@ def layout_over_processes(name: Hashable, shares: Sequence[Share], here: int, ne
         shares: The replicas and devices of each process, in order. At least one has replicas.
         here: The index of this process.
         nesting: The nested maps.
+        use_all_devices: Whether all devices must be used.
+        avoid_user_names: Whether mesh axes must not have the user's names, see :func:`replicax._layout.layout.layout`.
     """
     lanes = max(-(-share.replicas // len(share.devices)) for share in shares)
-    used = [max(1, -(-share.replicas // lanes)) for share in shares]
+    used = [len(share.devices) if use_all_devices else max(1, -(-share.replicas // lanes)) for share in shares]
     left = min(len(share.devices) // count for share, count in zip(shares, used, strict=True))
     counts = fewest_devices([[n for _, n in level] for level in nesting], left)
     each = math.prod(counts)
-    names = axis_names([[(name, 0)], *nesting])
+    names = axis_names([[(name, 0)], *nesting], avoid_user_names=avoid_user_names)
     inner = inner_axes(names[1:], counts)
     firsts = [0, *accumulate(used)]
 

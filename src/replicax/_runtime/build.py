@@ -16,13 +16,13 @@ from replicax._engine.replica import Replica, trace_replica
 from replicax._engine.spec import Inputs
 from replicax._layout.axes import Leaf, mapped_size, match_in_axes, one_replica_type
 from replicax._layout.layout import layout, replicas_of
-from replicax._layout.processes import layout_over_processes
+from replicax._layout.processes import Share, layout_over_processes
 from replicax._runtime.arguments import Call
 from replicax._runtime.executable import Executable
 from replicax._runtime.options import Options
 from replicax._runtime.own_rows import OwnRows
-from replicax._runtime.processes import agree_on_program, agree_on_rows, over_processes, own_size
-from replicax._runtime.signature import Signature
+from replicax._runtime.processes import agree_on_program, agree_on_rows, own_size, rows_of
+from replicax._runtime.signature import Rows, Signature
 from replicax._typing import ArrayLike, Function
 
 
@@ -37,11 +37,11 @@ def signature_of(options: Options, call: Call, leaves: Sequence[ArrayLike]) -> S
     named = [Leaf(name, shape_of(x)) for name, x in zip(call.leaf_names(), leaves, strict=True)]
     static = {where for where, _, _ in call.static} | {*options.static.positions}
     in_axes, own_tree = match_in_axes(options.in_axes, args, call.kwargs, every, static, named)
-    size = (
-        own_size(options, in_axes, named) if over_processes(options) else mapped_size(in_axes, named, options.axis_size)
-    )
+    rows = rows_of(options, in_axes, named, leaves)
+    own = rows is Rows.OWN
     return Signature(
-        size=size,
+        rows=rows,
+        size=own_size(options, in_axes, named) if own else mapped_size(in_axes, named, options.axis_size),
         leaves=tuple(named),
         in_axes=tuple(in_axes),
         tree=jax.tree.structure((call.dynamic, call.kwargs)),
@@ -73,45 +73,41 @@ def build(options: Options, call: Call, signature: Signature, *, use_all_devices
     Returns:
         The executable. Inside a replica of another map: the recorded inner map, which is lowered with the outer one.
     """
-    inside = _jax.tracing_replica()
-    if inside:
+    if _jax.tracing_replica():
         options.refuse_inner_devices(call.name)
-    inputs = Inputs(tuple(leaf.aval for leaf in signature.leaves), signature.in_axes, call.donated(options.donated))
-    if over_processes(options):
-        return _build_over_processes(options, call, signature, inputs)
-    devices = options.resolve_devices()
-    replica = _trace(options, call, signature, signature.size)
-    if inside:
-        axis = replicas_of(options.axis_name, signature.size)
+        axis, replica = replicas_of(options.axis_name, signature.size), _trace(options, call, signature, signature.size)
         return record(replica, axis, signature.in_axes, options.outputs, call.name)
-    nesting, under_trace = primitives.nesting(replica.jaxpr), not _jax.eager()
-    where = layout(
-        options.axis_name,
-        signature.size,
-        devices,
-        use_all_devices=use_all_devices,
-        avoid_user_names=under_trace,
-        nesting=nesting,
-    )
-    executable = Executable(lower(replica, where, inputs, options.outputs, call.name))
+    if signature.rows is Rows.ALL:
+        return _lowered(options, call, signature, use_all_devices=use_all_devices)
+    shares = agree_on_rows(options, call, signature)
+    lowered = functools.partial(_lowered, options, call, signature, shares, use_all_devices=not shares)
+    return agree_on_program(options, call.name, lowered)
+
+
+def _lowered(
+    options: Options, call: Call, signature: Signature, shares: Sequence[Share] = (), *, use_all_devices: bool
+) -> Executable:
+    """Traces and lowers the function.
+
+    Args:
+        options: The options of the map.
+        call: The call that needs the program.
+        signature: The signature of the call.
+        shares: The replicas of each process, if each passes its own rows.
+        use_all_devices: Whether the program spans all devices, even if fewer could run all replicas.
+    """
+    devices = options.resolve_devices()
+    inputs = Inputs(tuple(leaf.aval for leaf in signature.leaves), signature.in_axes, call.donated(options.donated))
+    replica = _trace(options, call, signature, sum(share.replicas for share in shares) or signature.size)
+    how: Any = {"nesting": primitives.nesting(replica.jaxpr), "avoid_user_names": not _jax.eager()}
+    if shares:
+        where = layout_over_processes(options.axis_name, shares, jax.process_index(), **how)
+    else:
+        where = layout(options.axis_name, signature.size, devices, use_all_devices=use_all_devices, **how)
+    executable = (OwnRows if shares else Executable)(lower(replica, where, inputs, options.outputs, call.name))
     if _jax.eager():  # Trace now: under this thread's lock, and before any argument is moved.
         _ = executable.traced
     return executable
-
-
-def _build_over_processes(options: Options, call: Call, signature: Signature, inputs: Inputs) -> Executable:
-    """Builds a program over several processes, together with them."""
-    shares = agree_on_rows(options, call, signature)
-
-    def lowered() -> OwnRows:
-        replica = _trace(options, call, signature, sum(share.replicas for share in shares))
-        nesting = primitives.nesting(replica.jaxpr)
-        where = layout_over_processes(options.axis_name, shares, jax.process_index(), nesting)
-        executable = OwnRows(lower(replica, where, inputs, options.outputs, call.name))
-        _ = executable.traced
-        return executable
-
-    return agree_on_program(shares, call.name, lowered)
 
 
 def _trace(options: Options, call: Call, signature: Signature, size: int) -> Replica:

@@ -208,13 +208,18 @@ def _key(call: Call, *, abstract: bool) -> tuple[list[ArrayLike], Hashable]:
     except (OverflowError, TypeError, ValueError):
         leaves = list(map(native, leaves))
         types = check_types(call, leaves, abstract=abstract)
-    surroundings = _jax.eager(), _needs_all_devices(leaves), _jax.tracing_replica()
+    surroundings = _jax.eager(), _needs_all_devices(leaves), _jax.tracing_replica(), _over_processes(leaves)
     return leaves, (tree, types, call.static, _jax.trace_context(), surroundings)
 
 
 def _needs_all_devices(leaves: Sequence[ArrayLike]) -> bool:
     """Whether the program must span all devices: other operations share its jaxpr, or an argument type names a mesh."""
     return not _jax.eager() and (_jax.staging() or any(primitives.split_over(x) is not None for x in leaves))
+
+
+def _over_processes(leaves: Sequence[ArrayLike]) -> tuple[bool, ...]:
+    """Whether each argument is an array over several processes."""
+    return tuple(map(_jax.over_processes, leaves)) if jax.process_count() > 1 else ()
 
 
 def _without_jit(dispatcher: weakref.ref[Dispatcher], /, *args: PyTree, **kwargs: PyTree) -> PyTree:

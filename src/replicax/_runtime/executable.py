@@ -18,6 +18,7 @@ from replicax._engine.levels import own_rows, pad_rows
 from replicax._engine.spec import ProgramSpec
 from replicax._jax import cpp
 from replicax._jax.aliases import Known
+from replicax._runtime.global_arrays import moved
 from replicax._typing import Array, Axes, Function, PyTreeDef
 
 
@@ -81,7 +82,7 @@ class Executable:
     @cached_property
     def closed_in_place(self) -> list[Array]:
         """:attr:`closed`, replicated over the devices of the layout. Arrays are immutable, so they are moved once."""
-        return list(jax.device_put(self.spec.closed, self.spec.layout.local.sharding(None)))
+        return moved(self.spec.closed, [self.spec.layout.local.sharding(None)] * len(self.spec.closed))
 
     def run(self, *leaves: Array) -> Sequence[Array]:
         """Runs the program eagerly on arrays that are already on ``in_shardings``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -11,13 +12,17 @@ import jax
 import numpy as np
 
 from replicax import _jax
+from replicax._engine import primitives
 from replicax._engine.blocks import on_data, real_rows
+from replicax._engine.levels import pad_rows
 from replicax._engine.spec import with_rows
 from replicax._jax import cpp
 from replicax._jax.aliases import Known
+from replicax._layout.layout import Splits
 from replicax._runtime.agreement import Running
 from replicax._runtime.executable import Executable
-from replicax._typing import Array, Function
+from replicax._runtime.global_arrays import own_copy
+from replicax._typing import Array, ArrayLike, Function
 from replicax.errors import UnsupportedTransformationError
 
 
@@ -86,6 +91,31 @@ class OwnRows(Executable):
             for k, x in enumerate(types)
             if 0 in self.spec.out[k].shape or x.dtype == jax.dtypes.float0
         }
+
+    @cached_property
+    def staged(self) -> Function:
+        """The program for ``grad``, ``vmap`` and the like outside of ``jit``: it takes and returns own rows."""
+        spec, program, placement = self.spec, jax.jit(self.spec.function), self.spec.layout.local.axis.placement
+        ins = list(map(self._boundary, spec.inputs.axes, spec.in_splits))
+        outs = list(map(self._boundary, spec.out_axes, spec.out_splits))
+
+        def given(x: ArrayLike, at: primitives.Boundary) -> Array:
+            x = primitives.retype(own_copy(x) if at.dim is None and _jax.over_processes(x) else x, None)
+            padded = x if at.dim is None else pad_rows(x, at.dim, placement)
+            return on_data(functools.partial(primitives.to_all, boundary=at), padded)
+
+        def own(k: int, y: Array, at: primitives.Boundary) -> Array:
+            to_own = functools.partial(primitives.to_own, boundary=at)
+            x = self.constant[k] if k in self.constant else on_data(to_own, y)
+            return x if at.dim is None else on_data(functools.partial(real_rows, dim=at.dim, placement=placement), x)
+
+        return lambda *leaves: list(map(own, itertools.count(), program(*map(given, leaves, ins)), outs))
+
+    def _boundary(self, axis: int | None, splits: Splits) -> primitives.Boundary:
+        every, own = self.spec.layout, self.spec.layout.local
+        return primitives.Boundary(
+            axis, own.sharding(axis, splits), every.sharding(axis, splits), own.padded_size, every.padded_size
+        )
 
     def _called(self, compiled: Function, leaves: Sequence[Array]) -> Any:
         Running.calls += 1

@@ -15,19 +15,24 @@ from replicax._layout.processes import Share, by_process, replicas_of_processes
 from replicax._messages import report, text_of
 from replicax._runtime import agreement
 from replicax._runtime.arguments import Call
+from replicax._runtime.executable import Executable
 from replicax._runtime.options import Options
-from replicax._runtime.own_rows import OwnRows
-from replicax._runtime.run import foreign_array
-from replicax._runtime.signature import Signature
-from replicax._typing import Axes
+from replicax._runtime.signature import Rows, Signature
+from replicax._typing import ArrayLike, Axes
 from replicax._version import __version__
-from replicax.errors import DevicesError, MappedSizeError, ProcessesError, UnsupportedTransformationError
+from replicax.errors import DevicesError, MappedSizeError, ProcessesError
 
 
-def over_processes(options: Options) -> bool:
-    """Whether an eager call of this map runs on devices of several processes."""
+def rows_of(options: Options, in_axes: Axes, named: Sequence[Leaf], leaves: Sequence[ArrayLike]) -> Rows:
+    """Which rows the arguments of a call hold.
+
+    Raises:
+        DevicesError: None of the devices of the map belongs to this process.
+        ProcessesError: Some mapped arguments are over several processes and others are not, or an array of this process
+            would enter a program over several processes.
+    """
     if jax.process_count() == 1 or _jax.tracing_replica():
-        return False
+        return Rows.ALL
     processes = {device.process_index for device in options.resolve_devices()}
     if jax.process_index() not in processes:
         which = ", ".join(map(str, sorted(processes)))
@@ -35,13 +40,38 @@ def over_processes(options: Options) -> bool:
             f"Process {jax.process_index()} calls a map, but all of its devices belong to process {which}. Pass "
             f"devices of every process that calls the map, or call it only in process {which}."
         )
-    if len(processes) > 1 and not _jax.eager() and not _jax.staging():
-        raise UnsupportedTransformationError(
-            "grad, vmap and other transformations of a map over several processes are not supported yet, unless they "
-            "are inside jax.jit, where arrays are global. Write the transformation inside the mapped function, as in "
-            "pmap(jax.grad(f)); or map over the devices of this process only: pmap(f, devices=jax.local_devices())."
+    if len(processes) == 1:
+        return Rows.ALL
+    if _jax.staging():
+        _refuse_local(named, leaves)
+        return Rows.ALL
+    each = zip(named, in_axes, leaves, strict=True)
+    over = {leaf.name: _jax.over_processes(x) for leaf, axis, x in each if axis is not None}
+    if len({*over.values()}) == 2:
+        kinds = {True: "of all processes (a global array)", False: "of this process"}
+        raise ProcessesError(
+            report(
+                "The mapped arguments must all have the rows of this process, or all those of all processes:",
+                [f"{name} has the rows {kinds[everywhere]}" for name, everywhere in over.items()],
+                "Convert some of them: replicax.to_global(x) has the rows of all processes, replicax.to_local(x) those "
+                "of this one.",
+            )
         )
-    return len(processes) > 1 and _jax.eager()
+    return Rows.GLOBAL if any(over.values()) else Rows.OWN
+
+
+def _refuse_local(named: Sequence[Leaf], leaves: Sequence[ArrayLike]) -> None:
+    """Refuses arrays of this process in a traced program over several processes."""
+    local = [leaf.name for leaf, x in zip(named, leaves, strict=True) if _jax.on_own_devices(x)]
+    if local:
+        raise ProcessesError(
+            report(
+                "Inside jit, scan and the like, arrays are global, and these are arrays of this process:",
+                local,
+                "Convert them outside of jit, and pass them to the jitted function: x = replicax.to_global(x). Or map "
+                "over the devices of this process only: pmap(f, devices=jax.local_devices()).",
+            )
+        )
 
 
 def own_size(options: Options, in_axes: Axes, leaves: Sequence[Leaf]) -> int:
@@ -54,15 +84,12 @@ def own_size(options: Options, in_axes: Axes, leaves: Sequence[Leaf]) -> int:
 
 
 def agree_on_rows(options: Options, call: Call, signature: Signature) -> list[Share]:
-    """Compares the call with those of the other processes. Returns the replicas of each process.
+    """Compares the call with those of the other processes. Returns the replicas of each; nothing for global arrays.
 
     Raises:
         ProcessesError: The processes make different calls or use different versions or settings, or one does not join.
         MappedSizeError: No process has a replica, or ``axis_size`` is another number.
     """
-    for leaf, x in zip(signature.leaves, jax.tree.leaves((call.dynamic, call.kwargs)), strict=True):
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            raise foreign_array(leaf.name, x)
     shares, what = by_process(options.resolve_devices()), _described(call.name, signature)
     own = {
         "versions": f"replicax {__version__}, JAX {_jax.VERSION}",
@@ -88,6 +115,8 @@ def agree_on_rows(options: Options, call: Call, signature: Signature) -> list[Sh
         "Every replica gets the whole argument, so it must be equal in all processes. Pass what differs as a mapped "
         "argument.",
     )
+    if signature.rows is Rows.GLOBAL:
+        return []
     rows = {process: said["replicas"] for process, said in every.items()}
     total, axis_size = sum(rows.values()), options.axis_size
     if total == 0 or axis_size not in (None, total):
@@ -111,19 +140,23 @@ def _described(name: str, signature: Signature) -> str:
         for leaf, axis in zip(signature.leaves, signature.in_axes, strict=True)
     ]
     static = [f"{name}={agreement.without_addresses(repr(value))}" for name, value in signature.static.items()]
-    return f"{name}({', '.join([*leaves, *static])})"
+    of = f" of global arrays of {signature.size} rows" if signature.rows is Rows.GLOBAL else ""
+    return f"{name}({', '.join([*leaves, *static])}){of}"
 
 
 def _unmapped(call: Call, signature: Signature) -> dict[str, str]:
-    """Digests of the small arguments that every replica gets whole. A call with abstract arguments has none."""
-    leaves = jax.tree.leaves((call.dynamic, call.kwargs))
+    """Digests of the small arguments that every replica gets whole. Abstract arguments have none."""
+    leaves = [_jax.outermost_value(x)[0] for x in jax.tree.leaves((call.dynamic, call.kwargs))]
     return {
         leaf.name: agreement.digest(x if isinstance(x, jax.Array) else np.asarray(x, leaf.aval.dtype))[:8]
         for leaf, axis, x in zip(signature.leaves, signature.in_axes, leaves, strict=True)
-        if axis is None
-        and not isinstance(x, jax.ShapeDtypeStruct)
-        and leaf.aval.size * leaf.aval.dtype.itemsize <= _SMALL
+        if axis is None and _has_value(x) and leaf.aval.size * leaf.aval.dtype.itemsize <= _SMALL
     }
+
+
+def _has_value(x: ArrayLike) -> bool:
+    """Whether this process can read the value of ``x``."""
+    return not isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer) and not _jax.over_processes(x)
 
 
 #: Arguments of up to this many bytes are compared.
@@ -145,13 +178,13 @@ def _compare(every: Mapping[int, Mapping[str, Any]], key: str, headline: str, re
         raise ProcessesError(report(headline, faults, remedy))
 
 
-def agree_on_program(shares: Sequence[Share], name: str, build: Callable[[], OwnRows]) -> OwnRows:
+def agree_on_program(options: Options, name: str, build: Callable[[], Executable]) -> Executable:
     """Builds a program, and compares it with those of the other processes.
 
     Raises:
         ProcessesError: The programs differ, or the function has raised in another process.
     """
-    processes = [share.process for share in shares]
+    processes = [share.process for share in by_process(options.resolve_devices())]
     try:
         program = build()
         digests = _digests(program.spec)
@@ -194,14 +227,8 @@ def _tell(processes: Sequence[int], said: Mapping[str, str], name: str) -> None:
 
 def _digests(spec: ProgramSpec) -> dict[str, str]:
     options = spec.inputs.axes, spec.out_axes, spec.inputs.donated, spec.policy, spec.layout.axis.placement
-    foreign = [x.shape for x in spec.replica.consts if isinstance(x, jax.Array) and not x.is_fully_addressable]
-    if foreign:
-        raise ProcessesError(
-            f"{spec.name} closes over an array of shape {foreign[0]} that lies on several processes. Pass "
-            f"replicax.fetch(array), or close over an array of this process."
-        )
     return {
         "the traced program": agreement.digest(spec.replica.jaxpr),
-        "the values of closed-over arrays": agreement.digest(*spec.replica.consts),
+        "the values of closed-over arrays": agreement.digest(*filter(_has_value, spec.replica.consts)),
         "in_axes, out_axes or donated arguments": agreement.digest(options),
     }

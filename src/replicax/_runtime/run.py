@@ -16,11 +16,12 @@ from replicax._engine.spec import ProgramSpec
 from replicax._layout.placement import Placement
 from replicax._messages import report
 from replicax._runtime.executable import Executable
+from replicax._runtime.global_arrays import moved, on_all
 from replicax._runtime.own_rows import OwnRows
 from replicax._runtime.taken import TakenArrays
 from replicax._runtime.transfer import copy_small, is_small, put
 from replicax._typing import Array, ArrayLike, Function
-from replicax.errors import DeletedArrayError, ProcessesError, UnsupportedTransformationError
+from replicax.errors import DeletedArrayError, UnsupportedTransformationError
 
 
 def run(
@@ -151,21 +152,10 @@ def place(executable: Executable, leaves: Sequence[ArrayLike]) -> list[Array]:
         for i, x in zip(to_pad, executable.pad(tuple(to_pad), [placed[i] for i in to_pad]), strict=True):
             placed[i] = x
     if astray:
-        for i in astray:
-            if not placed[i].is_fully_addressable:
-                raise foreign_array("An argument", placed[i])
-        moved = jax.device_put([placed[i] for i in astray], [wanted[i] for i in astray])
-        for i, x in zip(astray, moved, strict=True):
+        there = moved([placed[i] for i in astray], [wanted[i] for i in astray])
+        for i, x in zip(astray, there, strict=True):
             placed[i] = x
     return placed
-
-
-def foreign_array(name: str, x: Array) -> ProcessesError:
-    """The error for an array on devices of other processes."""
-    return ProcessesError(
-        f"{name} of shape {x.shape} lies on devices of other processes, and eager maps take arrays of their own "
-        f"process. Pass this process's rows, or replicax.fetch(x) for the whole array."
-    )
 
 
 def _put(spec: ProgramSpec, x: ArrayLike, wanted: jax.sharding.NamedSharding, axis: int | None) -> ArrayLike:
@@ -218,8 +208,10 @@ def _settle(spec: ProgramSpec, x: ArrayLike, axis: int | None) -> ArrayLike:
     value, batched = _jax.outermost_value(x)
     if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array):
         return x
-    if _jax.staging():
+    if _jax.staging() or spec.layout.own is not None:  # a program on own rows moves its arguments itself
         return x
+    if jax.process_count() > 1 and not (where := spec.layout.result_sharding(axis)).is_fully_addressable:
+        return on_all(x, where)
     here = value.sharding if value.committed else None
     if batched and isinstance(here, jax.sharding.NamedSharding):
         here = jax.sharding.NamedSharding(here.mesh, jax.sharding.PartitionSpec())

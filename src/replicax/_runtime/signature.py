@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import jax
 from jax.tree_util import keystr
@@ -13,12 +14,21 @@ from replicax._layout.axes import Leaf, one_replica_type
 from replicax._typing import KeyPath, PyTreeDef, ShapeAndDtype
 
 
+class Rows(Enum):
+    """The rows that the mapped arguments of a call hold. The values are for messages."""
+
+    ALL = "with the rows of all replicas"
+    OWN = "with the rows of each process"
+    GLOBAL = "with arrays over all processes"
+
+
 @dataclass(frozen=True)
 class Signature:
     """Everything that a program is compiled for. A call with a different signature needs another program.
 
     Attributes:
-        size: The number of replicas.
+        rows: Whether these are the rows of one process, or of all.
+        size: The number of replicas, of this process if the rows are its own.
         leaves: The array leaves of the arguments.
         in_axes: The mapped axis of each leaf.
         tree: The pytree structure of the arguments.
@@ -30,6 +40,7 @@ class Signature:
         surroundings: The context of the call: eager, inside a transformation, or inside another map.
     """
 
+    rows: Rows
     size: int
     leaves: tuple[Leaf, ...]
     in_axes: tuple[int | None, ...]
@@ -43,6 +54,8 @@ class Signature:
     def differences(self, earlier: Signature) -> list[str]:
         """The differences from an earlier call, one line per difference."""
         found = []
+        if self.rows != earlier.rows:
+            found.append(f"it is called {self.rows.value}, and was called {earlier.rows.value}")
         if self.size != earlier.size:
             found.append(f"there are {self.size} replicas, and were {earlier.size}")
         if self.tree != earlier.tree:

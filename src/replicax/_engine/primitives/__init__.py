@@ -5,6 +5,7 @@ Each of them has a meaning or a derivative that no combination of JAX's operatio
 
 from replicax._engine.primitives.devices import equal_parts as equal_parts
 from replicax._engine.primitives.devices import join_parts as join_parts
+from replicax._engine.primitives.devices import lend_rows as lend_rows
 from replicax._engine.primitives.devices import own_part as own_part
 from replicax._engine.primitives.devices import share as share
 from replicax._engine.primitives.devices import total as total
@@ -22,3 +23,6 @@ from replicax._engine.primitives.places import pin as pin
 from replicax._engine.primitives.places import refuse_split_batches as refuse_split_batches
 from replicax._engine.primitives.places import retype as retype
 from replicax._engine.primitives.places import split_over as split_over
+from replicax._engine.primitives.processes import Boundary as Boundary
+from replicax._engine.primitives.processes import to_all as to_all
+from replicax._engine.primitives.processes import to_own as to_own

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from replicax._jax.interpreters import ad, batching, core, mlir, parallel, slicing
 from replicax._typing import Array, Aval, AxisName, Function
@@ -43,6 +44,18 @@ def equal_parts(x: Array, axis: AxisName) -> Array:
     return _equal_parts_p.bind(x, axis=axis)
 
 
+def lend_rows(x: Array, axis: AxisName, dim: int, lent: Sequence[tuple[int, int]]) -> Array:
+    """Fills the blocks of some devices with a row of another device. The cotangents of these copies are dropped.
+
+    Args:
+        x: The block of this device, ``(..., lanes, ...)``.
+        axis: The mesh axis.
+        dim: The dimension of the lanes.
+        lent: Pairs of a slot and the device that copies the row of that slot.
+    """
+    return _lend_rows_p.bind(x, axis=axis, dim=dim, lent=tuple(lent))
+
+
 def _slice_of_device(x: Array, *, axis: AxisName, dim: int) -> Array:
     size = x.shape[dim] // parallel.axis_size(axis)
     return slicing.dynamic_slice_in_dim(x, parallel.axis_index(axis) * size, size, dim)
@@ -60,7 +73,7 @@ def _between(name: str, impl: Function, transposed: Function, *, factor: int = 0
     """
     primitive = core.Primitive(name)
 
-    def type_of(x: Aval, *, axis: AxisName, dim: int = 0) -> tuple[Aval, set[object]]:
+    def type_of(x: Aval, *, axis: AxisName, dim: int = 0, **_: object) -> tuple[Aval, set[object]]:
         shape = list(x.shape)
         if factor:
             size = parallel.axis_size(axis)
@@ -97,8 +110,23 @@ def _to_first(ct: Array, *, axis: AxisName) -> Array:
     return jnp.where(parallel.axis_index(axis) == 0, own, jnp.zeros_like(own))
 
 
+def _lend_rows(x: Array, *, axis: AxisName, dim: int, lent: Sequence[tuple[int, int]]) -> Array:
+    lanes, here = x.shape[dim], parallel.axis_index(axis)
+    for slot, device in lent:
+        row = slicing.slice_in_dim(x, slot % lanes, slot % lanes + 1, axis=dim)
+        x = jnp.where(here == device, parallel.ppermute(row, axis, [(slot // lanes, device)]), x)
+    return x
+
+
+def _without_lent_rows(ct: Array, *, axis: AxisName, dim: int, lent: Sequence[tuple[int, int]]) -> Array:
+    del dim
+    copies = np.isin(np.arange(parallel.axis_size(axis)), [device for _, device in lent])
+    return jnp.where(jnp.asarray(copies)[parallel.axis_index(axis)], jnp.zeros_like(ct), ct)
+
+
 _share_p = _between("share", _as_it_is, total)
 _total_p = _between("total", lambda x, *, axis: parallel.psum(x, axis), share)
 _own_part_p = _between("own_part", _slice_of_device, join_parts, factor=-1)
 _join_parts_p = _between("join_parts", _gathered, own_part, factor=1)
 _equal_parts_p = _between("equal_parts", _as_it_is, _to_first)
+_lend_rows_p = _between("lend_rows", _lend_rows, _without_lent_rows)

@@ -74,7 +74,7 @@ batching.fancy_primitive_batchers[_each_lane_p] = _each_lane_batched
 
 
 def pad_rows(x: Array, dim: int, placement: Placement) -> Array:
-    """Pads ``x`` along ``dim`` from one row per replica to one row per slot. Padding rows are copies.
+    """Pads ``x`` along ``dim`` from one row per replica to one row per slot. Padding rows are copies, or zeros if none.
 
     The cotangents of padding rows are dropped. Adding them could give NaN: an infinite derivative times zero.
     """
@@ -85,6 +85,8 @@ _pad_rows_p = core.Primitive("pad_rows")
 
 
 def _pad_rows(x: Array, *, dim: int, placement: Placement) -> Array:
+    if placement.size == 0:
+        return jnp.zeros((*x.shape[:dim], placement.slots, *x.shape[dim + 1 :]), x.dtype)
     parts = []
     for first, rows, copies in placement.pieces:
         if rows:

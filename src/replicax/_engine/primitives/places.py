@@ -41,11 +41,11 @@ def _move_batched(
     there: Where,
 ) -> tuple[Array, int]:
     (x,), (dim,) = args, dims
-    return move(x, _with_dimension(here, dim), _with_dimension(there, dim)), dim
+    return move(x, with_dimension(here, dim), with_dimension(there, dim)), dim
 
 
-def _with_dimension(where: W, dim: int) -> W:
-    """Returns the sharding of an array with one extra dimension, which is not split."""
+def with_dimension(where: W, dim: int) -> W:
+    """Returns the sharding of an array with one extra dimension, ``dim``, which is not split."""
     if not isinstance(where, jax.sharding.NamedSharding):
         return where
     spec = [*where.spec, *[None] * (dim - len(where.spec))]
@@ -90,7 +90,7 @@ def _pin_back(ct: Array, x: ad.UndefinedPrimal, *, where: jax.sharding.NamedShar
 
 def _pin_batched(args: Sequence[Array], dims: Sequence[int], *, where: jax.sharding.NamedSharding) -> tuple[Array, int]:
     (x,), (dim,) = args, dims
-    return pin(x, _with_dimension(where, dim)), dim
+    return pin(x, with_dimension(where, dim)), dim
 
 
 def _pinned(x: Array, *, where: jax.sharding.NamedSharding) -> Array:
@@ -170,7 +170,7 @@ def _retype_batched(
     if dim is not None and axis_data.explicit_mesh_axis:
         raise SplitBatchError(axis_data.explicit_mesh_axis)
     if dim is not None and not where.mesh.empty:
-        where = _with_dimension(where, dim)
+        where = with_dimension(where, dim)
     return _retype_p.bind(x, where=where), dim
 
 
