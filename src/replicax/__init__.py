@@ -10,6 +10,8 @@ from replicax._arrays import replicate as replicate
 from replicax._arrays import shard as shard
 from replicax._arrays import unreplicate as unreplicate
 from replicax._devices import simulate_devices as simulate_devices
+from replicax._global_arrays import to_global as to_global
+from replicax._global_arrays import to_local as to_local
 from replicax._pmap import MappedFunction as MappedFunction
 from replicax._pmap import pmap as pmap
 from replicax._report import show_replicas as show_replicas
@@ -28,6 +30,8 @@ __all__ = [
     "show_replicas",
     "simulate_devices",
     "testing",
+    "to_global",
+    "to_local",
     "unreplicate",
 ]
 

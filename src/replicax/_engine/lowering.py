@@ -249,6 +249,11 @@ def _over_devices(
 def _advice(name: str, layout: Layout) -> str:
     """Returns text for JAX's error about an argument of a traced program that is on other devices than the map."""
     every = layout.mesh.size
+    if jax.process_count() > 1:
+        return (
+            f"{name}, mapped by replicax.pmap over several processes. Inside jit, scan and the like, arrays are global "
+            f"there. Convert an array of this process outside: x = replicax.to_global(x), and pass it"
+        )
     used = -(-layout.size // -(-layout.size // every))
     which = f"as in pmap(f, devices=jax.devices()[:{used}])" if used < every else "as many as the smallest map uses"
     return (

@@ -72,20 +72,28 @@ def exchange(processes: Sequence[int], statement: Statement, what: str) -> dict[
     with _lock:
         number = next(_numbers.setdefault(group, itertools.count()))
         place = f"replicax/{'-'.join(map(str, group))}"
-        client.key_value_set(f"{place}/{number}/{here}", json.dumps(statement))
+        client.key_value_set(f"{place}/{number}/{here}", json.dumps([what, statement]))
         deadline = time.monotonic() + Settings.patience
-        found, missing = {here: statement}, []
+        found, doing, missing = {here: statement}, {here: what}, []
         for process in group:
             if process != here:
                 text = _read(client, f"{place}/{number}/{process}", deadline)
                 if text is None:
                     missing.append(process)
                 else:
-                    found[process] = json.loads(text)
+                    doing[process], found[process] = json.loads(text)
         if missing:
             _give_up(client, what, missing)
         if number >= _KEPT:  # everyone has read what came before the last exchange
             client.key_value_delete(f"{place}/{number - _KEPT}/{here}")
+    if any(said.keys() != statement.keys() and "error" not in said for said in found.values()):
+        raise ProcessesError(
+            report(
+                "The processes do not make the same calls:",
+                [f"process {process} {doing[process]}" for process in group],
+                "All processes must call the same maps in the same order.",
+            )
+        )
     return {process: found[process] for process in group}
 
 

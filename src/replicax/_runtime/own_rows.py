@@ -23,7 +23,6 @@ from replicax._runtime.agreement import Running
 from replicax._runtime.executable import Executable
 from replicax._runtime.global_arrays import own_copy
 from replicax._typing import Array, ArrayLike, Function
-from replicax.errors import UnsupportedTransformationError
 
 
 class OwnRows(Executable):
@@ -60,10 +59,7 @@ class OwnRows(Executable):
     def run(self, *leaves: Array) -> Sequence[Array]:
         """Runs the program on arrays that are already on ``own_in_shardings``."""
         if jax.config.jax_disable_jit:
-            raise UnsupportedTransformationError(
-                "A map over several processes cannot run under jax.disable_jit. Leave disable_jit out, or map over the "
-                "devices of this process only: pmap(f, devices=jax.local_devices())."
-            )
+            return self._one_operation_at_a_time(*leaves)
         with self._turn:
             compiled = self._compiled
         try:
@@ -95,21 +91,34 @@ class OwnRows(Executable):
     @cached_property
     def staged(self) -> Function:
         """The program for ``grad``, ``vmap`` and the like outside of ``jit``: it takes and returns own rows."""
-        spec, program, placement = self.spec, jax.jit(self.spec.function), self.spec.layout.local.axis.placement
-        ins = list(map(self._boundary, spec.inputs.axes, spec.in_splits))
-        outs = list(map(self._boundary, spec.out_axes, spec.out_splits))
+        placement, axes = self.spec.layout.local.axis.placement, self.spec.inputs.axes
 
-        def given(x: ArrayLike, at: primitives.Boundary) -> Array:
-            x = primitives.retype(own_copy(x) if at.dim is None and _jax.over_processes(x) else x, None)
-            padded = x if at.dim is None else pad_rows(x, at.dim, placement)
-            return on_data(functools.partial(primitives.to_all, boundary=at), padded)
+        def padded(x: ArrayLike, axis: int | None) -> Array:
+            if axis is None:
+                return own_copy(x) if _jax.over_processes(x) else x
+            return pad_rows(primitives.retype(x, None), axis, placement)
 
-        def own(k: int, y: Array, at: primitives.Boundary) -> Array:
-            to_own = functools.partial(primitives.to_own, boundary=at)
-            x = self.constant[k] if k in self.constant else on_data(to_own, y)
-            return x if at.dim is None else on_data(functools.partial(real_rows, dim=at.dim, placement=placement), x)
+        return lambda *leaves: self._one_operation_at_a_time(*map(padded, leaves, axes))
 
-        return lambda *leaves: list(map(own, itertools.count(), program(*map(given, leaves, ins)), outs))
+    def _one_operation_at_a_time(self, *leaves: Array) -> list[Array]:
+        """Runs the program on padded rows of this process, as operations that ``grad`` and ``vmap`` can transform."""
+        spec = self.spec
+
+        def given(x: Array, axis: int | None, splits: Splits) -> Array:
+            boundary = self._boundary(axis, splits)
+            return on_data(lambda x: primitives.to_all(x, boundary), primitives.retype(x, None))
+
+        def own(k: int, y: Array, axis: int | None, splits: Splits) -> Array:
+            boundary, placement = self._boundary(axis, splits), spec.layout.local.axis.placement
+            x = self.constant[k] if k in self.constant else on_data(lambda y: primitives.to_own(y, boundary), y)
+            return x if axis is None else on_data(lambda x: real_rows(x, axis, placement), x)
+
+        results = self._jitted_for_all(*map(given, leaves, spec.inputs.axes, spec.in_splits))
+        return list(map(own, itertools.count(), results, spec.out_axes, spec.out_splits))
+
+    @cached_property
+    def _jitted_for_all(self) -> Function:
+        return jax.jit(self.spec.function)
 
     def _boundary(self, axis: int | None, splits: Splits) -> primitives.Boundary:
         every, own = self.spec.layout, self.spec.layout.local

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from replicax import _jax
-from replicax._engine.spec import ProgramSpec
+from replicax._engine.spec import ProgramSpec, with_rows
 from replicax._layout.axes import Leaf, mapped_size, one_replica_type
 from replicax._layout.processes import Share, by_process, replicas_of_processes
 from replicax._messages import report, text_of
@@ -18,7 +19,7 @@ from replicax._runtime.arguments import Call
 from replicax._runtime.executable import Executable
 from replicax._runtime.options import Options
 from replicax._runtime.signature import Rows, Signature
-from replicax._typing import ArrayLike, Axes
+from replicax._typing import ArrayLike, Axes, ShapeAndDtype
 from replicax._version import __version__
 from replicax.errors import DevicesError, MappedSizeError, ProcessesError
 
@@ -146,12 +147,17 @@ def _described(name: str, signature: Signature) -> str:
 
 def _unmapped(call: Call, signature: Signature) -> dict[str, str]:
     """Digests of the small arguments that every replica gets whole. Abstract arguments have none."""
-    leaves = [_jax.outermost_value(x)[0] for x in jax.tree.leaves((call.dynamic, call.kwargs))]
-    return {
-        leaf.name: agreement.digest(x if isinstance(x, jax.Array) else np.asarray(x, leaf.aval.dtype))[:8]
-        for leaf, axis, x in zip(signature.leaves, signature.in_axes, leaves, strict=True)
-        if axis is None and _has_value(x) and leaf.aval.size * leaf.aval.dtype.itemsize <= _SMALL
-    }
+    leaves = jax.tree.leaves((call.dynamic, call.kwargs))
+    each = zip(signature.leaves, signature.in_axes, leaves, strict=True)
+    return {leaf.name: _digest_of(x, leaf.aval) for leaf, axis, x in each if axis is None}
+
+
+def _digest_of(x: ArrayLike, aval: ShapeAndDtype) -> str:
+    """A digest of a small array; an empty text for a large one, or one that has no value here."""
+    value, _ = _jax.outermost_value(x)
+    if not _has_value(value) or math.prod(aval.shape) * aval.dtype.itemsize > _SMALL:
+        return ""
+    return agreement.digest(value if isinstance(value, jax.Array) else np.asarray(value, aval.dtype))[:8]
 
 
 def _has_value(x: ArrayLike) -> bool:
@@ -176,6 +182,37 @@ def _compare(every: Mapping[int, Mapping[str, Any]], key: str, headline: str, re
     if len({str(said[key]) for said in every.values()}) > 1:
         faults = [f"process {process}: {said[key]}" for process, said in every.items()]
         raise ProcessesError(report(headline, faults, remedy))
+
+
+def agree_on_arrays(shares: Sequence[Share], arrays: Sequence[ArrayLike], axis: int | None) -> list[list[Share]]:
+    """Compares the arrays of this process with those of the others. Returns the rows of each process, for each array.
+
+    Arrays without rows (``axis`` is None) must be equal.
+
+    Raises:
+        ProcessesError: The arrays have different types, or differ; or a process does not join.
+        MappedSizeError: No process has a row.
+    """
+    types = [_jax.typeof(x) for x in arrays]
+    sizes = [1 if axis is None else x.shape[axis] for x in types]
+    if len(shares) == 1 or not arrays:
+        return [[Share(share.process, share.devices, size) for share in shares] for size in sizes]
+    names = [with_rows(x, None if axis is None else axis % x.ndim, 1) for x in types]
+    of_one = ", ".join(_jax.typeof(x).str_short() for x in names)
+    own = {
+        "types": f"({of_one})" if axis is None else f"({of_one}), of one row along axis {axis}",
+        "values": [*map(_digest_of, arrays, types)] if axis is None else None,
+        "rows": sizes,
+    }
+    every = agreement.exchange([share.process for share in shares], own, f"calls to_global with ({of_one})")
+    remedy = "Only the number of rows may differ."
+    _compare(every, "types", "The processes pass arrays of different types to to_global:", remedy)
+    remedy = "Pass equal arrays, or the axis of the rows."
+    _compare(every, "values", "The processes pass different arrays to to_global, with axis=None (digests):", remedy)
+    rows = [[said["rows"][k] for said in every.values()] for k in range(len(arrays))]
+    if not all(map(sum, rows)):
+        raise MappedSizeError("to_global: no process has a row. Pass a non-empty array in at least one process.")
+    return [[Share(share.process, share.devices, n) for share, n in zip(shares, each, strict=True)] for each in rows]
 
 
 def agree_on_program(options: Options, name: str, build: Callable[[], Executable]) -> Executable:

@@ -2,8 +2,8 @@
 
 A process of a map over several processes holds only its own rows. Inside the program, the rows of all processes are
 one array. ``to_all`` and ``to_own`` convert between the two, outside of ``jit``. Each is the transpose of the
-other, so that derivatives of a map sum over all replicas. JAX's ``multihost_utils.host_local_array_to_global_array`` cannot be
-transposed to arrays of other shapes, nor batched (JAX 0.12).
+other, so that derivatives of a map sum over all replicas. JAX's ``multihost_utils.host_local_array_to_global_array``
+cannot be transposed to arrays of other shapes, nor batched (JAX 0.12).
 """
 
 from __future__ import annotations
