@@ -1,5 +1,7 @@
 """What ``tests/test_processes.py`` runs in every process. Each function returns what is wrong, by name, or a value."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from jax import lax
 
 import collectives
 import replicax
+import transforms
 from replicax import pmap
 from replicax._runtime.agreement import Settings
 from replicax.testing import lockstep
@@ -173,6 +176,113 @@ def helpers():
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Transformations
+
+
+def transformed(name, program, counts, kind):
+    """A transformation of a map of own rows, or of global arrays: the results of this process, as NumPy arrays."""
+    x, mapped = own(transforms.rows(sum(counts)), counts), pmap(transforms.PROGRAMS[program], AXIS)
+    if kind != "own rows":
+        return replicax.fetch(transforms.TRANSFORMS[name](mapped, replicax.to_global(x)))
+    of_all = transforms.weights
+    transforms.weights = lambda x: own(of_all(jnp.zeros((sum(counts), *x.shape[1:]))), counts)
+    try:
+        return replicax.fetch(transforms.TRANSFORMS[name](mapped, x))
+    finally:
+        transforms.weights = of_all
+
+
+def derivatives(counts):
+    """The gradient by own rows, by an argument for all and by a closed-over array, and what is on which devices."""
+    x = own(transforms.rows(sum(counts)), counts)
+    w, v = np.array([1, 2, 3], np.float32), jnp.array([3, 1, 2], jnp.float32)
+
+    def loss(x, w, v):
+        def fun(x, w):
+            return jnp.sin(x * w) * lax.psum(x * v, AXIS), lax.pmean(x * w * v, AXIS)
+
+        rows, equal = pmap(fun, AXIS, in_axes=(0, None), out_axes=(0, None))(x, w)
+        return (rows**2).sum() + equal.sum()
+
+    found = jax.grad(loss, (0, 1, 2))(x, w, v)
+    return [np.asarray(x) for x in found], all(x.is_fully_addressable for x in found)
+
+
+def round_trip(counts):
+    """Rows made global along an axis, and back, with keys and arrays that are equal everywhere."""
+    n, mine = sum(counts), replicax.distributed.replicas(sum(counts))
+    x = transforms.rows(n)
+    found: dict[str, object] = {}
+    keys = jax.random.split(jax.random.key(3), n)
+    for name, tree, axis in (("rows", x, 0), ("jax.Array", jnp.asarray(x), 0), ("columns", x.T, -1)):
+        every = replicax.to_global(own(tree, counts) if axis == 0 else own(tree.T, counts).T, axis)
+        back = replicax.to_local(every, axis)
+        right = jnp.moveaxis(jnp.moveaxis(tree, axis, 0)[mine.start : mine.stop], 0, axis)
+        found |= {name: difference(replicax.fetch(every), tree, 0), f"{name}, own": difference(back, right, 0)}
+        found[f"{name}, devices"] = every.sharding.device_set == {*jax.devices()} and back.is_fully_addressable
+    every = replicax.to_global({"keys": own(keys, counts)})["keys"]
+    found["keys"] = difference(jax.random.key_data(replicax.fetch(every)), jax.random.key_data(keys), 0)
+    w: dict[str, Any] = replicax.to_global({"w": np.ones(3, np.float32), "b": 2.0}, axis=None)
+    found["equal"] = w["w"].sharding.is_fully_replicated and np.asarray(replicax.to_local(w, axis=None)["b"]) == 2.0
+    again = replicax.to_global(every)
+    found["again"] = again is every and replicax.to_local(x) is x
+    return {name: said for name, said in found.items() if said not in (None, True)}
+
+
+def own_rows_with_a_global_parameter(counts):
+    """A parameter on all processes, with own rows: values, and a derivative that is global again."""
+    x, w = own(transforms.rows(sum(counts)), counts), replicax.to_global(np.array([1, 2, 3], np.float32), axis=None)
+    total = pmap(lambda x, w: lax.psum(x * w, AXIS), AXIS, in_axes=(0, None), out_axes=None)
+    gradient = jax.grad(lambda w: total(x, w).sum())(w)
+    return np.asarray(total(x, w)).tolist(), replicax.fetch(gradient).tolist(), gradient.is_fully_addressable
+
+
+def global_arrays(counts):
+    """A map of global arrays: again when warm, donated, ahead of time, without jit, and of what ``debug_nans`` sees."""
+    n, found = sum(counts), {}
+    x = transforms.rows(n)
+    mapped = pmap(
+        lambda x, w: (x * w - lax.pmean(x, AXIS), lax.psum(x, AXIS)), AXIS, in_axes=(0, None), out_axes=(0, None)
+    )
+    right = np.asarray(x * 2 - x.mean(0)), x.sum(0)
+
+    def compare(name, out):
+        for k, (a, b) in enumerate(zip(replicax.fetch(out), right, strict=True)):
+            if fault := difference(a, b, 1e-5):
+                found[f"{name} {k}"] = fault
+
+    every = replicax.to_global(own(x, counts))
+    for name in ("cold", "warm", "warm again"):
+        compare(name, mapped(every, np.float32(2)))
+    compare("ahead of time", mapped.lower(every, np.float32(2)).compile()(every, np.float32(2)))
+    shape = mapped.eval_shape(every, np.float32(2))[0].shape
+    found |= {} if shape == x.shape else {"eval_shape": shape}
+    with jax.disable_jit():
+        compare("disable_jit", mapped(every, np.float32(2)))
+        own_out = pmap(lambda x: lax.psum(x, AXIS), AXIS, out_axes=None)(own(x, counts))
+        if fault := difference(own_out, right[1], 1e-5):
+            found["disable_jit, own rows"] = fault
+    with jax.debug_nans(True):
+        compare("debug_nans", mapped(every, np.float32(2)))
+    donating = pmap(lambda x: x + 1, donate_argnums=0)
+    other = donating(every)
+    if not every.is_deleted() or (fault := difference(replicax.fetch(other), x + 1, 1e-6)):
+        found["donated"] = f"{every.is_deleted()}, {fault}"
+    said = mapped.explain_cache_miss(own(x, counts), np.float32(2))
+    if "called with the rows of each process, and was called with arrays over all processes" not in said:
+        found["explained"] = said
+    return found
+
+
+def more_processes_than_replicas():
+    """``jit`` of a map of one replica, by a global array, and a loop around it."""
+    x = replicax.to_global(np.ones((1 - jax.process_index(), 2), np.float32))
+    mapped = pmap(lambda x: x + lax.psum(x, AXIS), AXIS)
+    looped = jax.jit(lambda x: lax.scan(lambda c, _: (mapped(c), None), x, None, length=2)[0])
+    return replicax.fetch(jax.jit(mapped)(x)).tolist(), replicax.fetch(looped(x)).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Faults
 
 
@@ -223,13 +333,6 @@ def that_raises_in_one_process():
     return raised(lambda: pmap(fun, AXIS)(np.ones((2, 3), np.float32)))
 
 
-def with_an_array_of_all_processes():
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), "a")
-    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a"))
-    x = jax.make_array_from_callback((4, 3), where, lambda index: np.ones((1, 3), np.float32))
-    return raised(lambda: pmap(new()[0], AXIS)(x))
-
-
 def without_rows():
     return raised(lambda: pmap(new()[0], AXIS)(np.ones((0, 3), np.float32)))
 
@@ -238,8 +341,62 @@ def with_another_axis_size():
     return raised(lambda: pmap(new()[0], AXIS, axis_size=3)(np.ones((2, 3), np.float32)))
 
 
-def under_grad():
-    return raised(lambda: jax.grad(lambda x: pmap(new()[0], AXIS)(x).sum())(np.ones((2, 3), np.float32)))
+def rows_of_one_and_of_all():
+    x = np.ones((2, 3), np.float32)
+    return raised(lambda: pmap(lambda a, b: a + b, AXIS)(x, replicax.to_global(x)))
+
+
+def a_local_array_closed_over_in_jit():
+    x = pmap(lambda x: x)(np.ones((2, 3), np.float32))
+    return raised(lambda: jax.jit(lambda: pmap(new()[0], AXIS)(x))())
+
+
+def a_local_array_passed_to_jit():
+    x = pmap(lambda x: x)(np.ones((2, 3), np.float32))
+    return raised(lambda: jax.jit(pmap(new()[0], AXIS))(x))
+
+
+def a_split_array_for_every_replica():
+    x = np.ones((2, 3), np.float32)
+    return raised(lambda: pmap(lambda a, b: a + b[0], AXIS, in_axes=(0, None))(x, replicax.to_global(x)))
+
+
+def a_global_array_in_a_local_map():
+    x = replicax.to_global(np.ones((2, 3), np.float32))
+    return raised(lambda: pmap(lambda x: x, devices=jax.local_devices())(x))
+
+
+def a_global_array_on_other_devices():
+    some = [jax.devices()[0], jax.devices()[-1]]
+    x = replicax.to_global(np.ones((2, 3), np.float32), devices=some)
+    return raised(lambda: pmap(new()[0], AXIS)(x))
+
+
+def to_local_in_jit():
+    x = replicax.to_global(np.ones((2, 3), np.float32))
+    return raised(lambda: jax.jit(replicax.to_local)(x))
+
+
+def to_local_of_a_split_array():
+    x = replicax.to_global(np.ones((2, 3), np.float32))
+    return raised(lambda: replicax.to_local(x, axis=None))
+
+
+def to_global_of_other_types():
+    return raised(lambda: replicax.to_global(np.ones((2, 3 + jax.process_index()), np.float32)))
+
+
+def to_global_of_other_values():
+    return raised(lambda: replicax.to_global({"w": np.full(3, jax.process_index())}, axis=None))
+
+
+def to_global_without_rows():
+    return raised(lambda: replicax.to_global(np.ones((0, 3), np.float32)))
+
+
+def a_map_and_to_global():
+    x = np.ones((2, 3), np.float32)
+    return raised(lambda: replicax.to_global(x) if jax.process_index() else pmap(new()[0], AXIS)(x))
 
 
 def warm_and_not():

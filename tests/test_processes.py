@@ -1,11 +1,17 @@
 """Maps over several processes: own rows in, own rows out, and the values of one process with all rows."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import process_programs as programs
+import transforms
 from replicax.errors import ProcessesError
 from replicax.testing import processes
+from replicax.testing._check import compare
+from test_transforms import of_vmap
+from transforms import PROGRAMS, TRANSFORMS
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -101,6 +107,80 @@ def test_stages(gang, rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Transformations from outside, and global arrays
+
+#: Where the rows are in the results of these transformations. None: a sum over the rows of a process.
+ROWS = {"vmap": 1, "hessian": None, "jacrev": None, "custom_vjp": (None, 0)}
+
+#: The transformations that take own rows: they are not in ``jit``.
+OF_OWN_ROWS = ["grad", "jvp", "vjp", "linearize", "linear_transpose", "vmap", "vmap of the last axis", "grad of vmap",
+               "custom_vjp", "custom_jvp", "hessian", "jacrev"]  # fmt: skip
+
+TRANSFORMED = [
+    pytest.param(
+        kind, name, list(PROGRAMS)[k % len(PROGRAMS)], marks=[pytest.mark.long] * (name not in ("grad", "vmap"))
+    )
+    for kind, names in (("own rows", OF_OWN_ROWS), ("global arrays", TRANSFORMS))
+    for k, name in enumerate(names)
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "program"), TRANSFORMED)
+def test_transformations(gang, rows, kind, name, program):
+    counts = rows[len(name) % len(rows)]
+    right = of_vmap(sum(counts), name, program)
+    found = gang.run(programs.transformed, name, program, counts, kind)
+    if kind == "global arrays":
+        for ours in found:
+            compare(str, ours, right, rtol=1e-4)
+        return
+    axes = ROWS.get(name, 0)
+    each = jax.tree.map(lambda _: axes, right) if not isinstance(axes, tuple) else axes
+    joined = jax.tree.map(
+        lambda axis, *parts: sum(parts) if axis is None else np.concatenate(parts, axis),
+        each, *found, is_leaf=lambda axis: axis is None,
+    )  # fmt: skip
+    compare(str, joined, right, rtol=1e-4)
+
+
+def test_derivatives_by_rows_and_by_what_all_replicas_get(gang, rows):
+    for counts in rows[1:]:
+        x, w, v = transforms.rows(sum(counts)), np.array([1, 2, 3], np.float32), np.array([3, 1, 2], np.float32)
+
+        def loss(x, w, v):
+            equal = (x * w * v).mean(0)
+            return ((jnp.sin(x * w) * (x * v).sum(0)) ** 2).sum() + equal.sum()
+
+        right = jax.grad(loss, (0, 1, 2))(x, w, v)
+        found = gang.run(programs.derivatives, counts)
+        assert all(own for _, own in found)
+        compare(str, np.concatenate([own[0] for own, _ in found]), right[0], rtol=1e-4)
+        for own, _ in found:
+            compare(str, own[1:], list(right[1:]), rtol=1e-4)
+
+
+def test_global_arrays(gang, rows):
+    for counts in rows:
+        for faults in gang.run(programs.global_arrays, counts):
+            assert faults == {}, counts
+
+
+def test_rows_become_global_and_own_again(gang, rows):
+    for counts in rows:
+        for faults in gang.run(programs.round_trip, counts):
+            assert faults == {}, counts
+
+
+def test_own_rows_with_a_global_parameter(gang, rows):
+    for counts in rows[1:]:
+        total = transforms.rows(sum(counts)).sum(0)
+        for value, gradient, local in gang.run(programs.own_rows_with_a_global_parameter, counts):
+            np.testing.assert_allclose(value, total * [1, 2, 3], rtol=1e-5)
+            np.testing.assert_allclose(gradient, total, rtol=1e-5)
+            assert not local
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Faults: each process gets an error that says who has what, and goes on
 
 
@@ -121,10 +201,35 @@ BOTH = {
     "that_depends_on_the_process": ["not the same program", "the traced program: process 0 has "],
     "of_another_setting": ["different settings of JAX", "process 0: jax_enable_x64 is False", "jax_enable_x64 is True"],
     "with_another_unmapped_argument": ["different values of arguments with in_axes=None", "process 0: {'y': '"],
-    "with_an_array_of_all_processes": ["of shape (4, 3) lies on devices of other processes", "replicax.fetch(x)"],
     "without_rows": ["pmap needs at least one replica", "process 1 has 0 replicas"],
     "with_another_axis_size": ["axis_size is 3", "process 0 has 2 replicas"],
-    "under_grad": ["over several processes are not supported yet", "pmap(jax.grad(f))"],
+    "rows_of_one_and_of_all": [
+        "a has the rows of this process",
+        "b has the rows of all processes (a global array)",
+        "replicax.to_global(x) has the rows of all processes",
+    ],
+    "a_local_array_closed_over_in_jit": [
+        "arrays are global, and these are arrays of this process",
+        "  * x\n",
+        "to_glob",
+    ],
+    "a_local_array_passed_to_jit": [
+        "Received incompatible devices for jitted computation",
+        "Convert an array of this process outside: x = replicax.to_global(x), and pass it",
+    ],
+    "a_split_array_for_every_replica": ["of shape (4, 3) is split over the devices of several", "replicax.fetch(x)"],
+    "a_global_array_in_a_local_map": ["of shape (4, 3) is split over the devices of several", "replicax.to_local(x)"],
+    "a_global_array_on_other_devices": ["is over the devices [", "global array must be over all devices of the map"],
+    "to_local_in_jit": ["UnsupportedTransformationError: to_local cannot be called inside jit"],
+    "to_local_of_a_split_array": ["of shape (4, 3) is split over the devices of several"],
+    "to_global_of_other_types": ["different types to to_global", "process 1: (float32[1,4]), of one row along axis 0"],
+    "to_global_of_other_values": ["different arrays to to_global, with axis=None", "process 0: ['"],
+    "to_global_without_rows": ["MappedSizeError: to_global: no process has a row"],
+    "a_map_and_to_global": [
+        "The processes do not make the same calls",
+        "process 0 calls add(x: float32[3] mapped along 0)",
+        "process 1 calls to_global with (float32[1,3])",
+    ],
 }
 
 
@@ -139,6 +244,10 @@ def test_a_fault_is_an_error_in_both_processes(fault, two):
 def test_a_warm_map_under_a_tracer(two):
     right = [6.0, 7.0, 8.0, 9.0]
     assert two.run(programs.under_a_tracer_when_warm) == [(right, "float32", [right])] * 2
+
+
+def test_fewer_replicas_than_processes_under_jit(two):
+    assert two.run(programs.more_processes_than_replicas) == [([[2.0, 2.0]], [[4.0, 4.0]])] * 2
 
 
 def test_a_donated_argument_is_deleted_in_every_process(two):

@@ -279,7 +279,7 @@ def fetch(tree: Tree) -> Tree:
 @functools.cache
 def _gathered(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     """Returns the function that copies an array over several processes to all of their devices."""
-    return jax.jit(_identity, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return _jax.always_jit(_identity, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _whole(x: ArrayLike, parts: Parts | None) -> ArrayLike:

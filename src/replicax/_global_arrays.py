@@ -167,10 +167,10 @@ class _Between:
         )
         devices = [device for share in shares for device in share.devices]
         result = layout("rows", placement.size, devices, use_all_devices=True).result_sharding(axis)
-        self.drop_padding: Callable[[Array], Array] = jax.jit(
+        self.drop_padding: Callable[[Array], Array] = _jax.always_jit(
             functools.partial(on_data, lambda x: real_rows(x, axis, placement)), out_shardings=result
         )
-        self.add_padding: Callable[[Array], Array] = jax.jit(
+        self.add_padding: Callable[[Array], Array] = _jax.always_jit(
             lambda x: pad_rows(x, axis, placement), out_shardings=self.boundary.every
         )
 

@@ -57,6 +57,7 @@ from replicax._jax.tracebacks import equation_context as equation_context
 from replicax._jax.tracebacks import source as source
 from replicax._jax.tracing import NO_MESH as NO_MESH
 from replicax._jax.tracing import AxisName as AxisName
+from replicax._jax.tracing import always_jit as always_jit
 from replicax._jax.tracing import axes_in_scope as axes_in_scope
 from replicax._jax.tracing import axis_env as axis_env
 from replicax._jax.tracing import eager as eager

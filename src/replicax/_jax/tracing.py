@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -13,7 +14,7 @@ from jax._src import config, core
 from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 
-from replicax._typing import ArrayLike, PyTree
+from replicax._typing import ArrayLike, Function, PyTree
 
 AxisName = Hashable
 
@@ -116,6 +117,18 @@ def on_own_devices(x: ArrayLike) -> bool:
     value, _ = outermost_value(x)
     known = isinstance(value, jax.Array) and not isinstance(value, core.Tracer)
     return known and bool(value.committed) and value.is_fully_addressable
+
+
+def always_jit(fun: Function, **options: Any) -> Function:
+    """Like ``jax.jit``, under ``jax.disable_jit`` too, which ignores ``out_shardings`` and so moves nothing."""
+    jitted = jax.jit(fun, **options)
+
+    @functools.wraps(fun)
+    def call(*args: Any) -> Any:
+        with jax.disable_jit(False):
+            return jitted(*args)
+
+    return call
 
 
 def looks_for_nans() -> bool:

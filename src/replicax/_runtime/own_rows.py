@@ -58,8 +58,6 @@ class OwnRows(Executable):
 
     def run(self, *leaves: Array) -> Sequence[Array]:
         """Runs the program on arrays that are already on ``own_in_shardings``."""
-        if jax.config.jax_disable_jit:
-            return self._one_operation_at_a_time(*leaves)
         with self._turn:
             compiled = self._compiled
         try:
@@ -91,34 +89,28 @@ class OwnRows(Executable):
     @cached_property
     def staged(self) -> Function:
         """The program for ``grad``, ``vmap`` and the like outside of ``jit``: it takes and returns own rows."""
-        placement, axes = self.spec.layout.local.axis.placement, self.spec.inputs.axes
+        spec, program = self.spec, jax.jit(self.spec.function)
+        placement, axes = spec.layout.local.axis.placement, spec.inputs.axes
 
         def padded(x: ArrayLike, axis: int | None) -> Array:
             if axis is None:
                 return own_copy(x) if _jax.over_processes(x) else x
             return pad_rows(primitives.retype(x, None), axis, placement)
 
-        return lambda *leaves: self._one_operation_at_a_time(*map(padded, leaves, axes))
-
-    def _one_operation_at_a_time(self, *leaves: Array) -> list[Array]:
-        """Runs the program on padded rows of this process, as operations that ``grad`` and ``vmap`` can transform."""
-        spec = self.spec
-
-        def given(x: Array, axis: int | None, splits: Splits) -> Array:
+        def given(x: ArrayLike, axis: int | None, splits: Splits) -> Array:
             boundary = self._boundary(axis, splits)
-            return on_data(lambda x: primitives.to_all(x, boundary), primitives.retype(x, None))
+            return on_data(lambda x: primitives.to_all(x, boundary), primitives.retype(padded(x, axis), None))
 
         def own(k: int, y: Array, axis: int | None, splits: Splits) -> Array:
-            boundary, placement = self._boundary(axis, splits), spec.layout.local.axis.placement
+            boundary = self._boundary(axis, splits)
             x = self.constant[k] if k in self.constant else on_data(lambda y: primitives.to_own(y, boundary), y)
             return x if axis is None else on_data(lambda x: real_rows(x, axis, placement), x)
 
-        results = self._jitted_for_all(*map(given, leaves, spec.inputs.axes, spec.in_splits))
-        return list(map(own, itertools.count(), results, spec.out_axes, spec.out_splits))
+        def on_own_rows(*leaves: ArrayLike) -> list[Array]:
+            results = program(*map(given, leaves, axes, spec.in_splits))
+            return list(map(own, itertools.count(), results, spec.out_axes, spec.out_splits))
 
-    @cached_property
-    def _jitted_for_all(self) -> Function:
-        return jax.jit(self.spec.function)
+        return on_own_rows
 
     def _boundary(self, axis: int | None, splits: Splits) -> primitives.Boundary:
         every, own = self.spec.layout, self.spec.layout.local

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import jax
 from jax.sharding import NamedSharding
 
+from replicax import _jax
 from replicax._engine.primitives.places import with_dimension
 from replicax._jax.interpreters import ad, batching, core
 from replicax._typing import Array, Aval, Function
@@ -90,7 +91,7 @@ def _of_shards(x: Array, shape: tuple[int, ...], sharding: NamedSharding) -> Arr
 @functools.lru_cache(maxsize=4096)
 def _moved(sharding: NamedSharding) -> Callable[[Array], Array]:
     """``jax.device_put`` between shardings over the same devices of several processes."""
-    return jax.jit(lambda x: x, out_shardings=sharding)
+    return _jax.always_jit(lambda x: x, out_shardings=sharding)
 
 
 def _first_rows(x: Array, boundary: Boundary) -> slice:
