@@ -15,14 +15,14 @@ SOURCE = pathlib.Path(replicax.__file__).parent
 
 PUBLIC = {
     "MappedFunction", "fetch", "local_replicas", "pmap", "replicate", "shard", "show_replicas", "simulate_devices",
-    "unreplicate",
+    "to_global", "to_local", "unreplicate",
 }  # fmt: skip
 
 MODULES = {"compat", "distributed", "errors", "testing"}
 
 #: The layers from the top down, as folders and modules. A module imports only from its own layer or a lower one.
 ROOMS = [
-    "compat", "testing", "distributed", "_report", "_arrays", "_devices", "_pmap", "_runtime", "_engine",
+    "compat", "testing", "distributed", "_report", "_arrays", "_global_arrays", "_devices", "_pmap", "_runtime", "_engine",
     "_engine.primitives", "_layout", "_jax", "_messages", "_typing", "_version", "errors",
 ]  # fmt: skip
 
