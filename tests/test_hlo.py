@@ -134,6 +134,12 @@ def test_a_reduction_over_many_replicas_sends_one_replicas_bytes(reduce, n):
     assert bytes_out(text) == {"all-reduce": 400}
 
 
+def test_the_sum_of_a_tree_is_one_collective():
+    gradients = [np.ones((12, 4, k), np.float32) for k in range(1, 101)]
+    text = pmap(lambda tree: lax.psum(tree, "i"), "i").lower(gradients).compile().as_text()
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1
+
+
 def test_all_gather_sends_each_replica_once():
     text = optimized(pmap(lambda x: lax.all_gather(x, "i"), "i", out_axes=None).lower(np.ones((64, 100), np.float32)))
     assert bytes_out(text) == {"all-gather": 64 * 400}  # the result has all replicas once

@@ -132,22 +132,48 @@ def hosts():
             ip("netns", "del", name)
 
 
-@pytest.mark.long
-def test_two_hosts_connect_over_their_network(hosts):
-    names, addresses = hosts
-    running = [
+def start_on(hosts, code):
+    """One process on each of two hosts, as torchrun starts them."""
+    return [
         subprocess.Popen(
-            ["ip", "netns", "exec", name, sys.executable, "-c", SUM],
-            env=os.environ | torchrun(index, 4242) | {"MASTER_ADDR": addresses[0]},
+            ["ip", "netns", "exec", name, sys.executable, "-c", code],
+            env=os.environ | torchrun(index, 4242) | {"MASTER_ADDR": hosts[1][0]},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index, name in enumerate(names)
+        for index, name in enumerate(hosts[0])
     ]
-    for status, out, err in ended(running):
+
+
+@pytest.mark.long
+def test_two_hosts_connect_over_their_network(hosts):
+    for status, out, err in ended(start_on(hosts, SUM)):
         assert status == 0, err
         assert "sum [3.0] of 2" in out
+
+
+PLAIN_JAX = """
+import os, jax, numpy as np
+from jax.experimental import multihost_utils
+jax.distributed.initialize(os.environ["MASTER_ADDR"] + ":" + os.environ["MASTER_PORT"], 2, int(os.environ["RANK"]))
+print("gathered", multihost_utils.process_allgather(np.ones(1)).shape)
+"""
+
+
+@pytest.mark.long
+def test_without_replicax_gloo_listens_where_the_name_of_the_host_points(hosts):
+    """If this fails, ``use_address`` in ``replicax/_jax/processes.py`` can go."""
+    running = start_on(hosts, PLAIN_JAX)
+    try:
+        out, _ = running[0].communicate(timeout=20)
+        assert "gathered" not in out
+    except subprocess.TimeoutExpired:  # it waits for the other host
+        pass
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
 
 
 def test_without_a_launcher_there_is_one_process():

@@ -27,7 +27,7 @@ def use_address(own: str) -> None:
     """Makes the CPU collectives of this process listen on an address of its host.
 
     By default, gloo listens on the address that the host's name resolves to, which on many hosts is a loopback
-    address, so that other hosts cannot connect.
+    address, so that other hosts cannot connect. A test in ``tests/test_initialize.py`` shows this without replicax.
     """
     with contextlib.suppress(AttributeError):
         made = jaxlib.make_gloo_tcp_collectives
