@@ -116,16 +116,17 @@ ROWS = {"vmap": 1, "hessian": None, "jacrev": None, "custom_vjp": (None, 0)}
 OF_OWN_ROWS = ["grad", "jvp", "vjp", "linearize", "linear_transpose", "vmap", "vmap of the last axis", "grad of vmap",
                "custom_vjp", "custom_jvp", "hessian", "jacrev"]  # fmt: skip
 
-TRANSFORMED = [
-    pytest.param(
-        kind, name, list(PROGRAMS)[k % len(PROGRAMS)], marks=[pytest.mark.long] * (name not in ("grad", "vmap"))
-    )
-    for kind, names in (("own rows", OF_OWN_ROWS), ("global arrays", TRANSFORMS))
-    for k, name in enumerate(names)
-]
+
+def cells(gang):
+    """Each transformation of own rows and of global arrays once: on 2x2 and 4x2 in turn, of one program in turn."""
+    for kind, names in (("own rows", OF_OWN_ROWS), ("global arrays", TRANSFORMS)):
+        for k, name in enumerate(names):
+            if gang == ["2x2", "4x2"][k % 2]:
+                marks = [pytest.mark.long] * (name not in ("grad", "value_and_grad"))
+                yield pytest.param(gang, kind, name, list(PROGRAMS)[k % len(PROGRAMS)], marks=marks)
 
 
-@pytest.mark.parametrize(("kind", "name", "program"), TRANSFORMED)
+@pytest.mark.parametrize(("gang", "kind", "name", "program"), [*cells("2x2"), *cells("4x2")], indirect=["gang"])
 def test_transformations(gang, rows, kind, name, program):
     counts = rows[len(name) % len(rows)]
     right = of_vmap(sum(counts), name, program)
