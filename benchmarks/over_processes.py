@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -18,16 +19,33 @@ from replicax._runtime import agreement
 
 AXIS = "i"
 BARE = "jit(shard_map) of global arrays"
+GLOBAL = "replicax, of global arrays"
 
-#: The programs, by name: from one array of each replica to another.
-PROGRAMS: dict[str, Callable[..., Any]] = {
-    "double": lambda tree: jax.tree.map(lambda x: 2 * x, tree),
-    "psum": lambda tree: lax.psum(tree, AXIS),
-    "step": lambda tree: jax.tree.map(lambda x: x - 0.1 * lax.pmean(x, AXIS), tree),
+#: An axis of replicas, or the axes of lanes and devices.
+Axis = str | tuple[str, str]
+
+
+def _trained(tree: Sequence[jax.Array], axis: Axis) -> list[jax.Array]:
+    """A step of a small MLP. The first array is the batch of a replica, the others are layers of 64 x 64 weights."""
+    x, *weights = [array.reshape(64, 64) for array in tree]
+
+    def loss(weights: Sequence[jax.Array]) -> jax.Array:
+        return jnp.mean(functools.reduce(lambda h, w: jnp.tanh(h @ w), weights, x) ** 2)
+
+    each = zip(weights, lax.pmean(jax.grad(loss)(weights), axis), strict=True)
+    return [x.reshape(-1), *((w - 0.1 * gradient).reshape(-1) for w, gradient in each)]
+
+
+#: The programs, by name: from arrays of each replica, and the name of the axis, to others.
+PROGRAMS: dict[str, Callable[[list[jax.Array], Axis], list[jax.Array]]] = {
+    "double": lambda tree, _: jax.tree.map(lambda x: 2 * x, tree),
+    "psum": lambda tree, axis: lax.psum(tree, axis),
+    "step": lambda tree, axis: jax.tree.map(lambda x: x - 0.1 * lax.pmean(x, axis), tree),
+    "training": _trained,
 }
 
 
-def seconds(way: str, program: str, leaves: int, size: int, calls: int) -> tuple[float, float]:
+def seconds(way: str, program: str, leaves: int, size: int, calls: int, lanes: int = 1) -> tuple[float, float]:
     """The seconds of a call, and the sum of its last result.
 
     Args:
@@ -36,8 +54,9 @@ def seconds(way: str, program: str, leaves: int, size: int, calls: int) -> tuple
         leaves: The number of arrays.
         size: The number of float32 numbers of one replica in each array.
         calls: The number of calls that are timed together.
+        lanes: The number of replicas on each device.
     """
-    function, args = _prepared(way, program, leaves, size)
+    function, args = _prepared(way, program, leaves, size, lanes)
     start = time.perf_counter()
     for _ in range(calls):
         result = function(args)
@@ -48,26 +67,29 @@ def seconds(way: str, program: str, leaves: int, size: int, calls: int) -> tuple
 
 
 @functools.cache
-def _prepared(way: str, program: str, leaves: int, size: int) -> tuple[Callable[..., Any], list[Any]]:
-    devices = jax.local_devices()
+def _prepared(way: str, program: str, leaves: int, size: int, lanes: int) -> tuple[Callable[..., Any], list[Any]]:
+    devices, function = jax.local_devices(), PROGRAMS[program]
+    ours = replicax.pmap(lambda tree: function(tree, AXIS), AXIS)
     where = NamedSharding(Mesh(np.array(devices), AXIS), PartitionSpec(AXIS))
-    rows = np.random.default_rng(jax.process_index()).uniform(size=(len(devices), size)).astype(np.float32)
+    rows = np.random.default_rng(jax.process_index()).uniform(size=(lanes * len(devices), size)).astype(np.float32)
     local = [jax.device_put(rows, where) for _ in range(leaves)]
     if way == OURS:
-        return replicax.pmap(PROGRAMS[program], AXIS), local
+        return ours, local
     mesh = Mesh(np.array(jax.devices()), AXIS)
     everywhere = NamedSharding(mesh, PartitionSpec(AXIS))
 
     def one_device(blocks: list[Any]) -> list[Any]:
-        return [y[None] for y in PROGRAMS[program]([x[0] for x in blocks])]
+        if lanes == 1:
+            return [y[None] for y in function([x[0] for x in blocks], AXIS)]
+        return jax.vmap(lambda tree: function(tree, ("lanes", AXIS)), axis_name="lanes")(blocks)
 
     specs = PartitionSpec(AXIS)
     bare = jax.jit(jax.shard_map(one_device, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False))
-    shape = (len(jax.devices()), size)
+    shape = (lanes * len(jax.devices()), size)
     to_global = functools.partial(_converted, shape=shape, where=everywhere)
-    if way == BARE:
-        return bare, [to_global(x) for x in local]
-    to_local = functools.partial(_converted, shape=(len(devices), size), where=where)
+    if way in (BARE, GLOBAL):
+        return bare if way == BARE else ours, [to_global(x) for x in local]
+    to_local = functools.partial(_converted, shape=rows.shape, where=where)
 
     def by_hand(tree: list[Any]) -> list[Any]:
         return [to_local(y) for y in bare([to_global(x) for x in tree])]
@@ -90,3 +112,4 @@ def agreement_seconds(calls: int) -> tuple[float, float]:
 
 
 WAYS = (OURS, HAND, BARE)
+OF_GLOBAL_ARRAYS = (GLOBAL, BARE)
