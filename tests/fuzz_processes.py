@@ -63,7 +63,8 @@ class Gang:
         self.programs += 1
         if self.running is None:
             self.running = processes(len(self.devices), devices=self.devices, timeout=300)
-        counts, right = shares(program, self.devices), expected(replace(program, derivatives=True))
+        program = replace(program, derivatives=True)
+        counts, right = shares(program, self.devices), expected(program)
         if right.verdict.values is None:
             return right.verdict
         try:
