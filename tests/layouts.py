@@ -1,9 +1,11 @@
 """Ten classes of layout, each with pairs of N replicas and D devices.
 
-``make test`` runs these pairs, a part of them in each test; ``make test-all`` also runs the whole table of 110 pairs.
+``make test`` runs a part of these pairs in each test. ``make test-all`` runs all of them, and some others, and
+``make sweep`` the whole table of 110 pairs.
 """
 
 import math
+import os
 
 import pytest
 
@@ -26,6 +28,7 @@ CLASSES = {
 
 SHORT = [pair for pairs in CLASSES.values() for pair in pairs]
 PAIRS = [*SHORT, *((n, d) for n in REPLICAS for d in DEVICES if (n, d) not in SHORT)]
+FULL = os.environ.get("REPLICAX_SWEEP") == "full"
 
 
 def belongs(n, d, name):
@@ -53,4 +56,6 @@ def pair(n, d, *more):
     return pytest.param(n, d, *more, marks=marks, id="-".join([*more, f"{n}on{d}"]))
 
 
-every_pair = pytest.mark.parametrize(("n", "d"), [pair(n, d) for n, d in PAIRS])
+every_pair = pytest.mark.parametrize(
+    ("n", "d"), [pair(n, d) for n, d in (PAIRS if FULL else [*SHORT, *PAIRS[len(SHORT) :: 6]])]
+)

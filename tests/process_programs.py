@@ -274,6 +274,18 @@ def global_arrays(counts):
     return found
 
 
+def own_and_global_in_turn():
+    """The rows of results, and whether they are of this process, of maps of own rows and of global arrays in turn."""
+    x = np.ones((2, 3), np.float32)
+    every, found = replicax.to_global(x), []
+    turns = [x, every, every, x, x, every, x, every, every, every, every, x]
+    rows, whole = (pmap(lambda x: lax.psum(x, AXIS), AXIS, out_axes=axis) for axis in (0, None))
+    for arg in turns:
+        y = rows(arg)
+        found.append((len(y), y.is_fully_addressable, whole(arg).is_fully_addressable))
+    return found == [(2, True, True) if arg is x else (4, False, False) for arg in turns]
+
+
 def more_processes_than_replicas():
     """``jit`` of a map of one replica, by a global array, and a loop around it."""
     x = replicax.to_global(np.ones((1 - jax.process_index(), 2), np.float32))
@@ -372,6 +384,36 @@ def a_global_array_on_other_devices():
     return raised(lambda: pmap(new()[0], AXIS)(x))
 
 
+def jacobians_by_unequal_rows():
+    x = np.ones((2 + jax.process_index(), 3), np.float32)
+    return raised(lambda: jax.jacfwd(lambda x: pmap(new()[0], AXIS)(x).sum())(x))
+
+
+def jacobians_of_unequal_rows():
+    x, add = np.ones((2 + jax.process_index(), 3), np.float32), new()[0]
+    mapped = pmap(lambda x, w: add(x) * w, AXIS, in_axes=(0, None))
+    return raised(lambda: jax.jacrev(lambda w: mapped(x, w))(np.float32(2)))
+
+
+def vmap_of_other_sizes():
+    x = np.ones((4 + jax.process_index(), 2, 3), np.float32)
+    return raised(lambda: jax.vmap(pmap(new()[0], AXIS))(x))
+
+
+def a_string_in_one_process():
+    x = np.ones((2, 3), np.float32)
+    return raised(lambda: pmap(new()[0], AXIS)("no" if jax.process_index() else x))
+
+
+def no_such_axis_in_one_process():
+    x = np.ones((2, 3), np.float32)
+    return raised(lambda: replicax.to_global(x, axis=3 * jax.process_index()))
+
+
+def to_global_in_jit():
+    return raised(lambda: jax.jit(replicax.to_global)(np.ones((2, 3), np.float32)))
+
+
 def to_local_in_jit():
     x = replicax.to_global(np.ones((2, 3), np.float32))
     return raised(lambda: jax.jit(replicax.to_local)(x))
@@ -406,6 +448,20 @@ def warm_and_not():
     mapped(np.ones((4, 3), np.float32))
     rows = 3 if jax.process_index() else 4
     return raised(lambda: jax.block_until_ready(mapped(np.ones((rows, 3), np.float32))))
+
+
+def warm_after_an_abort():
+    """Process 1 calls a warm map after it has given up."""
+    hurry()
+    mapped, x = pmap(new()[0], AXIS), np.ones((2, 3), np.float32)
+    mapped(x)
+    mapped(x)
+    if jax.process_index() == 0:
+        return raised(lambda: jax.block_until_ready(mapped(x)))
+    first = raised(lambda: mapped(x.astype(np.float16)))
+    second = raised(lambda: jax.block_until_ready(mapped(100 * x)))
+    print(f"said {first == second}", flush=True)
+    return first
 
 
 def never_comes():

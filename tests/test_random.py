@@ -71,9 +71,10 @@ def everything_of_each(n, impl):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", ["call", "jit"])
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("n", "d"), PLACES)
+@pytest.mark.parametrize(
+    ("n", "d", "impl", "how"),
+    [(n, d, impl, ["call", "jit"][(k + j) % 2]) for k, (n, d) in enumerate(PLACES) for j, impl in enumerate(IMPLS)],
+)
 def test_each_replica_draws_from_its_own_key(n, d, impl, how):
     mapped = pmap(everything, devices=jax.devices()[:d])
     ours = (mapped if how == "call" else jax.jit(mapped))(keys(n, impl), np.arange(n, dtype=np.float32))

@@ -19,7 +19,7 @@ x5 = np.abs(np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)) + 0
 @pytest.mark.long
 @pytest.mark.parametrize("control", CONTROL)
 def test_lockstep_agrees_with_vmap(control):
-    fun = program((control,), DTYPES)
+    fun = program((control,), DTYPES[list(CONTROL).index(control) % 3 :: 3])
     once = jax.jit if not control.startswith("while") else lambda f: f  # its loops need concrete values
     compare(str, once(lockstep(fun, axis_name=AXIS))(x5), jax.jit(jax.vmap(fun, axis_name=AXIS))(x5))
 

@@ -5,20 +5,18 @@ every pair.
 """
 
 import functools
-import os
 import random
 
 import jax
 import pytest
 
-from layouts import PAIRS, SHORT, pair
+from layouts import FULL, PAIRS, SHORT, pair
 from replicax import pmap
 from replicax.testing._check import compare
 from transforms import AXIS, PROGRAMS, TRANSFORMS, rows
 
 _chance = random.Random(2285)  # each transformation gets all kinds of pairs
 TURNS = [*_chance.sample(SHORT, len(SHORT)), *_chance.sample(PAIRS[len(SHORT) :], len(PAIRS) - len(SHORT))]
-FULL = os.environ.get("REPLICAX_SWEEP") == "full"
 
 
 def cells():

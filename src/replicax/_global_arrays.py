@@ -20,9 +20,10 @@ from replicax._engine.replica import no_arrays
 from replicax._layout.layout import layout
 from replicax._layout.processes import Share, by_process, layout_over_processes, replicas_of_processes
 from replicax._messages import as_int, report
+from replicax._runtime.agreement import agree_on_shape
 from replicax._runtime.global_arrays import on_all, own_copy
 from replicax._runtime.options import check_devices
-from replicax._runtime.processes import agree_on_arrays
+from replicax._runtime.processes import agree_on_arrays, tell_others
 from replicax._runtime.transfer import put
 from replicax._typing import Array, ArrayLike, OneArray, PyTree
 from replicax.errors import MappedSizeError, UnsupportedTransformationError
@@ -63,15 +64,20 @@ def to_global(tree: Tree, axis: int | None = 0, *, devices: Sequence[jax.Device]
         MappedSizeError: an array has no such axis, or no process has a row.
         ProcessesError: the processes pass arrays of different types, or different arrays with ``axis=None``, or one
             does not call.
+        UnsupportedTransformationError: the call is inside ``jax.jit``, over several processes.
 
     Example:
         >>> import numpy as np, replicax
         >>> replicax.to_global(np.arange(3.0))
         Array([0., 1., 2.], dtype=float32)
     """
-    leaves, at, where = _checked("to_global", tree, axis, devices)
-    if _jax.staging():
-        return tree
+    where = tuple(jax.devices()) if devices is None else check_devices(devices)
+    try:
+        leaves, at = _checked("to_global", tree, axis)
+    except Exception as error:
+        tell_others(by_process(where), "calls to_global", error)
+        raise
+    _refuse_traced("to_global", "Call it on the arguments of the jitted function.")
     local = {k: x for k, x in enumerate(leaves) if not _jax.over_processes(x)}
     whole = NamedSharding(Mesh(np.asarray(where, dtype=object), "devices"), PartitionSpec())
     for (k, x), shares in zip(local.items(), agree_on_arrays(by_process(where), list(local.values()), at), strict=True):
@@ -124,12 +130,8 @@ def to_local(tree: Tree, axis: int | None = 0) -> Tree:
         >>> replicax.to_local(jnp.arange(3.0))
         Array([0., 1., 2.], dtype=float32)
     """
-    leaves, at, _ = _checked("to_local", tree, axis, None)
-    if _jax.staging() and jax.process_count() > 1:
-        raise UnsupportedTransformationError(
-            "to_local cannot be called inside jit, scan and the like, where arrays are global. Call it on the results "
-            "of the jitted function."
-        )
+    leaves, at = _checked("to_local", tree, axis)
+    _refuse_traced("to_local", "Call it on the results of the jitted function.")
     own = [
         x if not _jax.over_processes(x) else own_copy(x) if at is None else _own_rows(x, at % x.ndim) for x in leaves
     ]
@@ -163,7 +165,12 @@ class _Between:
         self.layout = layout_over_processes("rows", shares, jax.process_index(), use_all_devices=True)
         own, placement = self.layout.local, self.layout.axis.placement
         self.boundary = primitives.Boundary(
-            axis, own.sharding(axis), self.layout.sharding(axis), own.padded_size, self.layout.padded_size
+            axis,
+            own.sharding(axis),
+            self.layout.sharding(axis),
+            own.padded_size,
+            self.layout.padded_size,
+            agree_on_shape if len(shares) > 1 else None,
         )
         devices = [device for share in shares for device in share.devices]
         result = layout("rows", placement.size, devices, use_all_devices=True).result_sharding(axis)
@@ -185,12 +192,16 @@ def _between(shares: tuple[Share, ...], axis: int) -> _Between:
     return _Between(shares, axis)
 
 
-def _checked(
-    caller: str, tree: PyTree, axis: int | None, devices: Sequence[jax.Device] | None
-) -> tuple[list[ArrayLike], int | None, tuple[jax.Device, ...]]:
-    """The leaves, the axis, and the devices of a call, all valid."""
+def _refuse_traced(caller: str, remedy: str) -> None:
+    if _jax.staging() and jax.process_count() > 1:
+        raise UnsupportedTransformationError(
+            f"{caller} cannot be called inside jit, scan and the like, where arrays are global. {remedy}"
+        )
+
+
+def _checked(caller: str, tree: PyTree, axis: int | None) -> tuple[list[ArrayLike], int | None]:
+    """The leaves and the axis of a call, both valid."""
     at = None if axis is None else as_int("axis", axis)
-    where = tuple(jax.devices()) if devices is None else check_devices(devices)
     leaves = jax.tree.leaves(tree)
     named = [(f"tree{keystr(path)}", x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
     faults = {name: x for name, x in named if not (isinstance(x, jax.Array | bool) or _jax.is_array_type(x))}
@@ -205,4 +216,4 @@ def _checked(
         raise MappedSizeError(
             report(f"{caller}: these arrays have no axis {at}:", short, "Pass arrays of rows, or axis=None.")
         )
-    return leaves, at, where
+    return leaves, at

@@ -125,6 +125,11 @@ class ProgramSpec:
         return tuple(aval.dtype for aval in self.inputs.types)
 
     @cached_property
+    def over_processes(self) -> bool:
+        """Whether the program is over several processes."""
+        return len({device.process_index for device in self.layout.mesh.devices.flat}) > 1
+
+    @cached_property
     def device_set(self) -> set[jax.Device]:
         """The devices of this process that the program runs on."""
         return self.layout.local.sharding(None).device_set

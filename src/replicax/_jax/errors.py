@@ -6,8 +6,12 @@ import os
 import re
 
 import jax
+from jax._src import api_util
 
 from replicax._messages import text_of
+
+#: What a compiled program raises under ``jax_debug_nans``; ``jit`` turns it into a ``FloatingPointError``.
+NanError: type[Exception] = api_util.InternalFloatingPointError
 
 
 def unbound_axis_name(error: NameError) -> str | None:

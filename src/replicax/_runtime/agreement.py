@@ -15,13 +15,14 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from replicax import _jax
+from replicax._engine import primitives
 from replicax._messages import report, text_of
 from replicax.errors import ProcessesError
 
@@ -66,8 +67,8 @@ def exchange(processes: Sequence[int], statement: Statement, what: str) -> dict[
             "jax.distributed.initialize) in each process first."
         )
     _watch(client)
-    if (told := _aborted(client)) is not None:  # the processes are not at the same point any more
-        raise ProcessesError(told)
+    _aborted(client)
+    refuse_after_abort()
     group = tuple(processes)
     with _lock:
         number = next(_numbers.setdefault(group, itertools.count()))
@@ -86,6 +87,13 @@ def exchange(processes: Sequence[int], statement: Statement, what: str) -> dict[
             _give_up(client, what, missing)
         if number >= _KEPT:  # everyone has read what came before the last exchange
             client.key_value_delete(f"{place}/{number - _KEPT}/{here}")
+    raised = [
+        f"process {process} {doing[process]}: {said[_RAISED]}" for process, said in found.items() if _RAISED in said
+    ]
+    if raised:
+        raise ProcessesError(
+            report(f"Process {here} {what}, and another process has raised an exception:", raised, "See its output.")
+        )
     if any(said.keys() != statement.keys() and "error" not in said for said in found.values()):
         raise ProcessesError(
             report(
@@ -97,8 +105,8 @@ def exchange(processes: Sequence[int], statement: Statement, what: str) -> dict[
     return {process: found[process] for process in group}
 
 
-#: How many exchanges to keep in the service. Older ones have been read by all processes.
-_KEPT = 2
+#: How many statements to keep in the service. Older ones have been read by all processes.
+_KEPT = 64
 
 
 def _read(client: Any, key: str, deadline: float) -> str | None:
@@ -110,8 +118,8 @@ def _read(client: Any, key: str, deadline: float) -> str | None:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in text_of(error):
                 raise
-        if (told := _aborted(client)) is not None:
-            raise ProcessesError(told)
+        _aborted(client)
+        refuse_after_abort()
         if left <= 1.0:
             return None
 
@@ -126,7 +134,51 @@ def _give_up(client: Any, what: str, missing: Sequence[int]) -> None:
         "replicax.distributed.initialize(timeout=300).",
     )
     client.key_value_set(_ABORT, message, allow_overwrite=True)
-    raise ProcessesError(message)
+    _aborted(client)
+    refuse_after_abort()
+
+
+def tell(processes: Sequence[int], error: str, what: str) -> None:
+    """Tells the other processes that this one has raised. Does not wait for them: they may have raised, too."""
+    client = _jax.client()
+    if client is None or _known:
+        return
+    group = tuple(processes)
+    with _lock:
+        number = next(_numbers.setdefault(group, itertools.count()))
+        place = f"replicax/{'-'.join(map(str, group))}/{number}/{jax.process_index()}"
+        client.key_value_set(place, json.dumps([what, {_RAISED: error}]))
+
+
+_RAISED = "raised"
+
+
+def agree_on_shape(boundary: primitives.Boundary, shape: tuple[int, ...]) -> None:
+    """Compares an array that goes between own rows and all rows with those of the other processes, the first time.
+
+    Raises:
+        ProcessesError: They have other dimensions, such as that of a ``vmap`` of another size.
+    """
+    if (boundary, shape) in _agreed:
+        return
+    processes = sorted({device.process_index for device in boundary.every.device_set})
+    own = ["rows" if k == boundary.dim else str(size) for k, size in enumerate(shape)]
+    text = f"({', '.join(own)})"
+    every = exchange(processes, {"shape": text}, f"transforms a map, by an array of shape {text}")
+    if len({said["shape"] for said in every.values()}) > 1:
+        raise ProcessesError(
+            report(
+                "The processes transform a map in different ways. Its arrays have the shapes:",
+                [f"process {process}: {said['shape']}" for process, said in every.items()],
+                "All processes must vectorize over the same number of elements. jax.jacfwd, jacrev and hessian of own "
+                "rows, or by them, vectorize over these rows: give all processes equal numbers of rows, or call them "
+                "inside the mapped function.",
+            )
+        )
+    _agreed.add((boundary, shape))
+
+
+_agreed: set[tuple[primitives.Boundary, tuple[int, ...]]] = set()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -160,6 +212,24 @@ def without_addresses(text: str) -> str:
 
 
 _ABORT = "replicax/abort"
+
+#: The message of the process that has given up, once this process knows it.
+_known: list[str] = []
+
+#: What to call when that is known, such as functions that clear the C++ caches.
+on_abort: list[Callable[[], None]] = []
+
+
+def refuse_after_abort() -> None:
+    """Raises if a process has given up: the processes are not at the same point any more.
+
+    Raises:
+        ProcessesError: A process has given up.
+    """
+    if _known:
+        raise ProcessesError(_known[0])
+
+
 _watching: list[threading.Thread] = []
 
 
@@ -182,10 +252,14 @@ def _watch(client: Any) -> None:
 
 
 def _aborted(client: Any) -> str | None:
-    try:
-        return client.key_value_try_get(_ABORT)
-    except jax.errors.JaxRuntimeError:
-        return None
+    if not _known:
+        try:
+            _known.append(client.key_value_try_get(_ABORT))
+        except jax.errors.JaxRuntimeError:
+            return None
+        for call in on_abort:
+            call()
+    return _known[0]
 
 
 def _end_if_aborted(client: Any) -> None:

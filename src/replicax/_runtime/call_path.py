@@ -121,11 +121,11 @@ class PathTaker(Generic[R]):
         _paths: The function of each path.
         _slow_path: The function of the slow path.
         _start: The path on which calls start.
-        _table: Creates the function with the C++ cache of a path.
+        _over_processes: The arguments of :func:`_own_rows`.
         _copies: Whether an earlier call needed copies of NumPy arrays.
     """
 
-    __slots__ = ("__call__", "__weakref__", "_copies", "_paths", "_slow_path", "_start", "_switch", "_table")
+    __slots__ = ("__call__", "__weakref__", "_copies", "_over_processes", "_paths", "_slow_path", "_start", "_switch")
 
     __call__: Callable[..., R]
 
@@ -140,8 +140,10 @@ class PathTaker(Generic[R]):
         self._switch, self._start, self._copies = switch, Path.IN_PLACE, False
         self._slow_path = _jax.api_boundary(lambda *args, **kwargs: slow_path(args, kwargs, Path.IN_PLACE).result)
         itself = weakref.ref(self)
-        self._table = functools.partial(_with_table, table, itself, slow_path)
-        copied = self._table(Path.COPY_HOST_LEAVES)
+        self._over_processes = table, functools.partial(_run_and_learn, itself, slow_path, Path.OWN_ROWS)
+        copied = table(
+            functools.partial(_run_and_learn, itself, slow_path, Path.COPY_HOST_LEAVES), Path.COPY_HOST_LEAVES
+        )
         in_place = table(functools.partial(_missed, itself, slow_path, copied), Path.IN_PLACE)
         maybe_packed = functools.partial(_maybe_packed, itself, slow_path, in_place)
         self._paths = {
@@ -154,16 +156,10 @@ class PathTaker(Generic[R]):
     def _begin(self, start: Path) -> None:
         """Makes calls start on this path from now on."""
         if start is Path.OWN_ROWS and start not in self._paths:
-            self._paths[start] = _own_rows(self._table(start))
+            self._paths[start] = _own_rows(*self._over_processes)
         if start is not self._start:
             self._start, self._copies = start, self._copies or start is Path.COPY_HOST_LEAVES
             self._switch.point(self)
-
-
-def _with_table(
-    table: Callable[..., Function], taker: weakref.ref[PathTaker[R]], slow_path: SlowPath, path: Path
-) -> Function:
-    return table(functools.partial(_run_and_learn, taker, slow_path, path), path)
 
 
 def _run_and_learn(
@@ -201,11 +197,26 @@ def _missed(
     return _run_and_learn(taker, slow_path, Path.IN_PLACE, args, kwargs)
 
 
-def _own_rows(over_processes: Function) -> Function:
-    """Runs calls of a map over several processes, and returns this process's part of the results."""
+def _own_rows(table: Callable[..., Function], slow: Slow) -> Function:
+    """Runs calls of a map over several processes, and returns this process's part of the results.
+
+    Args:
+        table: ``table(slow, path)`` returns a callable with a C++ cache, whose results are over all processes.
+        slow: Runs a call in Python, and returns its final result.
+    """
+    ran = threading.local()
+
+    def in_python(args: Args, kwargs: Kwargs) -> tuple[PyTree, Known | None]:
+        result, known = slow(args, kwargs)
+        ran.in_python = True
+        return result, known
+
+    over_processes = table(in_python, Path.OWN_ROWS)
 
     def call(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        return _jax.own_parts(over_processes(*args, **kwargs))
+        ran.in_python = False
+        result = over_processes(*args, **kwargs)
+        return result if ran.in_python else _jax.own_parts(result)
 
     return call
 

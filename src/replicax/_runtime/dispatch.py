@@ -16,7 +16,7 @@ from replicax._engine import primitives
 from replicax._engine.nested import Recorded
 from replicax._jax import cpp
 from replicax._jax.aliases import Known
-from replicax._runtime import cpu_threads
+from replicax._runtime import agreement, cpu_threads
 from replicax._runtime.arguments import Call, check_types, refuse_static, split
 from replicax._runtime.build import build, shape_of, signature_of
 from replicax._runtime.call_path import Outcome, Path, Slow, Switch, table
@@ -24,6 +24,7 @@ from replicax._runtime.executable import Executable
 from replicax._runtime.options import Options
 from replicax._runtime.own_rows import OwnRows
 from replicax._runtime.packing import may_be_packed, packed
+from replicax._runtime.processes import TellingOthers
 from replicax._runtime.run import cpp_cacheable, reads_host_memory, run, stage
 from replicax._runtime.signature import Signature
 from replicax._runtime.transfer import native
@@ -62,6 +63,7 @@ class Dispatcher:
         self._tracing: dict[Hashable, threading.RLock] = {}
         # The owners of the entries in JAX's C++ cache. The entries are freed with their owner.
         self._owners = {path: functools.partial(_without_jit, weakref.ref(self)) for path in _WITH_TABLES}
+        _all.add(self)
 
     def __call__(self, fun: Function, args: Args, kwargs: Kwargs) -> PyTree:
         """Runs a call on the Python slow path."""
@@ -101,8 +103,9 @@ class Dispatcher:
 
         With ``abstract``, a ``jax.ShapeDtypeStruct`` is allowed in place of an array.
         """
-        call = split(fun, self.options.static, args, kwargs)
-        leaves, key = _key(call, abstract=abstract)
+        with TellingOthers(self.options, fun):
+            call = split(fun, self.options.static, args, kwargs)
+            leaves, key = _key(call, abstract=abstract)
         try:
             program = None if jax.config.jax_disable_jit else self._programs.get(key)
         except Exception:
@@ -120,7 +123,8 @@ class Dispatcher:
         try:
             program = None if jax.config.jax_disable_jit else self._programs.get(key)
             if program is None:
-                signature = signature_of(self.options, call, leaves)
+                with TellingOthers(self.options, call.fun):
+                    signature = signature_of(self.options, call, leaves)
                 earlier = list(self._signatures.values())
                 program = build(self.options, call, signature, use_all_devices=_needs_all_devices(leaves))
                 if jax.config.jax_explain_cache_misses:
@@ -167,10 +171,14 @@ class Dispatcher:
         """A callable that looks up calls in JAX's C++ cache and runs ``slow`` on a miss."""
         return table(self._owners[path], fun, self.options, slow)
 
-    def clear(self) -> None:
-        """Frees all programs."""
+    def forget(self) -> None:
+        """Clears the C++ caches."""
         for owner in self._owners.values():
             cpp.forget(owner)
+
+    def clear(self) -> None:
+        """Frees all programs."""
+        self.forget()
         self._programs.clear()
         self._signatures.clear()
 
@@ -187,6 +195,8 @@ def _run(
     if pack := packed(program, leaves):
         return run(pack.executable, pack.leaves(leaves), pack.names(names))[0], None, Path.PACKED
     results, placed = run(program, leaves, names)
+    if path is Path.OWN_ROWS:  # its C++ cache holds only calls with own rows
+        return results, None, Path.IN_PLACE
     if may_be_packed(program, leaves) or not cpp_cacheable(program.spec, leaves, placed):
         return results, None, None
     if not reads_host_memory(program.spec, leaves):
@@ -231,6 +241,17 @@ def _without_jit(dispatcher: weakref.ref[Dispatcher], /, *args: PyTree, **kwargs
 # ---------------------------------------------------------------------------------------------------------------
 # One dispatcher per function and options
 
+
+_all: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    """Clears the C++ caches, so that all calls run in Python, which refuses those over several processes."""
+    for each in list(_all):
+        each.forget()
+
+
+agreement.on_abort.append(_forget_all)
 
 _dispatchers: dict[int, tuple[weakref.ref[Any], dict[Hashable, Dispatcher]]] = {}
 

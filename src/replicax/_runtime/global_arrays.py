@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from replicax import _jax
 from replicax._engine import primitives
 from replicax._engine.blocks import on_data
+from replicax._runtime.agreement import agree_on_shape
 from replicax._typing import Array
 from replicax.errors import ProcessesError
 
@@ -41,7 +42,7 @@ def whole(mesh: Mesh) -> primitives.Boundary:
     """The boundary between an array that is whole on each device of a mesh, and the copies of this process."""
     own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     here = NamedSharding(Mesh(np.asarray(own, dtype=object), ("devices",)), PartitionSpec())
-    return primitives.Boundary(None, here, NamedSharding(mesh, PartitionSpec()))
+    return primitives.Boundary(None, here, NamedSharding(mesh, PartitionSpec()), agree=agree_on_shape)
 
 
 def on_all(x: Array, wanted: NamedSharding) -> Array:

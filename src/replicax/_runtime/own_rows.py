@@ -19,7 +19,7 @@ from replicax._engine.spec import with_rows
 from replicax._jax import cpp
 from replicax._jax.aliases import Known
 from replicax._layout.layout import Splits
-from replicax._runtime.agreement import Running
+from replicax._runtime.agreement import Running, agree_on_shape
 from replicax._runtime.executable import Executable
 from replicax._runtime.global_arrays import own_copy
 from replicax._typing import Array, ArrayLike, Function
@@ -64,6 +64,8 @@ class OwnRows(Executable):
             if self._has_run:
                 return self._own_results(self._called(compiled, leaves))
             results, self.known = self._called(functools.partial(_first_run, compiled), leaves)
+        except _jax.NanError:
+            raise FloatingPointError(_nan_in(self.spec.name)) from None
         except ValueError:
             # JAX 0.10 says, wrongly, that 4-bit arguments have another layout in memory.
             # Workaround: layouts_of_four_bits.
@@ -115,7 +117,12 @@ class OwnRows(Executable):
     def _boundary(self, axis: int | None, splits: Splits) -> primitives.Boundary:
         every, own = self.spec.layout, self.spec.layout.local
         return primitives.Boundary(
-            axis, own.sharding(axis, splits), every.sharding(axis, splits), own.padded_size, every.padded_size
+            axis,
+            own.sharding(axis, splits),
+            every.sharding(axis, splits),
+            own.padded_size,
+            every.padded_size,
+            agree_on_shape,
         )
 
     def _called(self, compiled: Function, leaves: Sequence[Array]) -> Any:
@@ -167,6 +174,10 @@ def _first_run(compiled: Function, *leaves: Array) -> tuple[Sequence[Array], Kno
 
 def _refuse_nans(name: str, results: Sequence[Array]) -> None:
     if any(jax.numpy.issubdtype(x.dtype, jax.numpy.inexact) and bool(jax.numpy.isnan(x).any()) for x in results):
-        raise FloatingPointError(
-            f"invalid value (nan) encountered in a result of {name}, in a replica of process {jax.process_index()}"
-        )
+        raise FloatingPointError(_nan_in(name))
+
+
+def _nan_in(name: str) -> str:
+    return (
+        f"invalid value (nan or inf) encountered in a result of {name}, in a replica of process {jax.process_index()}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,11 +16,11 @@ from replicax._layout.axes import Leaf, mapped_size, one_replica_type
 from replicax._layout.processes import Share, by_process, replicas_of_processes
 from replicax._messages import report, text_of
 from replicax._runtime import agreement
-from replicax._runtime.arguments import Call
+from replicax._runtime.arguments import Call, function_name
 from replicax._runtime.executable import Executable
 from replicax._runtime.options import Options
 from replicax._runtime.signature import Rows, Signature
-from replicax._typing import ArrayLike, Axes, ShapeAndDtype
+from replicax._typing import ArrayLike, Axes, Function, ShapeAndDtype
 from replicax._version import __version__
 from replicax.errors import DevicesError, MappedSizeError, ProcessesError
 
@@ -82,6 +83,33 @@ def own_size(options: Options, in_axes: Axes, leaves: Sequence[Leaf]) -> int:
     size, shares = mapped_size(in_axes, leaves, options.axis_size), by_process(options.resolve_devices())
     ranges = replicas_of_processes(size, [len(share.devices) for share in shares])
     return len(ranges[[share.process for share in shares].index(jax.process_index())])
+
+
+class TellingOthers:
+    """A context manager. Tells the other processes of a map about an exception, so that they do not wait in vain."""
+
+    __slots__ = ("_fun", "_options")
+
+    def __init__(self, options: Options, fun: Function) -> None:
+        self._options, self._fun = options, fun
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, ProcessesError) or jax.process_count() == 1:
+            return
+        if _jax.tracing_replica() or _jax.staging():
+            return
+        with contextlib.suppress(DevicesError):
+            tell_others(by_process(self._options.resolve_devices()), f"calls {function_name(self._fun)}", error)
+
+
+def tell_others(shares: Sequence[Share], what: str, error: BaseException) -> None:
+    """Tells the other processes that this one has raised."""
+    processes = [share.process for share in shares]
+    if len(processes) > 1 and jax.process_index() in processes:
+        agreement.tell(processes, f"{type(error).__name__}: {text_of(error)}".splitlines()[0], what)
 
 
 def agree_on_rows(options: Options, call: Call, signature: Signature) -> list[Share]:

@@ -15,6 +15,7 @@ from replicax._engine.levels import pad_rows
 from replicax._engine.spec import ProgramSpec
 from replicax._layout.placement import Placement
 from replicax._messages import report
+from replicax._runtime import agreement
 from replicax._runtime.executable import Executable
 from replicax._runtime.global_arrays import moved, on_all
 from replicax._runtime.own_rows import OwnRows
@@ -45,6 +46,8 @@ def run(
         DeletedArrayError: an argument was donated to an earlier call or deleted, or is donated and passed twice.
     """
     call, spec = compiled or executable.run, executable.spec
+    if spec.over_processes:
+        agreement.refuse_after_abort()
     if any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves):
         _check_donated(spec, leaves, names)
     if not spec.inputs.donated or _jax.looks_for_nans():  # jax_debug_nans runs the program again on the same buffers
@@ -187,6 +190,8 @@ def stage(executable: Executable, leaves: Sequence[ArrayLike]) -> tuple[Array, .
         UnsupportedTransformationError: an enclosing ``vmap`` shards its batch over a mesh axis.
     """
     spec = executable.spec
+    if spec.over_processes and not _jax.staging():
+        agreement.refuse_after_abort()
     settled = map(functools.partial(_settle, spec), [*leaves, *spec.closed], spec.inputs.axes)
     try:
         primitives.refuse_split_batches()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 from jax.sharding import NamedSharding
@@ -31,6 +31,7 @@ class Boundary:
         every: The sharding of the array of all processes. Each device has the same shard in both arrays.
         own_rows: The number of rows of this process.
         rows: The number of rows of all processes.
+        agree: Called with the boundary and the shape of each array that crosses it, to compare them between processes.
     """
 
     dim: int | None
@@ -38,6 +39,7 @@ class Boundary:
     every: NamedSharding
     own_rows: int = 0
     rows: int = 0
+    agree: Callable[[Boundary, tuple[int, ...]], None] | None = field(default=None, compare=False)
 
     def batched(self, at: int) -> Boundary:
         """Returns the boundary of arrays with one more dimension, ``at``."""
@@ -73,6 +75,8 @@ _to_all_p, _to_own_p = core.Primitive("to_all"), core.Primitive("to_own")
 
 
 def _to_all_now(x: Array, *, boundary: Boundary) -> Array:
+    if boundary.agree is not None:
+        boundary.agree(boundary, x.shape)
     return _of_shards(jax.device_put(x, boundary.own), boundary.shape(x.shape, boundary.rows), boundary.every)
 
 
@@ -81,6 +85,8 @@ def _to_own_now(x: Array, *, boundary: Boundary) -> Array:
         if boundary.dim is not None:
             x = x[(*[slice(None)] * boundary.dim, _first_rows(x, boundary))]
         return jax.device_put(x, boundary.own)
+    if boundary.agree is not None:
+        boundary.agree(boundary, x.shape)
     return _of_shards(_moved(boundary.every)(x), boundary.shape(x.shape, boundary.own_rows), boundary.own)
 
 
