@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -205,6 +206,27 @@ def test_a_process_ends_with_its_own_status_beside_one_that_lives(end):
     finally:
         running[0].kill()
         ended(running[:1])
+
+
+@pytest.mark.long
+def test_an_interrupt_ends_all_also_one_that_waits_in_a_collective():
+    code = HEAD + """
+mapped = replicax.pmap(lambda x: jax.lax.psum(x, "i"), "i")
+print(mapped(np.ones(2)), flush=True)
+if p == 0:
+    print(mapped(np.ones(2)))
+time.sleep(60)
+"""
+    running = start(code)
+    for process in running:
+        while not process.stdout.readline().startswith("[4. 4.]") and process.poll() is None:
+            pass
+    time.sleep(1)
+    for process in running:
+        process.send_signal(signal.SIGINT)
+    (first, *_), (second, *_) = ended(running, timeout=40)
+    assert first != 0
+    assert second == 130
 
 
 @pytest.mark.long
