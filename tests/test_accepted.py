@@ -212,7 +212,7 @@ SPARSE = {
 }
 
 
-@pytest.mark.few("13-mapped")
+@pytest.mark.long
 @pytest.mark.parametrize("case", SPARSE)
 @pytest.mark.parametrize("n", [8, 13])
 def test_sparse_matrices(n, case):
@@ -256,6 +256,7 @@ def test_derivatives_by_and_maps_inside_maps_of_sparse_matrices():
     same(twice(pmap), twice(jax.vmap))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("call", "says"),
     [

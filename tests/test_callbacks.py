@@ -129,6 +129,7 @@ def test_a_choice_by_a_callback_that_every_device_makes_for_itself(n, d):
     np.testing.assert_allclose(run(fun, n, d), np.full(n, n * x.sum()), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_vectorized_callback_names_the_range_of_replicas():
     def refuse(x):
         if (np.asarray(x) == 3).any():

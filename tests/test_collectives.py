@@ -251,7 +251,7 @@ def root(x):
     return lax.custom_root(residual, jnp.zeros_like(x), solve, lambda g, y: y / g(jnp.ones_like(y)))
 
 
-@pytest.mark.few("5on3")
+@pytest.mark.long
 @pytest.mark.parametrize("pair", [(5, 3), (8, 8), (6, 1)], ids="{0[0]}on{0[1]}".format)
 def test_an_implicit_function(pair):
     n, d = pair

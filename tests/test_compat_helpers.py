@@ -193,7 +193,7 @@ def test_what_is_imported_meanwhile_is_put_back(packages):
 # chex
 
 
-@pytest.mark.few("11")
+@pytest.mark.long
 @pytest.mark.parametrize("n", [8, 11, 12])
 def test_chex(n):
     chex = pytest.importorskip("chex", reason="chex is not installed: pip install '.[clients]'")

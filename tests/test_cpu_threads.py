@@ -130,6 +130,7 @@ def test_the_user_s_number_of_threads_stays():
     assert "XLA has 8 threads for 8 CPU devices" in errors
 
 
+@pytest.mark.long
 def test_no_other_process_inherits_the_variable_and_a_first_use_by_many_threads():
     program = """
 import os, subprocess, sys

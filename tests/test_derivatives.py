@@ -79,7 +79,7 @@ def test_results_equal_in_all_replicas(name, d):
     )
 
 
-@pytest.mark.few("3")
+@pytest.mark.long
 @pytest.mark.parametrize("d", [1, 2, 3, 4])
 def test_a_constant_derivative_by_an_argument_for_all(d):
     check(

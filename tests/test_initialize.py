@@ -210,13 +210,16 @@ def test_a_process_ends_with_its_own_status_beside_one_that_lives(end):
 
 @pytest.mark.long
 def test_an_interrupt_ends_all_also_one_that_waits_in_a_collective():
-    code = HEAD + """
+    code = (
+        HEAD
+        + """
 mapped = replicax.pmap(lambda x: jax.lax.psum(x, "i"), "i")
 print(mapped(np.ones(2)), flush=True)
 if p == 0:
     print(mapped(np.ones(2)))
 time.sleep(60)
 """
+    )
     running = start(code)
     for process in running:
         while not process.stdout.readline().startswith("[4. 4.]") and process.poll() is None:

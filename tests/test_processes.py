@@ -126,7 +126,7 @@ def cells(gang):
     for kind, names in (("own rows", OF_OWN_ROWS), ("global arrays", TRANSFORMS)):
         for k, name in enumerate(names):
             if gang == ["2x2", "4x2"][k % 2]:
-                marks = [pytest.mark.long] * (name not in ("grad", "value_and_grad"))
+                marks = [pytest.mark.long] * (gang == "4x2" or name not in ("grad", "value_and_grad"))
                 yield pytest.param(gang, kind, name, list(PROGRAMS)[k % len(PROGRAMS)], marks=marks)
 
 
@@ -164,12 +164,14 @@ def test_derivatives_by_rows_and_by_what_all_replicas_get(gang, rows):
             compare(str, own[1:], list(right[1:]), rtol=1e-4)
 
 
+@pytest.mark.long
 def test_global_arrays(gang, rows):
     for counts in rows:
         for faults in gang.run(programs.global_arrays, counts):
             assert faults == {}, counts
 
 
+@pytest.mark.long
 def test_rows_become_global_and_own_again(gang, rows):
     for counts in rows:
         for faults in gang.run(programs.round_trip, counts):

@@ -28,7 +28,7 @@ def summed_by_some(x):
     return lax.cond(lax.axis_index("i") % 2 == 0, lambda a: lax.psum(a, "i"), lambda a: a, x)
 
 
-@pytest.mark.few("3")
+@pytest.mark.long
 @pytest.mark.parametrize("d", [1, 2, 3, 8])
 def test_pmap_agrees_with_lockstep_where_vmap_has_a_wrong_derivative(d):
     check(summed_by_some, x5, axis_name="i", reference=lockstep, derivatives=True, devices=jax.devices()[:d])
