@@ -274,6 +274,18 @@ def global_arrays(counts):
     return found
 
 
+def memory_of_a_device(counts):
+    """The bytes of one row, and the bytes of arguments, results and temporaries on one device of a map of such rows."""
+    x = np.ones((counts[jax.process_index()], 1 << 16), np.float32)
+    analysis = pmap(lambda x: jnp.sin(x) + lax.psum(x.sum(), AXIS), AXIS).lower(x).compile().memory_analysis()
+    return (
+        4 << 16,
+        analysis.argument_size_in_bytes,
+        analysis.output_size_in_bytes,
+        analysis.temp_size_in_bytes,
+    )
+
+
 def own_and_global_in_turn():
     """The rows of results, and whether they are of this process, of maps of own rows and of global arrays in turn."""
     x = np.ones((2, 3), np.float32)

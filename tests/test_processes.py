@@ -257,6 +257,13 @@ def test_a_warm_map_under_a_tracer(two):
     assert two.run(programs.under_a_tracer_when_warm) == [(right, "float32", [right])] * 2
 
 
+@pytest.mark.long
+def test_no_device_holds_rows_of_others(two):
+    for row, arguments, results, temporaries in two.run(programs.memory_of_a_device, (5, 4)):  # 3 lanes a device
+        assert arguments == results == 3 * row
+        assert temporaries <= 3.1 * row
+
+
 def test_own_rows_and_global_arrays_in_turn(two):
     assert two.run(programs.own_and_global_in_turn) == [True, True]
 
@@ -299,7 +306,7 @@ def test_a_function_that_raises_in_one_process(two):
 def test_a_process_that_never_comes():
     with processes(2) as two:
         first, second = two.run(programs.never_comes)
-    assert first.startswith("ProcessesError: Process 0 waited 3 seconds, and process 1 has not come")
+    assert first.startswith("ProcessesError: Process 0 waited 3 seconds, but process 1 has not joined")
     assert second == "elsewhere"
 
 

@@ -91,6 +91,26 @@ def test_fetch(n):
     assert host["b"][0] is x
 
 
+def test_in_one_process_global_arrays_are_those_over_its_devices():
+    x = np.arange(36, dtype=np.float32).reshape(12, 3)
+    w: dict[str, Any] = {"w": np.ones(3, np.float32), "b": 2.0}
+    every = replicax.to_global(x)
+    assert every.sharding.device_set == {*jax.devices()}
+    np.testing.assert_array_equal(every, x)
+    np.testing.assert_array_equal(replicax.to_global(x.T, axis=-1), x.T)
+    assert replicax.to_local(every) is every
+    whole = replicax.to_global(w, axis=None)
+    assert whole["w"].sharding.is_fully_replicated
+    assert replicax.to_local(whole, axis=None)["b"] == 2.0
+    total = jax.grad(lambda x: (replicax.to_global(x) ** 2).sum())(x)
+    np.testing.assert_allclose(total, 2 * x, rtol=1e-6)
+    with pytest.raises(replicax.errors.MappedSizeError, match=r"tree\['w'\] has the shape \(3,\)"):
+        replicax.to_global(w, axis=1)
+    word: Any = "rows"
+    with pytest.raises(replicax.errors.OptionTypeError, match="axis must be an int"):
+        replicax.to_global(x, axis=word)
+
+
 @pytest.mark.parametrize("spec", [P("a"), P(None, "b"), P("a", "b"), P("b", "a"), P(("b", "a")), P(("a", "b")), P()])
 def test_fetch_of_any_placement(spec):
     x = np.arange(64.0, dtype=np.float32).reshape(8, 8)

@@ -26,7 +26,7 @@ from replicax._runtime.options import check_devices
 from replicax._runtime.processes import agree_on_arrays, tell_others
 from replicax._runtime.transfer import put
 from replicax._typing import Array, ArrayLike, OneArray, PyTree
-from replicax.errors import MappedSizeError, UnsupportedTransformationError
+from replicax.errors import MappedSizeError, ProcessesError, UnsupportedTransformationError
 
 Tree = TypeVar("Tree")
 
@@ -40,7 +40,7 @@ def to_global(tree: Tree, axis: int | None = ..., *, devices: Sequence[jax.Devic
 
 
 def to_global(tree: Tree, axis: int | None = 0, *, devices: Sequence[jax.Device] | None = None) -> Tree:
-    """Makes global arrays, over all processes, of the rows of each process.
+    """Makes global arrays from the rows of all processes.
 
     Under ``jax.jit``, arrays are global. A map of global arrays is over all of their rows, and its results are global.
     All processes must call ``to_global`` together. It may be differentiated.
@@ -54,16 +54,16 @@ def to_global(tree: Tree, axis: int | None = 0, *, devices: Sequence[jax.Device]
     Returns:
         The same pytree of ``jax.Array``, ``(rows of all processes, ...)`` for ``axis=0``: first the rows of process 0,
         then those of process 1. N rows on D devices are sharded over the devices. JAX has no uneven sharding: if D does
-        not divide N, there are gcd(N, D) equal shards, each on D / gcd(N, D) devices. With one process, the same
-        arrays over its devices.
+        not divide N, there are gcd(N, D) equal shards, each on D / gcd(N, D) devices. With one process, the
+        result has the same values, sharded over its devices.
 
     Raises:
         NotAnArrayError: lists every leaf that is not an array.
         OptionTypeError: ``axis`` is not an int or None, or ``devices`` is not a list.
         DevicesError: ``devices`` is empty, contains a non-device or a duplicate, or mixes platforms.
         MappedSizeError: an array has no such axis, or no process has a row.
-        ProcessesError: the processes pass arrays of different types, or different arrays with ``axis=None``, or one
-            does not call.
+        ProcessesError: the processes pass arrays of different types, or different arrays with ``axis=None``, or a
+            process does not call ``to_global``.
         UnsupportedTransformationError: the call is inside ``jax.jit``, over several processes.
 
     Example:
@@ -105,7 +105,7 @@ def to_local(tree: Tree, axis: int | None = ...) -> Tree: ...
 
 
 def to_local(tree: Tree, axis: int | None = 0) -> Tree:
-    """Returns the rows of this process, of global arrays.
+    """Returns this process's rows of global arrays.
 
     These are the rows that :func:`replicax.distributed.replicas` names: N rows, split over the processes in proportion
     to their devices. All processes must call ``to_local`` together. It may be differentiated.
@@ -113,7 +113,8 @@ def to_local(tree: Tree, axis: int | None = 0) -> Tree:
     Args:
         tree: A pytree of global arrays of any dtype, ``(rows of all processes, ...)`` for ``axis=0``. Arrays of this
             process are returned unchanged.
-        axis: The axis of the rows. None for arrays that are whole on each device: the copy of this process.
+        axis: The axis of the rows. None for arrays that are replicated on all devices: returns the copy of this
+            process.
 
     Returns:
         The same pytree with ``jax.Array`` on the devices of this process, ``(own rows, ...)`` for ``axis=0``.
@@ -122,7 +123,8 @@ def to_local(tree: Tree, axis: int | None = 0) -> Tree:
         NotAnArrayError: lists every leaf that is not an array.
         OptionTypeError: ``axis`` is not an int or None.
         MappedSizeError: an array has no such axis.
-        ProcessesError: ``axis`` is None, and an array is split over the processes.
+        ProcessesError: ``axis`` is None, and an array is split over the processes; or no device of an array belongs to
+            this process.
         UnsupportedTransformationError: the call is inside ``jax.jit``, over several processes.
 
     Example:
@@ -141,6 +143,11 @@ def to_local(tree: Tree, axis: int | None = 0) -> Tree:
 def _own_rows(x: Array, axis: int) -> Array:
     value, _ = _jax.outermost_value(x)
     processes = by_process(tuple(sorted(value.sharding.device_set, key=_number)))
+    if jax.process_index() not in [share.process for share in processes]:
+        raise ProcessesError(
+            f"to_local: an array of shape {x.shape} is only on devices of other processes, so this process has none "
+            f"of its rows. Call to_local only in processes whose devices hold the array."
+        )
     ranges = replicas_of_processes(x.shape[axis], [len(share.devices) for share in processes])
     shares = [Share(share.process, share.devices, len(rows)) for share, rows in zip(processes, ranges, strict=True)]
     between = _between(tuple(shares), axis)
@@ -154,7 +161,7 @@ def _number(device: jax.Device) -> int:
 
 
 class _Between:
-    """How the rows of each process lie in a global array, on all devices.
+    """Where the rows of each process are in a global array over all devices.
 
     Args:
         shares: The rows and devices of each process.
@@ -170,7 +177,7 @@ class _Between:
             self.layout.sharding(axis),
             own.padded_size,
             self.layout.padded_size,
-            agree_on_shape if len(shares) > 1 else None,
+            agree_on_shape,
         )
         devices = [device for share in shares for device in share.devices]
         result = layout("rows", placement.size, devices, use_all_devices=True).result_sharding(axis)

@@ -63,8 +63,8 @@ def exchange(processes: Sequence[int], statement: Statement, what: str) -> dict[
     client, here = _jax.client(), jax.process_index()
     if client is None:
         raise ProcessesError(
-            "A map over several processes needs their key-value service. Call replicax.distributed.initialize() (or "
-            "jax.distributed.initialize) in each process first."
+            "A map over several processes needs the key-value service of jax.distributed. Call "
+            "replicax.distributed.initialize() (or jax.distributed.initialize) in each process first."
         )
     _watch(client)
     _aborted(client)
@@ -92,7 +92,11 @@ def exchange(processes: Sequence[int], statement: Statement, what: str) -> dict[
     ]
     if raised:
         raise ProcessesError(
-            report(f"Process {here} {what}, and another process has raised an exception:", raised, "See its output.")
+            report(
+                f"Process {here} {what}, and another process has raised an exception:",
+                raised,
+                "See the output of that process.",
+            )
         )
     if any(said.keys() != statement.keys() and "error" not in said for said in found.values()):
         raise ProcessesError(
@@ -127,11 +131,11 @@ def _read(client: Any, key: str, deadline: float) -> str | None:
 def _give_up(client: Any, what: str, missing: Sequence[int]) -> None:
     which = f"process {missing[0]} has" if len(missing) == 1 else f"processes {', '.join(map(str, missing))} have"
     message = report(
-        f"Process {jax.process_index()} waited {Settings.patience:g} seconds, and {which} not come:",
+        f"Process {jax.process_index()} waited {Settings.patience:g} seconds, but {which} not joined:",
         [f"process {jax.process_index()} {what}"],
-        "All processes must call the same maps in the same order, each with its own rows, and change the shapes, "
-        "types or numbers of rows at the same call. If the others are only slow to start, pass a longer time, as in "
-        "replicax.distributed.initialize(timeout=300).",
+        "All processes must call the same maps in the same order, each with its own rows. If shapes, "
+        "types or numbers of rows change, they must change at the same call in all processes. If the others are only "
+        "slow to start, pass a longer time, as in replicax.distributed.initialize(timeout=300).",
     )
     client.key_value_set(_ABORT, message, allow_overwrite=True)
     _aborted(client)
@@ -159,20 +163,20 @@ def agree_on_shape(boundary: primitives.Boundary, shape: tuple[int, ...]) -> Non
     Raises:
         ProcessesError: They have other dimensions, such as that of a ``vmap`` of another size.
     """
-    if (boundary, shape) in _agreed:
+    if (boundary, shape) in _agreed or jax.process_count() == 1:
         return
     processes = sorted({device.process_index for device in boundary.every.device_set})
     own = ["rows" if k == boundary.dim else str(size) for k, size in enumerate(shape)]
     text = f"({', '.join(own)})"
-    every = exchange(processes, {"shape": text}, f"transforms a map, by an array of shape {text}")
+    every = exchange(processes, {"shape": text}, f"converts an array of shape {text} between own rows and global rows")
     if len({said["shape"] for said in every.values()}) > 1:
         raise ProcessesError(
             report(
-                "The processes transform a map in different ways. Its arrays have the shapes:",
+                "The processes transform a map in different ways. The arrays have these shapes:",
                 [f"process {process}: {said['shape']}" for process, said in every.items()],
                 "All processes must vectorize over the same number of elements. jax.jacfwd, jacrev and hessian of own "
-                "rows, or by them, vectorize over these rows: give all processes equal numbers of rows, or call them "
-                "inside the mapped function.",
+                "rows, or with respect to own rows, vectorize over these rows: give all processes equal numbers of "
+                "rows, or call these functions inside the mapped function.",
             )
         )
     _agreed.add((boundary, shape))
@@ -216,7 +220,7 @@ _ABORT = "replicax/abort"
 #: The message of the process that has given up, once this process knows it.
 _known: list[str] = []
 
-#: What to call when that is known, such as functions that clear the C++ caches.
+#: Functions to call once this process knows that message, such as functions that clear the C++ caches.
 on_abort: list[Callable[[], None]] = []
 
 
@@ -234,7 +238,7 @@ _watching: list[threading.Thread] = []
 
 
 class Running:
-    """The programs over several processes that this process is in.
+    """The programs over several processes that this process is running.
 
     Attributes:
         calls: How many calls have been started, and not returned.
@@ -265,14 +269,17 @@ def _aborted(client: Any) -> str | None:
 def _end_if_aborted(client: Any) -> None:
     while (told := _aborted(client)) is None:
         time.sleep(1.0)
-    print(f"replicax, process {jax.process_index()}: another process has given up. {told}", file=sys.stderr, flush=True)
+    print(
+        f"replicax, process {jax.process_index()}: a process has given up waiting. {told}", file=sys.stderr, flush=True
+    )
     since = time.monotonic()
     while time.monotonic() - since < Settings.grace:
         time.sleep(0.1)
         if not _waits():
             since = time.monotonic()
     print(
-        f"replicax, process {jax.process_index()}: ended, because its program waits for replicas that do not come.",
+        f"replicax, process {jax.process_index()}: ended with exit status {NOT_JOINED}, because its program waits for "
+        f"replicas that the other processes do not run.",
         file=sys.stderr,
         flush=True,
     )

@@ -72,6 +72,6 @@ def on_all(x: Array, wanted: NamedSharding) -> Array:
 def foreign_array(x: Array) -> ProcessesError:
     """The error for an array on devices of other processes, where one of this process is needed."""
     return ProcessesError(
-        f"An argument of shape {x.shape} is split over the devices of several processes, and must be an array of this "
-        f"process here. replicax.to_local(x) returns this process's rows, and replicax.fetch(x) the whole array."
+        f"An argument of shape {x.shape} is split over the devices of several processes, but an array of this process "
+        f"is needed here. replicax.to_local(x) returns this process's rows, and replicax.fetch(x) the whole array."
     )

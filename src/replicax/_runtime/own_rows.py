@@ -80,7 +80,7 @@ class OwnRows(Executable):
 
     @cached_property
     def constant(self) -> dict[int, Array]:
-        """The results without elements, which XLA has whole on each device, and those of float0, by position."""
+        """The results that are empty (XLA replicates these) or float0, by position."""
         types, where = self.spec.out_types(self.spec.layout.local.padded_size), self.spec.layout.local.sharding(None)
         return {
             k: jax.device_put(_jax.zeros(x), where)

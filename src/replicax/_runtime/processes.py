@@ -53,7 +53,7 @@ def rows_of(options: Options, in_axes: Axes, named: Sequence[Leaf], leaves: Sequ
         kinds = {True: "of all processes (a global array)", False: "of this process"}
         raise ProcessesError(
             report(
-                "The mapped arguments must all have the rows of this process, or all those of all processes:",
+                "The mapped arguments must all have the rows of this process, or must all be global arrays:",
                 [f"{name} has the rows {kinds[everywhere]}" for name, everywhere in over.items()],
                 "Convert some of them: replicax.to_global(x) has the rows of all processes, replicax.to_local(x) those "
                 "of this one.",
@@ -151,7 +151,9 @@ def agree_on_rows(options: Options, call: Call, signature: Signature) -> list[Sh
     if total == 0 or axis_size not in (None, total):
         raise MappedSizeError(
             report(
-                "pmap needs at least one replica:" if total == 0 else f"axis_size is {axis_size}, of all processes:",
+                "pmap needs at least one replica:"
+                if total == 0
+                else f"axis_size is {axis_size}, but the processes have {total} replicas in total:",
                 [f"process {process} has {count} replicas" for process, count in rows.items()],
                 "Map a non-empty axis in at least one process."
                 if total == 0
@@ -261,14 +263,18 @@ def agree_on_program(options: Options, name: str, build: Callable[[], Executable
     errors = [f"process {p}: {said['error']}" for p, said in every.items() if "error" in said]
     if errors:
         raise ProcessesError(
-            report(f"{name} cannot run, because tracing it has raised in another process:", errors, "See its output.")
+            report(
+                f"{name} cannot run, because tracing it has raised in another process:",
+                errors,
+                "See the output of that process.",
+            )
         )
     own = every[jax.process_index()]
     differ = [what for what in own if len({said.get(what) for said in every.values()}) > 1]
     if differ:
         raise ProcessesError(
             report(
-                f"{name} is not the same program in all processes. They differ in:",
+                f"{name} is not the same program in all processes. The programs differ in:",
                 [
                     f"{what}: "
                     + ", ".join(f"process {p} has {said.get(what, 'none')[:8]}" for p, said in every.items())
@@ -283,7 +289,7 @@ def agree_on_program(options: Options, name: str, build: Callable[[], Executable
 
 
 def _tell(processes: Sequence[int], said: Mapping[str, str], name: str) -> None:
-    """Tells the other processes that this one raises. Their statements do not matter any more."""
+    """Tells the other processes that this one raises. Ignores their statements."""
     try:
         agreement.exchange(processes, said, f"has raised while tracing {name}")
     except ProcessesError:

@@ -23,7 +23,7 @@ from replicax._typing import Array, Aval, Function
 
 @dataclass(frozen=True)
 class Boundary:
-    """How the rows of this process lie in an array of all processes.
+    """Where the rows of this process are in the array of all processes.
 
     Attributes:
         dim: The dimension of the rows; None if every process has the whole array.
