@@ -55,7 +55,7 @@ def on_all(x: Array, wanted: NamedSharding) -> Array:
     Raises:
         ProcessesError: The array is over several processes, but not over these devices.
     """
-    value, _ = _jax.outermost_value(x)
+    value, batched = _jax.outermost_value(x)
     if value.is_fully_addressable:
         return on_data(lambda x: primitives.to_all(x, whole(wanted.mesh)), x)
     if value.sharding.device_set != wanted.device_set:
@@ -66,7 +66,8 @@ def on_all(x: Array, wanted: NamedSharding) -> Array:
             f"all devices of the map: replicax.to_global(own_rows) makes one over all devices, and pmap(f, devices="
             f"x.sharding.mesh.devices.ravel()) maps over those of x."
         )
-    return primitives.move(x, value.sharding, wanted)
+    here = value.sharding  # where the cotangent goes back to; under vmap, it is that of an array with another dimension
+    return primitives.move(x, NamedSharding(wanted.mesh, PartitionSpec()) if batched else here, wanted)
 
 
 def foreign_array(x: Array) -> ProcessesError:
