@@ -180,7 +180,7 @@ def smooth(mapped, *, rules=True):
     return mapped(outer, axis_name="i", in_axes=(0, None))
 
 
-@pytest.mark.long
+@pytest.mark.few(1)
 @two_levels
 def test_derivatives_from_outside_equal_vmap(sizes, d):
     args = rows(*sizes, 2), rows(2)
