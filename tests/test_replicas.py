@@ -99,6 +99,7 @@ def test_in_one_process_global_arrays_are_those_over_its_devices():
     np.testing.assert_array_equal(every, x)
     np.testing.assert_array_equal(replicax.to_global(x.T, axis=-1), x.T)
     assert replicax.to_local(every) is every
+    np.testing.assert_array_equal(jax.jit(lambda x: replicax.to_local(replicax.to_global(x)))(x), x)
     whole = replicax.to_global(w, axis=None)
     assert whole["w"].sharding.is_fully_replicated
     assert replicax.to_local(whole, axis=None)["b"] == 2.0

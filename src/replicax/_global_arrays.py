@@ -20,8 +20,7 @@ from replicax._engine.replica import no_arrays
 from replicax._layout.layout import layout
 from replicax._layout.processes import Share, by_process, layout_over_processes, replicas_of_processes
 from replicax._messages import as_int, report
-from replicax._runtime.agreement import agree_on_shape
-from replicax._runtime.global_arrays import on_all, own_copy
+from replicax._runtime.global_arrays import boundary, on_all, own_copy
 from replicax._runtime.options import check_devices
 from replicax._runtime.processes import agree_on_arrays, tell_others
 from replicax._runtime.transfer import put
@@ -78,6 +77,8 @@ def to_global(tree: Tree, axis: int | None = 0, *, devices: Sequence[jax.Device]
         tell_others(by_process(where), "calls to_global", error)
         raise
     _refuse_traced("to_global", "Call it on the arguments of the jitted function.")
+    if _jax.staging():  # in one process
+        return tree
     local = {k: x for k, x in enumerate(leaves) if not _jax.over_processes(x)}
     whole = NamedSharding(Mesh(np.asarray(where, dtype=object), "devices"), PartitionSpec())
     for (k, x), shares in zip(local.items(), agree_on_arrays(by_process(where), list(local.values()), at), strict=True):
@@ -107,8 +108,8 @@ def to_local(tree: Tree, axis: int | None = ...) -> Tree: ...
 def to_local(tree: Tree, axis: int | None = 0) -> Tree:
     """Returns this process's rows of global arrays.
 
-    These are the rows that :func:`replicax.distributed.replicas` names: N rows, split over the processes in proportion
-    to their devices. All processes must call ``to_local`` together. It may be differentiated.
+    These are the rows that :func:`replicax.distributed.replicas` assigns to this process: N rows, split over the
+    processes in proportion to their devices. All processes must call ``to_local`` together. It may be differentiated.
 
     Args:
         tree: A pytree of global arrays of any dtype, ``(rows of all processes, ...)`` for ``axis=0``. Arrays of this
@@ -170,15 +171,7 @@ class _Between:
 
     def __init__(self, shares: Sequence[Share], axis: int) -> None:
         self.layout = layout_over_processes("rows", shares, jax.process_index(), use_all_devices=True)
-        own, placement = self.layout.local, self.layout.axis.placement
-        self.boundary = primitives.Boundary(
-            axis,
-            own.sharding(axis),
-            self.layout.sharding(axis),
-            own.padded_size,
-            self.layout.padded_size,
-            agree_on_shape,
-        )
+        self.boundary, placement = boundary(self.layout, axis), self.layout.axis.placement
         devices = [device for share in shares for device in share.devices]
         result = layout("rows", placement.size, devices, use_all_devices=True).result_sharding(axis)
         whole = self.layout.sharding(None)

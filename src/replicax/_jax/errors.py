@@ -11,7 +11,7 @@ from jax._src import api_util
 from replicax._messages import text_of
 
 #: What a compiled program raises under ``jax_debug_nans``; ``jit`` turns it into a ``FloatingPointError``.
-NanError: type[Exception] = api_util.InternalFloatingPointError
+NanError: type[Exception] = getattr(api_util, "InternalFloatingPointError", FloatingPointError)
 
 
 def unbound_axis_name(error: NameError) -> str | None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from replicax import _jax
 from replicax._engine import primitives
 from replicax._engine.blocks import on_data
+from replicax._layout.layout import Layout, Splits
 from replicax._runtime.agreement import agree_on_shape
 from replicax._typing import Array
 from replicax.errors import ProcessesError
@@ -36,6 +37,19 @@ def own_copy(x: Array) -> Array:
     if mesh is None or not value.sharding.is_fully_replicated:
         raise foreign_array(x)
     return on_data(lambda x: primitives.to_own(x, whole(mesh)), x)
+
+
+def boundary(layout: Layout, axis: int | None, splits: Splits = ()) -> primitives.Boundary:
+    """The boundary between the padded rows of this process and those of all processes of a layout."""
+    own = layout.local
+    return primitives.Boundary(
+        axis,
+        own.sharding(axis, splits),
+        layout.sharding(axis, splits),
+        own.padded_size,
+        layout.padded_size,
+        agree_on_shape,
+    )
 
 
 def whole(mesh: Mesh) -> primitives.Boundary:

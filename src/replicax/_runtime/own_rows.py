@@ -19,9 +19,9 @@ from replicax._engine.spec import with_rows
 from replicax._jax import cpp
 from replicax._jax.aliases import Known
 from replicax._layout.layout import Splits
-from replicax._runtime.agreement import Running, agree_on_shape
+from replicax._runtime.agreement import Running
 from replicax._runtime.executable import Executable
-from replicax._runtime.global_arrays import own_copy
+from replicax._runtime.global_arrays import boundary, own_copy
 from replicax._typing import Array, ArrayLike, Function
 
 
@@ -47,7 +47,7 @@ class OwnRows(Executable):
     def runner(self, compiled: jax.stages.Compiled) -> Function:
         """A compiled form of the program, as :meth:`run` calls it."""
         own = self._on_own_shards(compiled)
-        return lambda *leaves: self._own_results(self._called(own, leaves))
+        return lambda *leaves: self._own_results(_called(own, leaves))
 
     @property
     def out_info(self) -> list[jax.ShapeDtypeStruct]:
@@ -62,14 +62,14 @@ class OwnRows(Executable):
             compiled = self._compiled
         try:
             if self._has_run:
-                return self._own_results(self._called(compiled, leaves))
-            results, self.known = self._called(functools.partial(_first_run, compiled), leaves)
+                return self._own_results(_called(compiled, leaves))
+            results, self.known = _called(functools.partial(_first_run, compiled), leaves)
         except _jax.NanError:
             raise FloatingPointError(_nan_in(self.spec.name)) from None
         except ValueError:
             # JAX 0.10 says, wrongly, that 4-bit arguments have another layout in memory.
             # Workaround: layouts_of_four_bits.
-            results = self._called(functools.partial(_jax.call_unchecked, self._own_compiled), leaves)
+            results = _called(functools.partial(_jax.call_unchecked, self._own_compiled), leaves)
         self._has_run = True
         return self._own_results(results)
 
@@ -94,18 +94,15 @@ class OwnRows(Executable):
         spec, program = self.spec, jax.jit(self.spec.function)
         placement, axes = spec.layout.local.axis.placement, spec.inputs.axes
 
-        def padded(x: ArrayLike, axis: int | None) -> Array:
-            if axis is None:
-                return own_copy(x) if _jax.over_processes(x) else x
-            return pad_rows(primitives.retype(x, None), axis, placement)
-
         def given(x: ArrayLike, axis: int | None, splits: Splits) -> Array:
-            boundary = self._boundary(axis, splits)
-            return on_data(lambda x: primitives.to_all(x, boundary), primitives.retype(padded(x, axis), None))
+            at = boundary(spec.layout, axis, splits)
+            x = primitives.retype(own_copy(x) if axis is None and _jax.over_processes(x) else x, None)
+            padded = x if axis is None else pad_rows(x, axis, placement)
+            return on_data(lambda x: primitives.to_all(x, at), padded)
 
         def own(k: int, y: Array, axis: int | None, splits: Splits) -> Array:
-            boundary = self._boundary(axis, splits)
-            x = self.constant[k] if k in self.constant else on_data(lambda y: primitives.to_own(y, boundary), y)
+            at = boundary(spec.layout, axis, splits)
+            x = self.constant[k] if k in self.constant else on_data(lambda y: primitives.to_own(y, at), y)
             return x if axis is None else on_data(lambda x: real_rows(x, axis, placement), x)
 
         def on_own_rows(*leaves: ArrayLike) -> list[Array]:
@@ -113,24 +110,6 @@ class OwnRows(Executable):
             return list(map(own, itertools.count(), results, spec.out_axes, spec.out_splits))
 
         return on_own_rows
-
-    def _boundary(self, axis: int | None, splits: Splits) -> primitives.Boundary:
-        every, own = self.spec.layout, self.spec.layout.local
-        return primitives.Boundary(
-            axis,
-            own.sharding(axis, splits),
-            every.sharding(axis, splits),
-            own.padded_size,
-            every.padded_size,
-            agree_on_shape,
-        )
-
-    def _called(self, compiled: Function, leaves: Sequence[Array]) -> Any:
-        Running.calls += 1
-        try:
-            return compiled(*leaves)
-        finally:
-            Running.calls -= 1
 
     def _own_results(self, results: Sequence[Array]) -> Sequence[Array]:
         """This process's rows of the results, without padding."""
@@ -166,6 +145,14 @@ class OwnRows(Executable):
             else:
                 found.append(None if axis is None else jax.device_put(_jax.zeros(padded), where))
         return found
+
+
+def _called(compiled: Function, leaves: Sequence[Array]) -> Any:
+    Running.calls += 1
+    try:
+        return compiled(*leaves)
+    finally:
+        Running.calls -= 1
 
 
 def _first_run(compiled: Function, *leaves: Array) -> tuple[Sequence[Array], Known | None]:

@@ -74,9 +74,10 @@ batching.fancy_primitive_batchers[_each_lane_p] = _each_lane_batched
 
 
 def pad_rows(x: Array, dim: int, placement: Placement) -> Array:
-    """Pads ``x`` along ``dim`` from one row per replica to one row per slot. Padding rows are copies, or zeros if none.
+    """Pads ``x`` along ``dim`` from one row per replica to one row per slot. Padding rows are copies.
 
-    The cotangents of padding rows are dropped. Adding them could give NaN: an infinite derivative times zero.
+    Without replicas, they are zeros. The cotangents of padding rows are dropped. Adding them could give NaN: an
+    infinite derivative times zero.
     """
     return _pad_rows_p.bind(x, dim=dim, placement=placement)
 
