@@ -49,7 +49,7 @@ def initialize(
     """Connects the processes of a program, so that a map can use the devices of all of them.
 
     Call it once in each process, before the first array is created. Without arguments it recognizes Slurm, Open MPI,
-    Kubernetes and TPU pods, as ``jax.distributed.initialize`` does, and ``torchrun``. Without any of these it does
+    Kubernetes and TPU pods, as ``jax.distributed.initialize`` does, ``torchrun``, and ``replicax launch``. Without any of these it does
     nothing, and the program runs in one process. A second call only sets ``timeout``.
 
     The coordinator listens on the loopback interface if its address is a loopback address, else on the interface of
@@ -109,12 +109,30 @@ def initialize(
             f"Process {found.index} cannot connect to the coordinator at {found.address} ({found.count} processes, "
             f"found by {found.by}): {error}"
         ) from error
+    _check_attempt(found)
     _leave_with_own_status()
+
+
+def _check_attempt(found: _Found) -> None:
+    """Refuses the coordinator of an earlier attempt, which may still listen on an address that is used again."""
+    name, client = os.environ.get("REPLICAX_ATTEMPT"), _jax.client()
+    if name is None:
+        return
+    if found.index == 0:
+        client.key_value_set("replicax/attempt", name)
+    elif (theirs := client.blocking_key_value_get("replicax/attempt", 30_000)) != name:
+        raise ProcessesError(
+            f"Process {found.index} belongs to attempt {name}, but the coordinator at {found.address} belongs to attempt "
+            f"{theirs}: an earlier run still uses that port. End it, or choose another port."
+        )
 
 
 def _completed(given: _Found) -> _Found:
     """Adds what the environment says to the arguments."""
     said = os.environ
+    if given.address is None and {"REPLICAX_COORDINATOR", "REPLICAX_PROCESSES", "REPLICAX_PROCESS"} <= said.keys():
+        count, index = int(said["REPLICAX_PROCESSES"]), int(said["REPLICAX_PROCESS"])
+        return _Found("replicax launch", said["REPLICAX_COORDINATOR"], count, index, given.devices)
     if given.address is None and {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} <= said.keys():
         # torchrun's own store is on this port if its agent owns it.
         port = int(said["MASTER_PORT"]) + (said.get("TORCHELASTIC_USE_AGENT_STORE") == "True")

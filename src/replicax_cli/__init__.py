@@ -1,0 +1,5 @@
+"""The ``replicax`` command. It imports only the standard library, so it starts at once: importing JAX takes a second."""
+
+from replicax_cli.command import main as main
+
+__all__ = ["main"]

@@ -1,0 +1,106 @@
+"""Runs a gang, and runs it again when it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from replicax_cli import leftovers
+from replicax_cli.gang import Failure, Gang, Outcome
+from replicax_cli.output import say
+from replicax_cli.signals import Signals
+
+#: The command of the processes, and the environment variables of each.
+Start = tuple[Sequence[str], Sequence[Mapping[str, str]]]
+
+#: What to start, from the number of the attempt and the slots of its processes, for as long as the attempt lasts.
+Starter = Callable[[int, Sequence[int]], AbstractContextManager[Start]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The options of a launch.
+
+    Attributes:
+        max_restarts: How often all processes are restarted.
+        min_processes: The number of processes down to which those that died are left out; None to replace them.
+        grace: Seconds between a signal that is passed on and SIGKILL.
+        logs: The folder for the output; None to print it.
+    """
+
+    max_restarts: int
+    min_processes: int | None
+    grace: float
+    logs: Path | None
+
+
+def run(start: Starter, slots: Sequence[int], limits: Limits) -> int:
+    """Runs a program until it succeeds, or no restart is left.
+
+    Args:
+        start: What to start.
+        slots: The numbers of the processes.
+        limits: The options.
+
+    Returns:
+        The exit status: that of the first process that failed in the last attempt, or 0.
+    """
+    mark = uuid.uuid4().hex
+    with tempfile.TemporaryDirectory(prefix="replicax-", ignore_cleanup_errors=True) as folder, Signals() as signals:
+        guard = leftovers.start_guard(mark, folder)
+        try:
+            for attempt in range(limits.max_restarts + 1):
+                outcome = _attempt(start, attempt, slots, limits, mark, Path(folder), signals)
+                if outcome.first is None or outcome.ended_by is not None or attempt == limits.max_restarts:
+                    break
+                slots = _left(slots, outcome, limits.min_processes)
+                _say_restart(outcome.first, attempt + 1, limits.max_restarts, len(slots))
+        finally:
+            guard.communicate()
+    return _report(outcome)
+
+
+def _attempt(
+    start: Starter, attempt: int, slots: Sequence[int], limits: Limits, mark: str, folder: Path, signals: Signals
+) -> Outcome:
+    records = folder / str(attempt)
+    records.mkdir()
+    logs = limits.logs and limits.logs / f"attempt-{attempt}"
+    with start(attempt, slots) as (command, environments):
+        return Gang(command, environments, slots, mark, records, limits.grace, logs).run(signals)
+
+
+def _left(slots: Sequence[int], outcome: Outcome, least: int | None) -> Sequence[int]:
+    """The processes of the next attempt: without those that died, but at least ``least``."""
+    if least is None:
+        return slots
+    alive = [slot for slot in slots if slot not in outcome.lost]
+    dead = [slot for slot in slots if slot in outcome.lost]
+    return sorted([*alive, *dead[: max(0, least - len(alive))]])
+
+
+def _say_restart(first: Failure, restart: int, most: int, count: int) -> None:
+    say(
+        f"process {first.process} failed first: {first.text}. Restart {restart} of {most}, with {count} "
+        f"process{'es' * (count != 1)}"
+    )
+
+
+def _report(outcome: Outcome) -> int:
+    """Prints the last lines of the process that failed first, and returns the exit status."""
+    first = outcome.first
+    if first is None:
+        return 0
+    if outcome.ended_by is None:
+        lines = " Its last lines:" if first.last_lines else " It printed nothing."
+        say(f"process {first.process} failed first: {first.text}.{lines}")
+        with contextlib.suppress(OSError):
+            sys.stderr.buffer.write(first.last_lines)
+            sys.stderr.buffer.flush()
+    return first.status

@@ -1,0 +1,312 @@
+"""One attempt of a gang: processes that run one program together, and end together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from replicax_cli import leftovers
+from replicax_cli.output import Logged, Pumped, say
+from replicax_cli.signals import ENDING, Signals
+
+#: Seconds in which the processes may end by themselves once one has failed; then they get SIGTERM.
+_AFTER_A_FAILURE = 1.0
+
+#: Seconds after that until SIGKILL. Short, because no process can go on without the one that failed.
+_AFTER_TERM = 1.0
+
+#: Seconds for which a process may miss its heartbeat before the launcher kills it. Its own watchdog comes first.
+_LATE = 1.0
+
+#: The exit status of a process that makes no step, as that of ``timeout`` in coreutils.
+NO_STEP = 124
+
+#: What ``replicax.distributed.heartbeat`` writes: the time until which the next step must come, and the last step.
+BEAT = struct.Struct("dq")
+
+
+class Output(Protocol):
+    """What becomes of the output of a process."""
+
+    def finish(self, timeout: float) -> bool:
+        """Waits until all is written, and returns whether it is."""
+
+    def last_lines(self) -> bytes:
+        """The last lines that the process has printed."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a process failed.
+
+    Attributes:
+        process: The index of the process.
+        slot: Its number among the processes of the first attempt.
+        status: The exit status; 128 + n for signal n.
+        text: What happened, for a message.
+        last_lines: What the process printed last.
+    """
+
+    process: int
+    slot: int
+    status: int
+    text: str
+    last_lines: bytes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended.
+
+    Attributes:
+        first: The failure that came first; None if all processes ended with status 0.
+        lost: The slots of the processes that died by themselves, and not because another did.
+        ended_by: The signal that the launcher got; None if it got none.
+    """
+
+    first: Failure | None
+    lost: frozenset[int]
+    ended_by: signal.Signals | None
+
+
+@dataclass
+class _Process:
+    index: int
+    slot: int
+    popen: subprocess.Popen[bytes]
+    output: Output
+    files: Path
+    status: int | None = None
+    no_step: bool = False
+    stopped: bool = False
+    killed: bool = False
+
+    def is_stopped(self) -> bool:
+        """Whether the process is stopped, as by SIGSTOP. False where there is no ``/proc``."""
+        try:
+            return Path(f"/proc/{self.popen.pid}/stat").read_bytes().rpartition(b") ")[2][:1] == b"T"
+        except OSError:
+            return False
+
+    def beat(self) -> tuple[float, int]:
+        """The time until which the next step must come, and the last step."""
+        try:
+            return BEAT.unpack(self.files.with_suffix(".beat").read_bytes())
+        except (OSError, struct.error):  # it does not call heartbeat
+            return float("inf"), 0
+
+    def left_at(self) -> float:
+        """When the program ended, by its own record; 0 if it was killed."""
+        try:
+            return float(self.files.with_suffix(".left").read_text())
+        except (OSError, ValueError):
+            return 0.0
+
+    def failure(self) -> Failure:
+        status = self.status or 0
+        if self.stopped:
+            text, status = "stopped by SIGSTOP, so no process could go on", NO_STEP
+        elif self.no_step:
+            text = f"no step after step {self.beat()[1]} in the time that heartbeat sets"
+            status = NO_STEP
+        elif status < 0:
+            text, status = f"killed by {_name(-status)}", 128 - status
+        else:
+            text = f"exit status {status}"
+        return Failure(self.index, self.slot, status, text, self.output.last_lines())
+
+
+@dataclass(frozen=True)
+class Gang:
+    """What to start.
+
+    Attributes:
+        command: The command of each process.
+        environments: The environment variables of each process.
+        slots: The number of each process among those of the first attempt.
+        mark: The mark of this attempt in the environment, see :mod:`replicax_cli.leftovers`.
+        folder: Where processes leave records for the launcher.
+        grace: Seconds between a signal that is passed on and SIGKILL.
+        logs: The folder for their output; None to print it.
+    """
+
+    command: Sequence[str]
+    environments: Sequence[Mapping[str, str]]
+    slots: Sequence[int]
+    mark: str
+    folder: Path
+    grace: float
+    logs: Path | None
+
+    def run(self, signals: Signals) -> Outcome:
+        """Starts the processes, waits until all have ended, and returns how."""
+        running = _Running(self, signals)
+        try:
+            running.wait()
+        finally:
+            running.kill()
+        return running.outcome()
+
+    def start(self, index: int) -> _Process:
+        """Starts one process."""
+        files = self.folder / str(index)
+        environment = {**self.environments[index], "REPLICAX_RUN": str(files)}
+        marks = [*filter(None, [environment.get(leftovers.MARK)]), self.mark]
+        environment[leftovers.MARK] = ":".join(marks)
+        log = None if self.logs is None else Logged(self.logs / f"process-{index}.log")
+        popen = subprocess.Popen(
+            self.command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log.file if log else subprocess.PIPE,
+            stderr=subprocess.STDOUT if log else subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+        )
+        output = log or Pumped(f"[{index}] ")
+        if isinstance(output, Pumped) and popen.stdout and popen.stderr:
+            output.start(popen.stdout, sys.stdout.buffer)
+            output.start(popen.stderr, sys.stderr.buffer)
+        return _Process(index, self.slots[index], popen, output, files)
+
+
+@dataclass
+class _Running:
+    gang: Gang
+    signals: Signals
+    processes: list[_Process] = field(default_factory=list)
+    failed: list[_Process] = field(default_factory=list)
+    ended_by: signal.Signals | None = None
+    term_at: float = float("inf")
+    kill_at: float = float("inf")
+
+    def wait(self) -> None:
+        """Waits until all processes have ended."""
+        for index in range(len(self.gang.slots)):
+            self.processes.append(self.gang.start(index))
+        while self._alive():
+            for number in self.signals.wait(self._pause()):
+                self._pass_on(number)
+            self._see_who_ended()
+            self._see_who_makes_no_step()
+            now = time.monotonic()
+            if now >= self.term_at:
+                self.term_at = float("inf")
+                self._send(signal.SIGTERM)
+            if now >= self.kill_at:
+                self._kill_alive()
+
+    def kill(self) -> None:
+        """Kills what still runs, with the children of all processes, and waits for the rest of the output."""
+        self._kill_alive()
+        for process in self.processes:
+            process.popen.wait()
+        leftovers.kill_marked(self.gang.mark)
+        for process in self.processes:
+            while not process.output.finish(0.2):  # as long as the reader of the output takes
+                if any(number in ENDING for number in self.signals.wait(0)):
+                    return
+
+    def outcome(self) -> Outcome:
+        """How the attempt ended."""
+        own = [
+            p
+            for p in self.failed
+            if p.stopped or (not p.no_step and (p is self.failed[0] or (p.status == -signal.SIGKILL and not p.killed)))
+        ]
+        first = self.failed[0].failure() if self.failed else None
+        return Outcome(first, frozenset(p.slot for p in own), self.ended_by)
+
+    def _alive(self) -> list[_Process]:
+        return [process for process in self.processes if process.status is None]
+
+    def _pause(self) -> float:
+        """Seconds until the next thing to do. Heartbeats are looked at twice a second."""
+        return max(0.0, min(0.5, min(self.term_at, self.kill_at) - time.monotonic()))
+
+    def _see_who_ended(self) -> None:
+        _reap_strangers(self.processes)
+        ended = [process for process in self._alive() if process.popen.poll() is not None]
+        for process in ended:
+            process.status = process.popen.returncode
+            process.no_step = process.no_step or process.status == NO_STEP
+        failed = [process for process in ended if process.status]
+        # Of several that are seen at once: a process that was killed, then by the time at which the program ended.
+        failed.sort(key=lambda p: (p.status == -signal.SIGABRT, p.left_at()))
+        if not self.failed and any(process.no_step for process in failed):
+            failed = [*self._kill_stopped(), *failed]
+        self.failed += failed
+        if failed and self.ended_by is None and self.kill_at == float("inf"):
+            self.term_at = time.monotonic() + _AFTER_A_FAILURE
+            self.kill_at = self.term_at + min(_AFTER_TERM, self.gang.grace)
+
+    def _kill_stopped(self) -> list[_Process]:
+        """Kills the processes that are stopped: the others wait for them."""
+        stopped = [process for process in self._alive() if process.is_stopped()]
+        for process in stopped:
+            process.stopped = True
+            _signal(process, signal.SIGKILL)
+            process.status = process.popen.wait()
+        return stopped
+
+    def _see_who_makes_no_step(self) -> None:
+        late = [p for p in self._alive() if time.monotonic() > p.beat()[0] + _LATE]
+        for process in late:
+            process.no_step = True
+            _signal(process, signal.SIGKILL)
+
+    def _pass_on(self, number: signal.Signals) -> None:
+        if number not in ENDING:
+            self._send(number)
+        elif self.ended_by is None:
+            self.ended_by = number
+            say(f"got {number.name}, passes it on, and kills what still runs after {self.gang.grace:g} s")
+            self._send(number)
+            self.kill_at = min(self.kill_at, time.monotonic() + self.gang.grace)
+        elif number in (signal.SIGINT, signal.SIGQUIT):  # the second Ctrl-C
+            self.kill_at = 0
+
+    def _send(self, number: signal.Signals) -> None:
+        for process in self._alive():
+            _signal(process, number)
+
+    def _kill_alive(self) -> None:
+        for process in self._alive():
+            process.killed = True
+            _signal(process, signal.SIGKILL)
+            process.status = process.popen.wait()
+            if self.ended_by is not None:
+                say(f"process {process.index} has not ended {self.gang.grace:g} s after {self.ended_by.name}: killed")
+                self.failed.append(process)
+
+
+def _signal(process: _Process, number: signal.Signals) -> None:
+    process.popen.send_signal(number)
+
+
+def _reap_strangers(processes: Sequence[_Process]) -> None:
+    """Waits for children that are not processes of the gang: orphans are, where the launcher has process id 1."""
+    own = {process.popen.pid for process in processes}
+    while os.getpid() == 1:
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if ended is None or ended.si_pid in own:
+            return
+        os.waitpid(ended.si_pid, 0)
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
