@@ -108,6 +108,7 @@ else
 endif
 ifdef WHEEL
 	diff -r -x __pycache__ src/replicax "$(INSTALLED)"
+	diff -r -x __pycache__ src/replicax_cli "$(INSTALLED)_cli"
 endif
 	touch $(STAMP)
 

@@ -20,11 +20,15 @@ from replicax_cli.attempts import Start
 from replicax_cli.output import say
 
 DESCRIPTION = """\
-Starts the processes of a program on this host, connected for replicax.distributed.initialize(), and ends them together.
-If a process fails, it ends the others, restarts all of them up to --max-restarts times, and returns the exit status of
-the first process that failed, or 128 + n if signal n killed it. Started by srun, mpirun or torchrun, it runs the program
-as the process that they started.
+Starts the processes of a program on this host. Call replicax.distributed.initialize() in the program to connect them.
+If a process fails, the others are ended, and all are restarted up to --max-restarts times. The exit status is that of
+the first process that failed, or 128 + n if signal n killed it. In a process that srun, mpirun or torchrun started, the
+program runs as that process.
 """
+
+
+class NoSuchAddressError(ValueError):
+    """``--host`` is not an address of this host."""
 
 
 def add_to(commands: Any) -> None:
@@ -56,13 +60,15 @@ def add_to(commands: Any) -> None:
     add("--engine", choices=["ray"], help="start the processes on a Ray cluster instead of this host")
     add("--print", choices=[*jobs.FORMATS], dest="format",
         help="print a job file or a command for another engine, and start nothing")  # fmt: skip
-    add("program", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a Python script, or -m MODULE, and its arguments")
+    add("-m", nargs=argparse.REMAINDER, dest="module", metavar="MODULE", help="a module to run, and its arguments")
+    add("program", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a Python script to run, and its arguments")
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the subcommand, and returns the exit status."""
-    command = options.program[1:] if options.program[:1] == ["--"] else options.program
+    command = options.program if options.module is None else ["-m", *options.module]
+    command = command[1:] if command[:1] == ["--"] else command
     _check_program(options, command)
     if options.format:
         return _print_job(options, command)
@@ -76,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     start = _by_srun if allocation.in_batch_script(os.environ) else _on_this_host
     try:
         return start(options, command)
-    except (devices.TooFewDevicesError, OSError) as error:  # OSError: there is no such address or folder
+    except (devices.TooFewDevicesError, NoSuchAddressError) as error:
         return fail(str(error))
 
 
@@ -197,7 +203,10 @@ def _free_port(host: str) -> Iterator[str]:
     with socket.socket(family) as reserved:
         if hasattr(socket, "SO_REUSEPORT"):
             reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        reserved.bind((host, 0))
+        try:
+            reserved.bind((host, 0))
+        except OSError as error:
+            raise NoSuchAddressError(f"--host {host} is not an address of this host: {error.strerror}") from None
         port = reserved.getsockname()[1]
         yield f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -227,7 +236,8 @@ def _seconds(text: str) -> float:
 
 
 def _refuse(options: argparse.Namespace, text: str) -> NoReturn:
-    options.parser.error(text)
+    parser: argparse.ArgumentParser = options.parser
+    parser.error(text)
 
 
 def fail(text: str, status: int = 2) -> int:

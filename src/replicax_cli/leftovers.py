@@ -1,8 +1,8 @@
 """Ends what a gang leaves behind: children of its processes, and all of it if the launcher itself is killed.
 
 A gang's processes and their children have a mark in the environment variable ``REPLICAX_LAUNCH``. The launcher starts
-this file as a process of its own, the guard, and holds a pipe to it. When the pipe closes, the guard kills every process
-with the mark of the launcher, and removes the launcher's folder.
+this file as a process of its own, the guard, and holds a pipe to it. When the pipe closes, the guard kills every
+process with the mark of the launcher, and removes the launcher's folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def start_guard(mark: str, folder: str) -> subprocess.Popen[bytes]:
 
 
 def kill_marked(mark: str) -> None:
-    """Kills all processes with a mark, but this one, until there are none. Needs ``/proc``, so does nothing on macOS."""
+    """Kills all processes with a mark, but this one. Needs ``/proc``, so it does nothing on macOS."""
     for _ in range(50):
         found = _marked(mark)
         for process in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import sys
 import threading
@@ -20,11 +21,8 @@ _lock = threading.Lock()
 
 def say(text: str) -> None:
     """Prints a message of the launcher itself."""
-    with _lock:
-        try:
-            print(f"replicax launch: {text}", file=sys.stderr, flush=True)
-        except OSError:  # nobody reads it any more
-            pass
+    with _lock, contextlib.suppress(OSError):  # nobody reads it any more
+        print(f"replicax launch: {text}", file=sys.stderr, flush=True)
 
 
 class Pumped:

@@ -6,6 +6,7 @@ import, and the program may set them before it imports JAX.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -23,11 +24,11 @@ def run(arguments: list[str]) -> None:
     try:
         _program().run(arguments)
     except SystemExit as error:
-        if error.code is not None and not isinstance(error.code, int):
-            print(error.code, file=sys.stderr)
-            _leave(1)
-        if error.code:
-            _leave(error.code)
+        status = error.code
+        if not isinstance(status, int | None):
+            print(status, file=sys.stderr)
+        if status:
+            _leave(status if isinstance(status, int) else 1)
     except BaseException as error:
         trace = error.__traceback__
         sys.excepthook(type(error), error, trace and trace.tb_next)
@@ -39,10 +40,8 @@ def _leave(status: int) -> None:
     if "REPLICAX_RUN" in os.environ:
         Path(os.environ["REPLICAX_RUN"]).with_suffix(".left").write_text(str(time.monotonic()))
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
-        except OSError:  # nobody reads it any more
-            pass
     os._exit(status & 0xFF)
 
 

@@ -99,7 +99,7 @@ def heartbeat(step: int | None, *, timeout: float | None = None) -> None:
         return
     number = as_int("step", step)
     seconds = float(os.environ.get("REPLICAX_HEARTBEAT", 60)) if timeout is None else timeout
-    if not isinstance(seconds, int | float) or not 0 < seconds:
+    if not isinstance(seconds, int | float) or not seconds > 0:
         raise OptionTypeError(f"heartbeat: timeout is the number of seconds until the next step, got {timeout!r}.")
     if not _watchdogs:
         _watchdogs.append(_Watchdog())

@@ -49,8 +49,8 @@ def initialize(
     """Connects the processes of a program, so that a map can use the devices of all of them.
 
     Call it once in each process, before the first array is created. Without arguments it recognizes Slurm, Open MPI,
-    Kubernetes and TPU pods, as ``jax.distributed.initialize`` does, ``torchrun``, and ``replicax launch``. Without any of these it does
-    nothing, and the program runs in one process. A second call only sets ``timeout``.
+    Kubernetes and TPU pods, as ``jax.distributed.initialize`` does, ``torchrun``, and ``replicax launch``. Without any
+    of these it does nothing, and the program runs in one process. A second call only sets ``timeout``.
 
     The coordinator listens on the loopback interface if its address is a loopback address, else on the interface of
     its address. A process that ends with an exception or a nonzero exit status ends at once with that status: JAX would
@@ -122,8 +122,8 @@ def _check_attempt(found: _Found) -> None:
         client.key_value_set("replicax/attempt", name)
     elif (theirs := client.blocking_key_value_get("replicax/attempt", 30_000)) != name:
         raise ProcessesError(
-            f"Process {found.index} belongs to attempt {name}, but the coordinator at {found.address} belongs to attempt "
-            f"{theirs}: an earlier run still uses that port. End it, or choose another port."
+            f"Process {found.index} belongs to attempt {name}, but the coordinator at {found.address} belongs to "
+            f"attempt {theirs}: an earlier run still uses that port. End it, or choose another port."
         )
 
 
