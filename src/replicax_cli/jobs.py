@@ -97,8 +97,8 @@ def _slurm_signal(job: Job) -> list[str]:
     if not seconds:
         return []
     return [
-        f"# SIGTERM comes {seconds} s before the time limit, or up to 60 s earlier. After scancel, SIGKILL comes after the",
-        "# KillWait of the cluster.",
+        f"# SIGTERM comes {seconds} s before the time limit, or up to 60 s earlier. After scancel, the time",
+        "# between SIGTERM and SIGKILL is the KillWait of the cluster.",
         f"#SBATCH --signal=B:TERM@{seconds}",
     ]
 
@@ -152,6 +152,8 @@ def jobset(job: Job) -> str:
         "        template:",
         "          spec:",
         "            restartPolicy: Never",
+        "            # Process 1 would ignore SIGTERM, unless the program handles it.",
+        "            shareProcessNamespace: true",
         f"            terminationGracePeriodSeconds: {math.ceil(job.grace)}",
         "            containers:",
         "            - name: program",
