@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import subprocess
 import sys
 import tempfile
 import uuid
@@ -12,12 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from replicax_cli import leftovers
-from replicax_cli.gang import Failure, Gang, Outcome
+from replicax_cli.gang import Gang, Outcome, send_signal
 from replicax_cli.output import say
 from replicax_cli.signals import Signals
 
-#: The command of the processes, and the environment variables of each.
-Start = tuple[Sequence[str], Sequence[Mapping[str, str]]]
+
+@dataclass(frozen=True)
+class Start:
+    """What to start: see the attributes of :class:`Gang`."""
+
+    command: Sequence[str]
+    environments: Sequence[Mapping[str, str]]
+    starter: str | None = None
+    send: Callable[[subprocess.Popen[bytes], signal.Signals], None] = send_signal
+
 
 #: What to start, from the number of the attempt and the slots of its processes, for as long as the attempt lasts.
 Starter = Callable[[int, Sequence[int]], AbstractContextManager[Start]]
@@ -60,7 +70,7 @@ def run(start: Starter, slots: Sequence[int], limits: Limits) -> int:
                 if outcome.first is None or outcome.ended_by is not None or attempt == limits.max_restarts:
                     break
                 slots = _left(slots, outcome, limits.min_processes)
-                _say_restart(outcome.first, attempt + 1, limits.max_restarts, len(slots))
+                _say_restart(attempt + 1, limits.max_restarts, len(slots))
         finally:
             guard.communicate()
     return _report(outcome)
@@ -72,8 +82,19 @@ def _attempt(
     records = folder / str(attempt)
     records.mkdir()
     logs = limits.logs and limits.logs / f"attempt-{attempt}"
-    with start(attempt, slots) as (command, environments):
-        return Gang(command, environments, slots, mark, records, limits.grace, logs).run(signals)
+    with start(attempt, slots) as what:
+        gang = Gang(
+            what.command,
+            what.environments,
+            slots,
+            mark,
+            records,
+            limits.grace,
+            logs,
+            starter=what.starter,
+            send=what.send,
+        )
+        return gang.run(signals)
 
 
 def _left(slots: Sequence[int], outcome: Outcome, least: int | None) -> Sequence[int]:
@@ -85,11 +106,8 @@ def _left(slots: Sequence[int], outcome: Outcome, least: int | None) -> Sequence
     return sorted([*alive, *dead[: max(0, least - len(alive))]])
 
 
-def _say_restart(first: Failure, restart: int, most: int, count: int) -> None:
-    say(
-        f"process {first.process} failed first: {first.text}. Restart {restart} of {most}, with {count} "
-        f"process{'es' * (count != 1)}"
-    )
+def _say_restart(restart: int, most: int, count: int) -> None:
+    say(f"restart {restart} of {most}, with {count} process{'es' * (count != 1)}")
 
 
 def _report(outcome: Outcome) -> int:
@@ -99,7 +117,7 @@ def _report(outcome: Outcome) -> int:
         return 0
     if outcome.ended_by is None:
         lines = " Its last lines:" if first.last_lines else " It printed nothing."
-        say(f"process {first.process} failed first: {first.text}.{lines}")
+        say(f"{first.who} failed first: {first.text}.{lines}")
         with contextlib.suppress(OSError):
             sys.stderr.buffer.write(first.last_lines)
             sys.stderr.buffer.flush()

@@ -26,7 +26,7 @@ def shares(processes: int, each: int | None, environment: Mapping[str, str]) -> 
     """
     count = _gpus(environment)
     if not count:
-        return [{} if each is None else {"JAX_NUM_CPU_DEVICES": str(each)} for _ in range(processes)]
+        return [simulated(each)] * processes
     sizes = [count // processes + (k < count % processes) for k in range(processes)] if each is None else None
     sizes = sizes or [each or 0] * processes
     if sum(sizes) > count or not all(sizes):
@@ -37,6 +37,30 @@ def shares(processes: int, each: int | None, environment: Mapping[str, str]) -> 
         )
     starts = [sum(sizes[:k]) for k in range(processes)]
     return [_ids(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+
+
+def simulated(count: int | None) -> dict[str, str]:
+    """The environment variable that simulates CPU devices."""
+    return {} if count is None else {"JAX_NUM_CPU_DEVICES": str(count)}
+
+
+def share_on_node(each: int | None, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables that give this process its devices, if another launcher has started it.
+
+    Args:
+        each: The number of devices of a process; None for what JAX chooses.
+        environment: The environment, with the index of this process on its node.
+    """
+    if each is None:
+        return {}
+    index = next((int(environment[name]) for name in _LOCAL_INDEX if environment.get(name, "").isdigit()), 0)
+    own_only = "SLURM_GPUS_PER_TASK" in environment  # Slurm shows each process its own GPUs only
+    first = 0 if own_only else index * each
+    return simulated(each) | _ids(range(first, first + each))
+
+
+#: Variables with the index of a process on its node.
+_LOCAL_INDEX = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
 
 def _ids(devices: Sequence[int]) -> dict[str, str]:

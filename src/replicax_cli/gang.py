@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -48,15 +48,13 @@ class Failure:
     """How a process failed.
 
     Attributes:
-        process: The index of the process.
-        slot: Its number among the processes of the first attempt.
+        who: The name of the process.
         status: The exit status; 128 + n for signal n.
         text: What happened, for a message.
         last_lines: What the process printed last.
     """
 
-    process: int
-    slot: int
+    who: str
     status: int
     text: str
     last_lines: bytes
@@ -110,7 +108,8 @@ class _Process:
         except (OSError, ValueError):
             return 0.0
 
-    def failure(self) -> Failure:
+    def failure(self, who: str) -> Failure:
+        """How the process, of some name, failed."""
         status = self.status or 0
         if self.stopped:
             text, status = "stopped by SIGSTOP, so no process could go on", NO_STEP
@@ -121,7 +120,12 @@ class _Process:
             text, status = f"killed by {_name(-status)}", 128 - status
         else:
             text = f"exit status {status}"
-        return Failure(self.index, self.slot, status, text, self.output.last_lines())
+        return Failure(who, status, text, self.output.last_lines())
+
+
+def send_signal(popen: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Sends a signal to a process."""
+    popen.send_signal(number)
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ class Gang:
         folder: Where processes leave records for the launcher.
         grace: Seconds between a signal that is passed on and SIGKILL.
         logs: The folder for their output; None to print it.
+        starter: The name of the one process that starts the others, such as ``srun``, and marks their lines itself.
+        send: Sends a signal to a process; to its children, too, if it starts others.
     """
 
     command: Sequence[str]
@@ -145,6 +151,8 @@ class Gang:
     folder: Path
     grace: float
     logs: Path | None
+    starter: str | None = field(default=None, kw_only=True)
+    send: Callable[[subprocess.Popen[bytes], signal.Signals], None] = field(default=send_signal, kw_only=True)
 
     def run(self, signals: Signals) -> Outcome:
         """Starts the processes, waits until all have ended, and returns how."""
@@ -171,11 +179,15 @@ class Gang:
             bufsize=0,
             start_new_session=True,
         )
-        output = log or Pumped(f"[{index}] ")
+        output = log or Pumped("" if self.starter else f"[{index}] ")
         if isinstance(output, Pumped) and popen.stdout and popen.stderr:
             output.start(popen.stdout, sys.stdout.buffer)
             output.start(popen.stderr, sys.stderr.buffer)
         return _Process(index, self.slots[index], popen, output, files)
+
+    def who(self, index: int) -> str:
+        """The name of a process in messages."""
+        return self.starter or f"process {index}"
 
 
 @dataclass
@@ -222,8 +234,11 @@ class _Running:
             for p in self.failed
             if p.stopped or (not p.no_step and (p is self.failed[0] or (p.status == -signal.SIGKILL and not p.killed)))
         ]
-        first = self.failed[0].failure() if self.failed else None
+        first = self._failure(self.failed[0]) if self.failed else None
         return Outcome(first, frozenset(p.slot for p in own), self.ended_by)
+
+    def _failure(self, process: _Process) -> Failure:
+        return process.failure(self.gang.who(process.index))
 
     def _alive(self) -> list[_Process]:
         return [process for process in self.processes if process.status is None]
@@ -245,6 +260,7 @@ class _Running:
             failed = [*self._kill_stopped(), *failed]
         self.failed += failed
         if failed and self.ended_by is None and self.kill_at == float("inf"):
+            say(f"{self.gang.who(failed[0].index)} failed: {self._failure(failed[0]).text}")
             self.term_at = time.monotonic() + _AFTER_A_FAILURE
             self.kill_at = self.term_at + min(_AFTER_TERM, self.gang.grace)
 
@@ -253,7 +269,7 @@ class _Running:
         stopped = [process for process in self._alive() if process.is_stopped()]
         for process in stopped:
             process.stopped = True
-            _signal(process, signal.SIGKILL)
+            process.popen.kill()
             process.status = process.popen.wait()
         return stopped
 
@@ -261,7 +277,7 @@ class _Running:
         late = [p for p in self._alive() if time.monotonic() > p.beat()[0] + _LATE]
         for process in late:
             process.no_step = True
-            _signal(process, signal.SIGKILL)
+            process.popen.kill()
 
     def _pass_on(self, number: signal.Signals) -> None:
         if number not in ENDING:
@@ -276,20 +292,17 @@ class _Running:
 
     def _send(self, number: signal.Signals) -> None:
         for process in self._alive():
-            _signal(process, number)
+            self.gang.send(process.popen, number)
 
     def _kill_alive(self) -> None:
         for process in self._alive():
             process.killed = True
-            _signal(process, signal.SIGKILL)
+            process.popen.kill()
             process.status = process.popen.wait()
             if self.ended_by is not None:
-                say(f"process {process.index} has not ended {self.gang.grace:g} s after {self.ended_by.name}: killed")
+                who = self.gang.who(process.index)
+                say(f"{who} has not ended {self.gang.grace:g} s after {self.ended_by.name}: killed")
                 self.failed.append(process)
-
-
-def _signal(process: _Process, number: signal.Signals) -> None:
-    process.popen.send_signal(number)
 
 
 def _reap_strangers(processes: Sequence[_Process]) -> None:

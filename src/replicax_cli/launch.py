@@ -7,7 +7,9 @@ import importlib
 import os
 import random
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
@@ -117,7 +119,7 @@ def _become(options: argparse.Namespace, command: Sequence[str], found: allocati
             raise SystemExit(
                 fail(f"{option} has no effect here, because {found.engine} starts the processes. Set it there.")
             )
-    own = devices.shares(1, options.devices_per_process, {"JAX_PLATFORMS": "cpu"})[0]
+    own = devices.share_on_node(options.devices_per_process, os.environ)
     words = [sys.executable, worker.__file__, *command]
     os.execve(words[0], words, {**os.environ, **own, **_heartbeat(options)})
 
@@ -156,7 +158,8 @@ def _on_this_host(options: argparse.Namespace, command: Sequence[str]) -> int:
                 **_heartbeat(options),
             }
             own = [{**shares[slot], "REPLICAX_PROCESS": str(k)} for k, slot in enumerate(slots)]
-            yield [sys.executable, worker.__file__, *command], [{**os.environ, **shared, **each} for each in own]
+            environments = [{**os.environ, **shared, **each} for each in own]
+            yield Start([sys.executable, worker.__file__, *command], environments)
 
     return attempts.run(start, range(count), _limits(options))
 
@@ -169,7 +172,7 @@ def _by_srun(options: argparse.Namespace, command: Sequence[str]) -> int:
     if shutil.which("srun") is None:
         return fail("this is a Slurm job, but srun is not on the PATH")
     count = [] if options.processes is None else [f"--ntasks={options.processes}"]
-    own = devices.shares(1, options.devices_per_process, {"JAX_PLATFORMS": "cpu"})[0]
+    own = devices.simulated(options.devices_per_process)
 
     @contextmanager
     def start(attempt: int, slots: Sequence[int]) -> Iterator[Start]:
@@ -181,10 +184,17 @@ def _by_srun(options: argparse.Namespace, command: Sequence[str]) -> int:
             **own,
             **_heartbeat(options),
         }
-        srun = ["srun", "--kill-on-bad-exit=1", *count, sys.executable, worker.__file__, *command]
-        yield srun, [{**os.environ, **shared}]
+        srun = ["srun", "--label", "--kill-on-bad-exit=1", *count, sys.executable, worker.__file__, *command]
+        yield Start(srun, [{**os.environ, **shared}], "srun", _to_the_job)
 
     return attempts.run(start, range(1), _limits(options))
+
+
+def _to_the_job(srun: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Sends a signal to the processes of the Slurm job. When ``srun`` itself gets SIGTERM, it kills them at once."""
+    del srun
+    name = number.name.removeprefix("SIG")
+    subprocess.run(["scancel", f"--signal={name}", os.environ["SLURM_JOB_ID"]], check=False)
 
 
 def _limits(options: argparse.Namespace) -> attempts.Limits:

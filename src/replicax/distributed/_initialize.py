@@ -130,17 +130,18 @@ def _check_attempt(found: _Found) -> None:
 def _completed(given: _Found) -> _Found:
     """Adds what the environment says to the arguments."""
     said = os.environ
+    own = [int(number) for number in said.get("JAX_LOCAL_DEVICE_IDS", "").split(",") if number]
     if given.address is None and {"REPLICAX_COORDINATOR", "REPLICAX_PROCESSES", "REPLICAX_PROCESS"} <= said.keys():
         count, index = int(said["REPLICAX_PROCESSES"]), int(said["REPLICAX_PROCESS"])
-        return _Found("replicax launch", said["REPLICAX_COORDINATOR"], count, index, given.devices)
+        return _Found("replicax launch", said["REPLICAX_COORDINATOR"], count, index, given.devices or own or None)
     if given.address is None and {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} <= said.keys():
         # torchrun's own store is on this port if its agent owns it.
         port = int(said["MASTER_PORT"]) + (said.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
         several = int(said.get("LOCAL_WORLD_SIZE", "1")) > 1
-        own = (int(said["LOCAL_RANK"]),) if several and "LOCAL_RANK" in said and _has_accelerators() else None
+        one = (int(said["LOCAL_RANK"]),) if several and "LOCAL_RANK" in said and _has_accelerators() else None
         count, index = int(said["WORLD_SIZE"]), int(said["RANK"])
-        return _Found("torchrun", f"{said['MASTER_ADDR']}:{port}", count, index, given.devices or own)
-    launcher, *rest = _jax.detected_cluster(given.address, given.count, given.index, given.devices)
+        return _Found("torchrun", f"{said['MASTER_ADDR']}:{port}", count, index, given.devices or own or one)
+    launcher, *rest = _jax.detected_cluster(given.address, given.count, given.index, given.devices or own or None)
     values: Any = rest
     return _Found(launcher or given.by, *values)
 
