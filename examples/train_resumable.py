@@ -85,12 +85,14 @@ def main():
     with ocp.CheckpointManager(options.checkpoints.absolute(), options=policy) as manager:
         first = manager.latest_step() or 0
         if first:
+            progress = manager.restore(first, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+            if progress["replicas"] != options.replicas:
+                sys.exit(f"{options.checkpoints} has a checkpoint of {progress['replicas']} replicas, not {options.replicas}")
             like = ocp.args.StandardRestore(as_global(params, keys))
-            saved = manager.restore(first, args=ocp.args.Composite(state=like, position=ocp.args.JsonRestore()))
-            params = replicax.to_local(saved.state["params"], axis=None)
-            keys = replicax.to_local(saved.state["keys"])
+            state = manager.restore(first, args=ocp.args.Composite(state=like)).state
+            params, keys = replicax.to_local(state["params"], axis=None), replicax.to_local(state["keys"])
             for shard in batches:
-                shard.set_state(saved.position)
+                shard.set_state(progress["data"])
         for number in range(first + 1, options.steps + 1):
             images, labels = (np.stack(rows) for rows in zip(*map(next, batches), strict=True))
             params, keys, loss = step(params, keys, images, labels)
@@ -100,8 +102,8 @@ def main():
                 print(f"step {number} loss {loss:.7f}", flush=True)
             if manager.should_save(number):  # also once after SIGTERM
                 state = ocp.args.StandardSave(as_global(params, keys))
-                position = ocp.args.JsonSave(batches[0].get_state())
-                manager.save(number, args=ocp.args.Composite(state=state, position=position))
+                progress = ocp.args.JsonSave({"replicas": options.replicas, "data": batches[0].get_state()})
+                manager.save(number, args=ocp.args.Composite(state=state, progress=progress))
             if manager.reached_preemption(number):
                 manager.wait_until_finished()
                 print(f"stopped by SIGTERM, with a checkpoint of step {number}", flush=True)

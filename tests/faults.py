@@ -63,10 +63,10 @@ FAULTS = [
 ]
 
 
-def train(folder, *, n=2, before=(), options=(), steps=STEPS, every=EVERY, **more):
+def train(folder, *, n=2, before=(), options=(), steps=STEPS, every=EVERY, more=()):
     """Starts the example, with checkpoints in a folder."""
     words = ["-n", n, "--heartbeat", HEARTBEAT, *options, *before, EXAMPLE]
-    return Launch(*words, "--steps", steps, "--every", every, "--checkpoints", Path(folder, "checkpoints"), **more)
+    return Launch(*words, "--steps", steps, "--every", every, "--checkpoints", Path(folder, "checkpoints"), *more)
 
 
 def steps_of(text):

@@ -1,6 +1,6 @@
 """The benchmark cases: one module per group, in the order of the table."""
 
-from cases import compile_time, dispatch, gpu, inputs, peers, processes, results, throughput
+from cases import compile_time, dispatch, gpu, inputs, launch, peers, processes, results, throughput
 
 #: Each module has a function ``cases(quick: bool) -> list[Case]``.
 GROUPS = {
@@ -11,5 +11,6 @@ GROUPS = {
     "throughput": throughput,
     "peers": peers,
     "processes": processes,
+    "launch": launch,
     "gpu": gpu,
 }

@@ -70,7 +70,8 @@ def run(start: Starter, slots: Sequence[int], limits: Limits) -> int:
                 if outcome.first is None or outcome.ended_by is not None or attempt == limits.max_restarts:
                     break
                 slots = _left(slots, outcome, limits.min_processes)
-                _say_restart(attempt + 1, limits.max_restarts, len(slots))
+                several = f", with {_count(slots)}" if len(slots) > 1 or limits.min_processes else ""
+                say(f"restart {attempt + 1} of {limits.max_restarts}{several}")
         finally:
             guard.communicate()
     return _report(outcome)
@@ -106,8 +107,8 @@ def _left(slots: Sequence[int], outcome: Outcome, least: int | None) -> Sequence
     return sorted([*alive, *dead[: max(0, least - len(alive))]])
 
 
-def _say_restart(restart: int, most: int, count: int) -> None:
-    say(f"restart {restart} of {most}, with {count} process{'es' * (count != 1)}")
+def _count(slots: Sequence[int]) -> str:
+    return f"{len(slots)} process{'es' * (len(slots) != 1)}"
 
 
 def _report(outcome: Outcome) -> int:
