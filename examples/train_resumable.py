@@ -87,7 +87,7 @@ def main():
         if first:
             progress = manager.restore(first, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
             if progress["replicas"] != options.replicas:
-                sys.exit(f"{options.checkpoints} has a checkpoint of {progress['replicas']} replicas, not {options.replicas}")
+                sys.exit(f"{options.checkpoints} has a checkpoint of {progress['replicas']} replicas")
             like = ocp.args.StandardRestore(as_global(params, keys))
             state = manager.restore(first, args=ocp.args.Composite(state=like)).state
             params, keys = replicax.to_local(state["params"], axis=None), replicax.to_local(state["keys"])

@@ -42,7 +42,7 @@ PROGRAMS = {
 # One text of less than 4,096 bytes, so mpirun cannot split it.
 FAKE = f"""#!{sys.executable} -S
 import json, os, sys
-names = "JAX_NUM_CPU_DEVICES", "REPLICAX_HEARTBEAT", "SRUN_CPUS_PER_TASK", "OMPI_COMM_WORLD_RANK"
+names = "JAX_LOCAL_DEVICE_IDS", "SRUN_CPUS_PER_TASK", "OMPI_COMM_WORLD_RANK"
 print(json.dumps([sys.argv, {{name: os.environ[name] for name in names if name in os.environ}}]))
 """
 
@@ -110,10 +110,10 @@ def test_names_are_short_enough_for_dns(script, processes):
 @program
 def test_slurm(run, words):
     text = FORMATS["slurm"](Job(4, words, devices=2, max_restarts=3, grace=1.5, heartbeat=60.0))
-    [(command, environment)] = run(text, "replicax")
-    assert command == ["replicax", "launch", "--max-restarts", "3", "--grace", "1.5", *words]
-    assert environment["JAX_NUM_CPU_DEVICES"] == "2"
-    assert environment["REPLICAX_HEARTBEAT"] == "60"
+    [(command, environment)] = run(text, "replicax", SLURM_GPUS_PER_TASK="2")
+    options = ["--max-restarts", "3", "--grace", "1.5", "--devices-per-process", "2", "--heartbeat", "60"]
+    assert command == ["replicax", "launch", *options, *words]
+    assert environment["JAX_LOCAL_DEVICE_IDS"] == "0,1"
 
 
 def test_slurm_options():
@@ -128,13 +128,13 @@ def test_slurm_options():
         "#SBATCH --open-mode=append",
     ]
     # Slurm reads no options after the first command.
-    assert text.rindex("#SBATCH") < min(text.index(word) for word in ("\nexport", "\nif", "\nexec"))
+    assert text.rindex("#SBATCH") < min(text.index(word) for word in ("\nif", "\nexec"))
     assert "\n##SBATCH --gpus-per-task=2\n" in text
 
 
 def test_slurm_leaves_out_what_is_not_asked_for():
     text = FORMATS["slurm"](Job(1, ("train.py",), grace=0))
-    for word in ("--signal", "--requeue", "JAX_NUM_CPU_DEVICES", "REPLICAX_HEARTBEAT"):
+    for word in ("--signal", "--requeue", "--devices-per-process", "--heartbeat"):
         assert word not in text
 
 
@@ -194,7 +194,8 @@ def test_jobset(words):
     assert (pod(found)["restartPolicy"], pod(found)["terminationGracePeriodSeconds"]) == ("Never", 2)  # whole seconds
     assert pod(found)["shareProcessNamespace"] is True  # else the program is process 1, and ignores SIGTERM
     [container] = pod(found)["containers"]
-    assert [expanded(word) for word in container["command"]] == ["replicax", "launch", *words]
+    assert [expanded(word) for word in container["command"]][:2] == ["replicax", "launch"]
+    assert [expanded(word) for word in container["command"]][-len(words) :] == list(words)
 
 
 def test_jobset_environment():
@@ -204,9 +205,9 @@ def test_jobset_environment():
     assert values == {
         "REPLICAX_COORDINATOR": f"{found['metadata']['name']}-process-0-0.{found['metadata']['name']}:8476",
         "REPLICAX_PROCESSES": "4",
-        "JAX_NUM_CPU_DEVICES": "2",
-        "REPLICAX_HEARTBEAT": "60",
     }
+    command = pod(found)["containers"][0]["command"]
+    assert command[2:] == ["--devices-per-process", "2", "--heartbeat", "60", "runs/train.py"]
     assert found["spec"]["replicatedJobs"][0]["name"] == "process"
     fields = {name: x["valueFrom"]["fieldRef"]["fieldPath"] for name, x in variables.items() if "valueFrom" in x}
     assert fields == {
@@ -244,8 +245,8 @@ def test_the_schema_refuses_a_misspelt_field():
 def test_mpirun(run, words):
     text = FORMATS["mpirun"](Job(4, words, devices=2, heartbeat=0.5))
     [(command, _)] = run(text, "mpirun")
-    variables = ["-x", "JAX_NUM_CPU_DEVICES=2", "-x", "REPLICAX_HEARTBEAT=0.5"]
-    assert command == ["mpirun", "-n", "4", "--bind-to", "none", *variables, "replicax", "launch", *words]
+    options = ["--devices-per-process", "2", "--heartbeat", "0.5"]
+    assert command == ["mpirun", "-n", "4", "--bind-to", "none", "replicax", "launch", *options, *words]
     [(command, _)] = run(FORMATS["mpirun"](Job(4, words)), "mpirun")
     assert command == ["mpirun", "-n", "4", "--bind-to", "none", "replicax", "launch", *words]
 
@@ -256,19 +257,17 @@ def test_open_mpi_runs_the_command(run):
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     several = {"OMPI_MCA_rmaps_base_oversubscribe": "1"}
     found = run(FORMATS["mpirun"](Job(2, words, devices=3)), "replicax", **allowed, **several)
-    assert [command for command, _ in found] == [["replicax", "launch", *words]] * 2
+    assert [command for command, _ in found] == [["replicax", "launch", "--devices-per-process", "3", *words]] * 2
     assert {environment["OMPI_COMM_WORLD_RANK"] for _, environment in found} == {"0", "1"}
-    assert {environment["JAX_NUM_CPU_DEVICES"] for _, environment in found} == {"3"}
 
 
 @program
 def test_torchrun(run, words):
     text = FORMATS["torchrun"](Job(4, words, devices=2, max_restarts=3, heartbeat=60.0))
-    [(command, environment)] = run(text, "torchrun")
+    [(command, _)] = run(text, "torchrun")
     options = ["--standalone", "--nproc-per-node", "4", "--max-restarts", "3", "--no-python"]
-    assert command == ["torchrun", *options, "replicax", "launch", *words]
-    assert environment["JAX_NUM_CPU_DEVICES"] == "2"
-    assert environment["REPLICAX_HEARTBEAT"] == "60"
+    own = ["--devices-per-process", "2", "--heartbeat", "60"]
+    assert command == ["torchrun", *options, "replicax", "launch", *own, *words]
     assert shlex.split(FORMATS["torchrun"](Job(4, words)))[0] == "torchrun"
 
 

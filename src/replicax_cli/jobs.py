@@ -52,17 +52,14 @@ class Job:
     @property
     def command(self) -> list[str]:
         """The words of the command of one process."""
-        return ["replicax", "launch", *self.program]
+        return ["replicax", "launch", *self.options, *self.program]
 
     @property
-    def environment(self) -> dict[str, str]:
-        """The environment variables of each process."""
-        found = {}
-        if self.devices is not None:
-            found["JAX_NUM_CPU_DEVICES"] = str(self.devices)
-        if self.heartbeat is not None:
-            found["REPLICAX_HEARTBEAT"] = _number(self.heartbeat)
-        return found
+    def options(self) -> list[str]:
+        """The options of that command."""
+        each = [] if self.devices is None else ["--devices-per-process", str(self.devices)]
+        beat = [] if self.heartbeat is None else ["--heartbeat", _number(self.heartbeat)]
+        return [*each, *beat]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -71,7 +68,7 @@ class Job:
 
 def slurm(job: Job) -> str:
     """Returns a file for sbatch. ``replicax launch`` in it starts the processes with srun, and restarts them."""
-    options = ["--max-restarts", str(job.max_restarts), "--grace", _number(job.grace)]
+    options = ["--max-restarts", str(job.max_restarts), "--grace", _number(job.grace), *job.options]
     lines = [
         "#!/bin/bash",
         "# Add the options that your cluster needs, such as --partition, --account and --time. Then: sbatch FILE",
@@ -83,12 +80,21 @@ def slurm(job: Job) -> str:
         "##SBATCH --cpus-per-task=8",
         f"##SBATCH --gpus-per-task={job.devices or 1}",
         "",
-        *[f"export {name}={value}" for name, value in job.environment.items()],
+        *_slurm_gpus(job),
         "# Since Slurm 22.05, srun does not read --cpus-per-task of sbatch.",
         'if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi',
         f"exec {shlex.join(['replicax', 'launch', *options, *job.program])}",
     ]
     return "\n".join(lines)
+
+
+def _slurm_gpus(job: Job) -> list[str]:
+    """Tells JAX the GPUs of a task. By default it takes the one with the index of the task on its node."""
+    own = ",".join(map(str, range(job.devices or 1)))
+    return [
+        "# With --gpus-per-task, each task counts its own GPUs from 0.",
+        f'if [ -n "$SLURM_GPUS_PER_TASK" ]; then export JAX_LOCAL_DEVICE_IDS={own}; fi',
+    ]
 
 
 def _slurm_signal(job: Job) -> list[str]:
@@ -123,7 +129,7 @@ def jobset(job: Job) -> str:
     # Pod 0 has the host name <JobSet>-<job>-<its index>-<pod index>.<subdomain>.
     # The subdomain is the name of the JobSet, unless it is set.
     coordinator = f"{job.name}-process-0-0.{job.name}:{_PORT}"
-    values = {"REPLICAX_COORDINATOR": coordinator, "REPLICAX_PROCESSES": str(job.processes), **job.environment}
+    values = {"REPLICAX_COORDINATOR": coordinator, "REPLICAX_PROCESSES": str(job.processes)}
     annotations = {
         "REPLICAX_PROCESS": "batch.kubernetes.io/job-completion-index",
         "REPLICAX_ATTEMPT": "jobset.sigs.k8s.io/restart-attempt",
@@ -207,9 +213,8 @@ def mpirun(job: Job) -> str:
         )
     # odls_base_sigkill_timeout also delays SIGTERM by the same time (seen in Open MPI 4.1.4).
     _refuse_grace(job, "mpirun", "1 second")
-    variables = [word for name, value in job.environment.items() for word in ("-x", f"{name}={value}")]
     # By default, each of two processes may use one core only, and XLA starts one thread.
-    options = ["-n", str(job.processes), "--bind-to", "none", *variables]
+    options = ["-n", str(job.processes), "--bind-to", "none"]
     return shlex.join(["mpirun", *options, *job.command])
 
 
@@ -220,9 +225,8 @@ def torchrun(job: Job) -> str:
         ValueError: The job has options that ``torchrun`` does not have.
     """
     _refuse_grace(job, "torchrun", "30 seconds")
-    variables = [f"{name}={value}" for name, value in job.environment.items()]
     options = ["--standalone", "--nproc-per-node", str(job.processes), "--max-restarts", str(job.max_restarts)]
-    return shlex.join([*variables, "torchrun", *options, "--no-python", *job.command])
+    return shlex.join(["torchrun", *options, "--no-python", *job.command])
 
 
 def _refuse_grace(job: Job, engine: str, own: str) -> None:
