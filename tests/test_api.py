@@ -4,12 +4,14 @@ import ast
 import functools
 import graphlib
 import pathlib
+import sys
 
 import pytest
 
 import replicax
 import replicax.compat
 import replicax.testing
+import replicax_cli
 
 SOURCE = pathlib.Path(replicax.__file__).parent
 
@@ -40,7 +42,7 @@ def test_the_public_names():
         "processes",
     }
     assert {name for name in vars(replicax.distributed) if not name.startswith("_")} == {
-        "initialize", "pad_rows", "replicas",
+        "heartbeat", "initialize", "pad_rows", "replicas",
     }  # fmt: skip
     assert {name for name in vars(replicax.compat) if not name.startswith("_")} == {
         "device_put_replicated", "device_put_sharded", "install", "installed", "pmap", "uninstall",
@@ -117,6 +119,15 @@ def test_no_import_hides_in_a_function():
             if isinstance(function, ast.FunctionDef):
                 hidden = [n for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)]
                 assert not hidden, f"{name}.{function.name}"
+
+
+def test_the_command_imports_only_the_standard_library():
+    """Its start would take a second more otherwise."""
+    for path in pathlib.Path(replicax_cli.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names | {"replicax_cli"}, path.name
 
 
 def test_one_door_to_jax_from_within():

@@ -216,7 +216,7 @@ def test_imports_that_fail_fail_as_before(tmp_path, monkeypatch):
 def test_the_wheel_installs_the_package_alone():
     root = pathlib.Path(__file__).parents[1]
     targets = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
-    assert targets["wheel"] == {"packages": ["src/replicax"]}
+    assert targets["wheel"] == {"packages": ["src/replicax", "src/replicax_cli"]}
     assert not list((root / "src").rglob("*.pth"))
 
 

@@ -224,6 +224,7 @@ def test_jobset_with_its_comment_on_gpus(devices):
     assert container["resources"] == {"limits": {"nvidia.com/gpu": devices or 1}}
 
 
+@pytest.mark.long
 @settings(max_examples=25, deadline=None)
 @given(st.lists(texts))
 def test_jobset_keeps_any_argument(words):

@@ -50,6 +50,7 @@ def test_the_program_finds_neither_jax_nor_the_launcher_imported(script):
     assert (status, text) == (0, "[0] []")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("text", "expected", "says"),
     [
@@ -81,11 +82,13 @@ def test_the_last_lines_of_the_process_that_failed_first_come_last(script):
     assert text.endswith("replicax launch: process 1 failed first: exit status 5. Its last lines:\nthe cause")
 
 
+@pytest.mark.long
 def test_a_process_that_ends_with_0_does_not_end_the_others(script):
     status, text = launch("-n", 2, script("if not me: sys.exit(0)\ntime.sleep(0.7); print('late')"))
     assert (status, text) == (0, "[1] late")
 
 
+@pytest.mark.long
 def test_a_flood_of_output_is_complete_in_order_and_slows_the_process(script):
     path = script("for k in range(100_000): print(k, 'x' * 20)")
     reading = subprocess.Popen(
@@ -112,6 +115,7 @@ def test_output_may_be_any_bytes(script):
     assert done.stdout.endswith(b"\n[0] end without newline\n")
 
 
+@pytest.mark.long
 def test_a_reader_that_leaves_ends_the_program(script):
     command = f"{sys.executable} -m replicax_cli launch {script('while True: print(1)')} | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, timeout=60, env=environment(), check=False)
@@ -173,6 +177,7 @@ def test_a_signal_is_passed_on_and_0_stays_0(script):
     assert "got SIGTERM, passes it on" in running.text
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_program_that_a_signal_ends_is_not_restarted(script, number):
     running = Launch("-n", 2, "--max-restarts", 3, script("print('up'); time.sleep(60)"))
@@ -183,6 +188,7 @@ def test_a_program_that_a_signal_ends_is_not_restarted(script, number):
     assert "restart " not in running.text
 
 
+@pytest.mark.long
 def test_other_signals_are_only_passed_on(script):
     running = Launch(script("signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7)); print('up'); time.sleep(60)"))
     running.when("up")
@@ -190,6 +196,7 @@ def test_other_signals_are_only_passed_on(script):
     assert running.wait(10) == 7
 
 
+@pytest.mark.long
 def test_what_ignores_a_signal_is_killed_after_the_grace_time(script):
     running = Launch("--grace", 1, script("signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); time.sleep(60)"))
     running.when("up")
@@ -200,6 +207,7 @@ def test_what_ignores_a_signal_is_killed_after_the_grace_time(script):
     assert "process 0 has not ended 1 s after SIGTERM: killed" in running.text
 
 
+@pytest.mark.long
 def test_the_second_interrupt_kills(script):
     running = Launch(script("signal.signal(signal.SIGINT, signal.SIG_IGN); print('up'); time.sleep(60)"))
     running.when("up")
@@ -217,6 +225,7 @@ print("up")
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ending", ["time.sleep(0.2)", "sys.exit(3)", "os.kill(os.getpid(), 9)"])
 def test_no_child_of_the_program_is_left(script, ending):
     mine = f"TEST_RUN={uuid.uuid4()}"
@@ -238,6 +247,7 @@ def test_nothing_is_left_when_the_launcher_is_killed(script):
     assert with_variable(mine) == []
 
 
+@pytest.mark.long
 def test_a_launcher_on_a_terminal(script):
     controller, terminal = pty.openpty()
     done = subprocess.run(
@@ -249,6 +259,7 @@ def test_a_launcher_on_a_terminal(script):
     assert sorted(done.stdout.split(b"\n")) == [b"", b"[0] up ", b"[1] up "]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("unshare") is None or os.getuid() != 0, reason="needs a namespace of process ids")
 def test_a_launcher_as_process_1(script):
     words = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-m", "replicax_cli", "launch", "-n", "2"]
@@ -264,6 +275,7 @@ def test_a_launcher_as_process_1(script):
 # Mistakes
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -292,6 +304,7 @@ def test_a_script_that_is_not_python_starts_nothing(script):
     assert "[0]" not in text
 
 
+@pytest.mark.long
 def test_a_module_that_does_not_exist():
     status, text = launch("-n", 2, "-m", "there_is_none")
     assert status == 1
@@ -326,6 +339,7 @@ ALLOCATIONS = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("engine", ALLOCATIONS)
 def test_within_another_launcher_it_runs_one_process(tmp_path, engine):
     path = tmp_path / "program.py"
@@ -342,6 +356,7 @@ def test_within_another_launcher_it_runs_one_process(tmp_path, engine):
     assert f"--max-restarts has no effect here, because {engine} starts the processes" in text
 
 
+@pytest.mark.long
 def test_within_one_task_of_slurm_it_starts_processes(script):
     env = environment(**ALLOCATIONS["srun"] | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"})
     assert launch("-n", 2, script("print('up') if me else None"), env=env) == (0, "[1] up")

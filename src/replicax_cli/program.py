@@ -12,8 +12,13 @@ from types import CodeType, TracebackType
 from typing import Any
 
 
-def run(arguments: list[str]) -> None:
-    """Runs ``-m MODULE …`` or ``SCRIPT …`` as ``__main__``, like python does."""
+def run(arguments: list[str], caller: str) -> None:
+    """Runs ``-m MODULE …`` or ``SCRIPT …`` as ``__main__``, like python does.
+
+    Args:
+        arguments: The words after ``python``.
+        caller: The file that calls this function. Its frames do not appear in the program's tracebacks.
+    """
     try:
         if arguments[0] == "-m":
             _set_path(os.getcwd())
@@ -34,7 +39,7 @@ def run(arguments: list[str]) -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        _hide_our_frames(error)
+        _hide_frames(error, {__file__, caller})
         raise
 
 
@@ -73,13 +78,13 @@ def code_of(script: str) -> CodeType:
     return code
 
 
-def _hide_our_frames(error: BaseException) -> None:
-    """Removes this file's frames from the traceback for ``sys.excepthook``."""
+def _hide_frames(error: BaseException, files: set[str]) -> None:
+    """Removes the frames of some files from the traceback for ``sys.excepthook``."""
     hook = sys.excepthook
 
     def show(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
         sys.excepthook = hook
-        while value is error and traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
+        while value is error and traceback is not None and traceback.tb_frame.f_code.co_filename in files:
             traceback = traceback.tb_next
         hook(kind, value.with_traceback(traceback), traceback)
 

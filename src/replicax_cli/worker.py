@@ -22,7 +22,7 @@ def run(arguments: list[str]) -> None:
     """
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what a killed process printed is seen
     try:
-        _program().run(arguments)
+        _program().run(arguments, __file__)
     except SystemExit as error:
         status = error.code
         if not isinstance(status, int | None):
@@ -30,8 +30,7 @@ def run(arguments: list[str]) -> None:
         if status:
             _leave(status if isinstance(status, int) else 1)
     except BaseException as error:
-        trace = error.__traceback__
-        sys.excepthook(type(error), error, trace and trace.tb_next)
+        sys.excepthook(type(error), error, error.__traceback__)
         _leave(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 

@@ -95,4 +95,4 @@ if __name__ == "__main__":
     # The program resets the namespace of __main__, so the code of this file must run in another module.
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     _module("_replicax_bootstrap", __file__).install_after_jax()
-    _module("_replicax_program", os.path.join(root, "replicax_cli", "program.py")).run(sys.argv[1:])
+    _module("_replicax_program", os.path.join(root, "replicax_cli", "program.py")).run(sys.argv[1:], __file__)
