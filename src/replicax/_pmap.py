@@ -16,7 +16,7 @@ from replicax._messages import as_int
 from replicax._runtime.arguments import function_name
 from replicax._runtime.call_path import PathTaker
 from replicax._runtime.dispatch import dispatcher
-from replicax._runtime.options import Options, check_devices
+from replicax._runtime.options import Options, check_devices, check_lanes
 from replicax._runtime.stages import Lowered, Traced, trace
 from replicax._typing import PyTree
 from replicax.errors import NotAFunctionError, OptionTypeError, StaticArgumentError
@@ -182,6 +182,7 @@ def pmap(
     axis_size: int | None = ...,
     donate_argnums: int | Iterable[int] = ...,
     donate_argnames: str | Iterable[str] = ...,
+    lanes: str | int = ...,
 ) -> MappedFunction[R]: ...
 
 
@@ -198,6 +199,7 @@ def pmap(
     axis_size: int | None = ...,
     donate_argnums: int | Iterable[int] = ...,
     donate_argnames: str | Iterable[str] = ...,
+    lanes: str | int = ...,
 ) -> Callable[[Callable[..., R]], MappedFunction[R]]: ...
 
 
@@ -214,6 +216,7 @@ def pmap(
     axis_size: int | None = None,
     donate_argnums: int | Iterable[int] = (),
     donate_argnames: str | Iterable[str] = (),
+    lanes: str | int = "vectorized",
 ) -> Any:
     """Maps a function over an axis of its arguments, in parallel on all devices.
 
@@ -243,6 +246,10 @@ def pmap(
             longer read them after the call. A call may pass these arguments by position or by name. If an
             array has to be moved to other devices, the original is freed after the move.
         donate_argnames: The names of donated arguments.
+        lanes: How a device runs its replicas if it has several: ``"vectorized"`` (all at once, as ``vmap`` does),
+            ``"sequential"`` (one after the other), or an int (so many at a time). One after the other, each replica
+            runs its own loop iterations and takes its own branches, and the intermediate values of one replica are in
+            memory, and not of all. Results are the same, to rounding.
 
     Returns:
         A callable that runs ``fun`` for all N replicas. Arguments are NumPy arrays, or ``jax.Array`` on any devices, of
@@ -279,6 +286,7 @@ def pmap(
             axis_size=axis_size,
             donate_argnums=donate_argnums,
             donate_argnames=donate_argnames,
+            lanes=lanes,
         )
     if not callable(fun):
         if isinstance(fun, str):
@@ -308,6 +316,7 @@ def pmap(
         devices=None if devices is None else check_devices(devices),
         backend=_check_type("backend", backend, str | None, "a string such as 'cpu', or None"),
         axis_size=None if axis_size is None else as_int("axis_size", axis_size),
+        lanes=check_lanes(lanes),
     )
     return MappedFunction(fun, options)
 

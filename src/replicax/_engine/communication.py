@@ -41,10 +41,11 @@ class Communication:
     def changes(self, jaxpr: Jaxpr) -> list[bool]:
         """Returns for each equation of a jaxpr whether it must be rewritten. Other equations are bound unchanged."""
         if id(jaxpr) not in self._changing:
-            self._changing[id(jaxpr)] = (jaxpr, list(map(self._change, _jax.body(jaxpr).eqns)))
+            self._changing[id(jaxpr)] = (jaxpr, list(map(self.changes_equation, _jax.body(jaxpr).eqns)))
         return self._changing[id(jaxpr)][1]
 
-    def _change(self, eqn: Equation) -> bool:
+    def changes_equation(self, eqn: Equation) -> bool:
+        """Whether an equation must be rewritten."""
         if primitives.is_nested_map(eqn) or _jax.derivative_rules(eqn) or callback_primitives.is_guarded(eqn):
             return True
         subs = list(_jax.sub_jaxprs(eqn))

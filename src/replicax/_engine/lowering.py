@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from replicax import _jax
@@ -17,6 +19,7 @@ from replicax._engine.nested import DeviceShard, Split, as_shard, splits_made, s
 from replicax._engine.outputs import OutputPolicy, Outputs, check_outputs
 from replicax._engine.replica import Replica
 from replicax._engine.rewrite import Rewriter, one_value
+from replicax._engine.segments import VECTORIZED, Cutter, Lanes, LanesInSegments
 from replicax._engine.spec import Inputs, ProgramSpec
 from replicax._engine.varying import NOWHERE, Varying
 from replicax._layout.axes import match_out_axes
@@ -25,7 +28,9 @@ from replicax._typing import Array, ArrayLike, Axes, DType, Function
 from replicax.errors import UnsupportedDtypeError
 
 
-def lower(replica: Replica, layout: Layout, inputs: Inputs, outputs: Outputs, name: str) -> ProgramSpec:
+def lower(
+    replica: Replica, layout: Layout, inputs: Inputs, outputs: Outputs, name: str, lanes: Lanes = VECTORIZED
+) -> ProgramSpec:
     """Lowers the program of one replica to a function of all replicas.
 
     Args:
@@ -34,6 +39,7 @@ def lower(replica: Replica, layout: Layout, inputs: Inputs, outputs: Outputs, na
         inputs: The argument leaves.
         outputs: ``out_axes``, and the policy for results without a mapped axis.
         name: The name of the user's function.
+        lanes: How many lanes a device runs at once.
 
     Raises:
         AxisSpecError: ``out_axes`` does not fit the result.
@@ -56,7 +62,7 @@ def lower(replica: Replica, layout: Layout, inputs: Inputs, outputs: Outputs, na
     out_splits = tuple(map(_as_shardings, body.out_places, body.out_axes))[: len(out_axes)]
     ins, outs = list(map(layout.spec, taken.axes, in_splits)), list(map(layout.spec, out_axes, out_splits))
     source = _jax.described_source(replica.jaxpr, _advice(name, layout))
-    function = _over_devices(body.one_device(rewriter, taken.axes), layout, source, ins, outs, out_axes)
+    function = _over_devices(body.one_device(rewriter, taken.axes, lanes), layout, source, ins, outs, out_axes)
     function.__name__ = function.__qualname__ = name
     return ProgramSpec(
         name=name,
@@ -126,10 +132,40 @@ class _Body:
 
         return one_replica
 
-    def one_device(self, rewriter: Rewriter, in_axes: Axes) -> OneReplica:
+    def one_device(self, rewriter: Rewriter, in_axes: Axes, lanes: Lanes) -> OneReplica:
         """Returns the program of all lanes of a device, as a function of blocks. It raises if a callback has failed."""
-        lanes = over_lanes(self.one_replica(rewriter), rewriter.scope.axes[-1], in_axes, self.out_axes)
-        return _raising(lanes) if self.guarded else lanes
+        axis, split = rewriter.scope.axes[-1], any(map(any, (self.in_places, self.out_places)))
+        if lanes is VECTORIZED or lanes >= axis.lanes or split:
+            run = over_lanes(self.one_replica(rewriter), axis, in_axes, self.out_axes)
+        else:
+            run = self._in_segments(rewriter, in_axes, lanes)
+        return _raising(run) if self.guarded else run
+
+    def _in_segments(self, rewriter: Rewriter, in_axes: Axes, chunk: int) -> OneReplica:
+        """Returns the program of all lanes of a device, ``chunk`` lanes at a time."""
+        axis, cutter = rewriter.scope.axes[-1], Cutter(rewriter.scope, one_lane=chunk == 1)
+        jaxpr = cutter.inlined(self.replica.jaxpr)
+        cut = cutter.cut(jaxpr, [a is not None for a in in_axes[: len(self.varying)]])
+        lanes = LanesInSegments(cut, axis, chunk, functools.partial(rewriter.equation, jaxpr, self.varying))
+
+        def one_lane(*results: Array) -> tuple[ArrayLike, ...]:
+            return tuple(
+                one_value(axis, y, by_replica=self.by_replica) if a is None else y
+                for y, a in zip(results, self.out_axes, strict=True)
+            )
+
+        stacked = [0 if lanes.is_stacked(atom) else None for atom in jaxpr.outvars]
+        finish = over_lanes(one_lane, axis, stacked, self.out_axes)
+
+        def one_device(*blocks: Array) -> Sequence[Array]:
+            rows = [x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(blocks, in_axes, strict=True)]
+            consts = list(self.replica.consts)
+            for k, value in zip(self.passed, rows[len(self.varying) :], strict=True):
+                consts[k] = value
+            args = [x if where else without_folding(x) for x, where in zip(rows, self.varying, strict=False)]
+            return finish(*map(jnp.asarray, lanes.run(jaxpr, consts, args)))
+
+        return one_device
 
 
 def _body(

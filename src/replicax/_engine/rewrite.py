@@ -132,6 +132,22 @@ class Rewriter:
             values.drop_after(eqn)
         return list(map(values.read_shard, inside.outvars))
 
+    def equation(
+        self, jaxpr: Jaxpr, varying: Sequence[Varying], eqn: Equation, args: Sequence[ArrayLike]
+    ) -> list[ArrayLike]:
+        """Runs one equation of a jaxpr on the values of one replica.
+
+        Args:
+            jaxpr: The open jaxpr that has the equation.
+            varying: The mapped axes over which each argument of the jaxpr varies.
+            eqn: The equation.
+            args: Its operands.
+        """
+        if not self.communication.changes_equation(eqn):
+            return list(_jax.bind(eqn, args))
+        where = partial(self._where, jaxpr, varying, eqn)
+        return list(map(collect_result, self._equation(eqn, list(args), where)))
+
     def _where(self, jaxpr: Jaxpr, varying: Sequence[Varying], eqn: Equation) -> list[Varying]:
         """Returns the mapped axes over which each operand of an equation varies."""
         known = self.analysis.values(jaxpr, varying)

@@ -104,7 +104,9 @@ def _lowered(
         where = layout_over_processes(options.axis_name, shares, jax.process_index(), **how)
     else:
         where = layout(options.axis_name, signature.size, devices, use_all_devices=use_all_devices, **how)
-    executable = (OwnRows if shares else Executable)(lower(replica, where, inputs, options.outputs, call.name))
+    executable = (OwnRows if shares else Executable)(
+        lower(replica, where, inputs, options.outputs, call.name, options.lanes)
+    )
     if _jax.eager():  # Trace now: under this thread's lock, and before any argument is moved.
         _ = executable.traced
     return executable

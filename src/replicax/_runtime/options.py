@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
 
 from replicax._engine.outputs import Outputs
+from replicax._engine.segments import VECTORIZED, Lanes
 from replicax._layout.axes import Chosen, Spec
 from replicax._messages import report
 from replicax.errors import DevicesError, NestedMapError, OptionTypeError, UnknownBackendError
@@ -26,6 +28,7 @@ class Options:
         devices: The devices to use, or None for all devices of the backend.
         backend: The platform to use, or None for JAX's default.
         axis_size: The number of replicas, or None to infer it from the arguments.
+        lanes: How many replicas a device runs at once, None for all of them.
     """
 
     axis_name: Hashable
@@ -36,6 +39,7 @@ class Options:
     devices: tuple[jax.Device, ...] | None
     backend: str | None
     axis_size: int | None
+    lanes: Lanes = VECTORIZED
 
     def resolve_devices(self) -> tuple[jax.Device, ...]:
         """The devices that the map may use. Initializes JAX's backends, so it is called only when a program is built.
@@ -74,13 +78,32 @@ class Options:
         Raises:
             NestedMapError: one of the two options is set.
         """
-        chosen = [which for which in ("devices", "backend") if getattr(self, which) is not None]
+        chosen = [which for which in ("devices", "backend", "lanes") if getattr(self, which) is not None]
         if chosen:
             raise NestedMapError(
                 f"Nested pmap with explicit {' and '.join(chosen)} argument. {name} is mapped inside another mapped "
                 f"function, and an inner map always runs on the devices of the outer map. Leave the argument out "
                 f"here, and pass it to the outermost pmap."
             )
+
+
+def check_lanes(lanes: str | int) -> Lanes:
+    """Validates ``lanes`` and returns how many lanes a device runs at once, None for all of them.
+
+    Raises:
+        OptionTypeError: ``lanes`` is not one of the words, and not a positive int.
+    """
+    if isinstance(lanes, str) and lanes in _LANES:
+        return _LANES[lanes]
+    if isinstance(lanes, bool) or not hasattr(lanes, "__index__") or operator.index(lanes) < 1:
+        raise OptionTypeError(
+            f"lanes says how a device runs its replicas: {', '.join(map(repr, _LANES))}, or how many at a time, at "
+            f"least 1; got {lanes!r:.60}."
+        )
+    return operator.index(lanes)
+
+
+_LANES: dict[str, Lanes] = {"vectorized": VECTORIZED, "sequential": 1}
 
 
 def check_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:

@@ -1,0 +1,376 @@
+"""Runs the lanes of a device one after the other, or a few at a time, instead of all at once.
+
+The program is cut at its collectives into segments. A segment is a ``scan`` over the lanes: each lane runs its own
+loop trips and takes its own branches, and only the values that something outside of the segment reads are stacked. A
+value that only a ``psum``, ``pmax`` or ``pmin`` reads is reduced in the carry of the scan, so a sum of gradients is
+accumulated, and devices communicate once. Values that are equal in all lanes are computed once.
+
+An equation with a collective inside, such as a loop, cannot be cut. It runs on all lanes at once, like other
+collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from replicax import _jax
+from replicax._engine import primitives
+from replicax._engine.blocks import as_unbatched, is_narrow, without_folding
+from replicax._engine.collectives import AWAITING, REGISTRY, Result, where_replica
+from replicax._engine.communication import NESTED_DERIVATIVES
+from replicax._engine.levels import over_lanes
+from replicax._engine.primitives import callbacks as callback_primitives
+from replicax._engine.reductions import MAX, MIN, SUM, Reduction, without_derivative
+from replicax._jax import Equation, Jaxpr
+from replicax._layout.layout import LogicalAxis, Scope
+from replicax._typing import Array, ArrayLike, Atom
+
+#: Runs an equation on all lanes, inside the ``vmap`` over lanes.
+RunOnLanes = Callable[[Equation, Sequence[ArrayLike]], Sequence[ArrayLike]]
+
+#: How many lanes a device runs at once; None for all of them.
+Lanes = int | None
+VECTORIZED = None
+
+_REDUCTIONS = {"psum": SUM, "psum_invariant": SUM, "pmax": MAX, "pmin": MIN}
+
+
+@dataclass
+class Segment:
+    """A part of a program.
+
+    Attributes:
+        before: Equations that run before the segment: on all lanes at once, or once for all lanes.
+        eqns: The equations of one lane.
+        sums: Reductions of values of this segment.
+        results: The variables that are read outside of the segment, stacked over lanes.
+    """
+
+    before: list[Equation] = field(default_factory=list)
+    eqns: list[Equation] = field(default_factory=list)
+    sums: list[Equation] = field(default_factory=list)
+    results: list[Atom] = field(default_factory=list)
+
+    def reads(self) -> list[Atom]:
+        """The variables that the equations of one lane read, and do not define."""
+        own = {var for eqn in self.eqns for var in eqn.outvars}
+        read = (atom for eqn in self.eqns for atom in eqn.invars if not _jax.is_literal(atom))
+        return list(dict.fromkeys(atom for atom in read if atom not in own))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A program that is cut at its collectives.
+
+    Attributes:
+        segments: Its segments.
+        stacked: The variables that have one value for each lane. Other variables are equal in all lanes.
+        reduced: The number of collectives that a segment reduces in its carry.
+        whole: The equations that communicate, and run on all lanes at once.
+    """
+
+    segments: list[Segment]
+    stacked: set[Atom]
+    reduced: int
+    whole: list[Equation]
+
+
+class Cutter:
+    """Cuts programs at the collectives over one mapped axis.
+
+    Args:
+        scope: The mapped axes in scope.
+        one_lane: Whether a segment runs one lane at a time, and not several.
+    """
+
+    def __init__(self, scope: Scope, *, one_lane: bool) -> None:
+        self._scope, self._axis, self._one_lane = scope, scope.axes[-1], one_lane
+        self._known: dict[tuple[int, int], tuple[Jaxpr, bool]] = {}
+
+    def inlined(self, jaxpr: Jaxpr) -> Jaxpr:
+        """Returns the open jaxpr, with the user's ``jit`` calls that communicate inlined."""
+        return _jax.inline(jaxpr, lambda eqn: not self.is_local(eqn))
+
+    def cut(self, jaxpr: Jaxpr, mapped: Sequence[bool]) -> Cut:
+        """Cuts an open jaxpr. Each equation is in the first segment in which its operands are known.
+
+        Args:
+            jaxpr: The program of one replica.
+            mapped: Whether each argument has one value for each lane.
+        """
+        # The segment in which a variable can be read by a lane, and before which it can be read by all lanes.
+        inside = dict.fromkeys((*jaxpr.constvars, *jaxpr.invars), 0)
+        outside = dict(inside)
+        stacked = {var for var, own in zip(jaxpr.invars, mapped, strict=True) if own}
+        segments, whole, reduced = [Segment()], list[Equation](), 0
+
+        def segment(index: int) -> Segment:
+            segments.extend(Segment() for _ in range(index + 1 - len(segments)))
+            return segments[index]
+
+        for eqn in jaxpr.eqns:
+            operands = [atom for atom in eqn.invars if not _jax.is_literal(atom)]
+            local, varies = self.is_local(eqn), any(atom in stacked for atom in operands)
+            if local and varies:
+                at = max(inside[atom] for atom in operands)
+                segment(at).eqns.append(eqn)
+                known, read = at, at + 1
+                stacked.update(eqn.outvars)
+            elif self._is_reduction(eqn) and operands and outside[operands[0]] > inside[operands[0]]:
+                at = inside[operands[0]]
+                segment(at).sums.append(eqn)
+                known = read = at + 1
+                reduced += 1
+            else:
+                known = read = max((outside[atom] for atom in operands), default=0)
+                segment(known).before.append(eqn)
+                if not local:
+                    whole.append(eqn)
+                    stacked.update(() if self._is_equal(eqn) else eqn.outvars)
+            segment(read)
+            inside.update(dict.fromkeys(eqn.outvars, known))
+            outside.update(dict.fromkeys(eqn.outvars, read))
+        _find_results(segments, jaxpr.outvars)
+        return Cut(segments, stacked, reduced, whole)
+
+    def is_local(self, eqn: Equation, depth: int = NESTED_DERIVATIVES) -> bool:
+        """Whether a lane can run the equation without the others, at any depth."""
+        if (
+            primitives.is_nested_map(eqn)
+            or callback_primitives.is_guarded(eqn)
+            or _jax.has_side_effect(eqn)
+            or eqn.primitive.name in AWAITING
+            or any(name in self._scope for name in _jax.named_axes(eqn))
+            or (not self._one_lane and _jax.draws_batches(eqn))
+        ):
+            return False
+        if _jax.derivative_rules(eqn) and not self._has_local_rules(eqn, depth):
+            return False
+        return all(self._is_local_jaxpr(sub, depth) for sub in _jax.sub_jaxprs(eqn))
+
+    def _has_local_rules(self, eqn: Equation, depth: int) -> bool:
+        if "custom_vjp" in eqn.primitive.name and self._axis.padding:
+            return False  # its reverse rule runs for padding lanes, too, and may return NaN there
+        if depth == 0:
+            return True
+        try:
+            with _jax.axis_env({axis.name: axis.size for axis in self._scope.axes}):
+                return all(self._is_local_jaxpr(rule, depth - 1) for rule in _jax.rule_jaxprs(eqn))
+        except Exception:  # the user's rule raised. If JAX calls the rule later, the user sees the error
+            return False
+
+    def _is_local_jaxpr(self, jaxpr: Jaxpr, depth: int) -> bool:
+        key = id(jaxpr), depth
+        if key not in self._known:
+            local = all(self.is_local(eqn, depth) for eqn in _jax.body(jaxpr).eqns)
+            self._known[key] = jaxpr, local  # keep the jaxpr alive: its id is the key
+        return self._known[key][1]
+
+    def _is_reduction(self, eqn: Equation) -> bool:
+        """Whether the equation is a sum or an extremum over all replicas that can be accumulated lane by lane."""
+        which = _REDUCTIONS.get(eqn.primitive.name)
+        if which is None or len(eqn.invars) != 1 or eqn.params.get("axis_index_groups") is not None:
+            return False
+        dtype = eqn.invars[0].aval.dtype
+        simple = not is_narrow(dtype, 4) and (which is SUM or not jnp.issubdtype(dtype, jnp.complexfloating))
+        return simple and tuple(eqn.params["axes"]) == (self._axis.name,)
+
+    def _is_equal(self, eqn: Equation) -> bool:
+        """Whether the result of a collective is one value for all lanes."""
+        entry = REGISTRY.get(eqn.primitive.name)
+        names = [name for name in _jax.named_axes(eqn) if name in self._scope]
+        return (
+            entry is not None and names == [self._axis.name] and (entry.result(eqn.params, self._scope) is Result.EQUAL)
+        )
+
+
+def _find_results(segments: Sequence[Segment], outvars: Sequence[Atom]) -> None:
+    """Finds the values of each segment that are read outside of it."""
+    made = {var: segment for segment in segments for eqn in segment.eqns for var in eqn.outvars}
+    wanted: dict[Atom, None] = {}
+    for segment in segments:
+        wanted.update(dict.fromkeys(segment.reads()))
+        wanted.update((atom, None) for eqn in segment.before for atom in eqn.invars if not _jax.is_literal(atom))
+    wanted.update((atom, None) for atom in outvars if not _jax.is_literal(atom))
+    for atom in wanted:
+        if atom in made:
+            made[atom].results.append(atom)
+
+
+class LanesInSegments:
+    """Runs a program that is cut, on the lanes of one device.
+
+    Args:
+        cut: The program.
+        axis: The mapped axis.
+        chunk: The number of lanes that a segment runs at once.
+        on_lanes: Runs an equation that communicates, inside the ``vmap`` over lanes.
+    """
+
+    def __init__(self, cut: Cut, axis: LogicalAxis, chunk: int, on_lanes: RunOnLanes) -> None:
+        self._cut, self._axis, self._chunk, self._on_lanes = cut, axis, chunk, on_lanes
+
+    def run(self, jaxpr: Jaxpr, consts: Sequence[ArrayLike], args: Sequence[Array]) -> list[ArrayLike]:
+        """Runs the program.
+
+        Args:
+            jaxpr: The program that was cut.
+            consts: The values of its constants.
+            args: Its arguments, those with a value for each lane as ``(lanes, ...)``.
+
+        Returns:
+            The value of each result, ``(lanes, ...)`` where it is stacked.
+        """
+        values: dict[Atom, ArrayLike] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+        communicating = set(map(id, self._cut.whole))
+        for segment in self._cut.segments:
+            for eqn in segment.before:
+                run = self._all_lanes if id(eqn) in communicating else _once
+                values.update(zip(eqn.outvars, run(eqn, values), strict=True))
+            if segment.eqns:
+                values.update(self._scan(segment, values))
+        return [_read(values, atom) for atom in jaxpr.outvars]
+
+    def is_stacked(self, atom: Atom) -> bool:
+        """Whether a variable has one value for each lane."""
+        return not _jax.is_literal(atom) and atom in self._cut.stacked
+
+    def _all_lanes(self, eqn: Equation, values: Mapping[Atom, ArrayLike]) -> Sequence[Array]:
+        """Runs an equation on all lanes at once."""
+        stacked = [self.is_stacked(var) for var in eqn.outvars]
+
+        def one_lane(*operands: Array) -> tuple[Array, ...]:
+            with _jax.equation_context(eqn):
+                results = self._on_lanes(eqn, operands)
+            return tuple(y if own else as_unbatched(self._axis, y) for y, own in zip(results, stacked, strict=True))
+
+        in_axes = [0 if self.is_stacked(atom) else None for atom in eqn.invars]
+        outs = [0 if own else None for own in stacked]
+        return over_lanes(one_lane, self._axis, in_axes, outs)(*(_read(values, atom) for atom in eqn.invars))
+
+    def _scan(self, segment: Segment, values: Mapping[Atom, ArrayLike]) -> dict[Atom, Array]:
+        """Runs a segment on all lanes, and returns its results and its reductions."""
+        lanes, chunk = self._axis.lanes, self._chunk
+        stacked = [atom for atom in segment.reads() if atom in self._cut.stacked]
+        rows = [jnp.asarray(values[atom]) for atom in stacked]
+        real = [] if not self._axis.padding else [self._is_real()]
+        shared = {atom: values[atom] for atom in segment.reads() if atom not in self._cut.stacked}
+        sums = [_Accumulated.of(eqn) for eqn in segment.sums]
+
+        def one_lane(*own: Array) -> tuple[list[Array], list[Array]]:
+            found = _run_equations(segment.eqns, shared | dict(zip(stacked, own, strict=False)))
+            # Of the values of padding lanes, which copy a replica, only sums must not see any.
+            added = [each.operand(_read(found, each.eqn.invars[0]), *own[len(stacked) :]) for each in sums]
+            return [found[atom] for atom in segment.results], added
+
+        # A derivative from outside saves the arguments of a lane, and not all of its values.
+        one_lane = jax.checkpoint(one_lane, prevent_cse=False)
+
+        def step(totals: list[Array], own: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+            results, added = one_lane(*own) if chunk == 1 else jax.vmap(one_lane)(*own)
+            if chunk != 1:
+                added = [each.over_rows(x) for each, x in zip(sums, added, strict=True)]
+            return [each.combine(a, b) for each, a, b in zip(sums, totals, added, strict=True)], results
+
+        totals = [each.initial() for each in sums]
+        rest = lanes % chunk
+        if chunk == 1:
+            totals, made = lax.scan(step, totals, [*rows, *real])
+        else:
+            chunks = [x[: lanes - rest].reshape(-1, chunk, *x.shape[1:]) for x in (*rows, *real)]
+            totals, made = lax.scan(step, totals, chunks)
+            made = [x.reshape(-1, *x.shape[2:]) for x in made]
+        if rest:
+            totals, last = step(totals, [x[lanes - rest :] for x in (*rows, *real)])
+            made = [jnp.concatenate(parts) for parts in zip(made, last, strict=True)]
+        found = dict(zip(segment.results, made, strict=True))
+        return found | {
+            each.eqn.outvars[0]: each.of_devices(x, self._axis) for each, x in zip(sums, totals, strict=True)
+        }
+
+    def _is_real(self) -> Array:
+        """Whether each lane of this device runs a replica, and is not padding."""
+        return over_lanes(lambda: (where_replica([self._axis], jnp.bool_(True)),), self._axis, [], [0])()[0]
+
+
+@dataclass(frozen=True)
+class _Accumulated:
+    """A reduction that is accumulated over lanes.
+
+    Attributes:
+        eqn: The equation of the collective.
+        which: The reduction.
+    """
+
+    eqn: Equation
+    which: Reduction
+
+    @classmethod
+    def of(cls, eqn: Equation) -> _Accumulated:
+        REGISTRY[eqn.primitive.name].known(eqn.params)
+        return cls(eqn, _REDUCTIONS[eqn.primitive.name])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the total: sums of many 16-bit floats need more bits."""
+        dtype = self.eqn.invars[0].aval.dtype
+        short = self.which is SUM and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+        return np.dtype(np.float32) if short else dtype
+
+    def initial(self) -> Array:
+        """The total of no lanes."""
+        aval = self.eqn.invars[0].aval
+        if self.which is SUM:
+            return jnp.zeros(aval.shape, self.dtype)
+        if jnp.issubdtype(aval.dtype, jnp.bool_):
+            return jnp.full(aval.shape, self.which is MIN)
+        bounds = jnp.finfo(aval.dtype) if jnp.issubdtype(aval.dtype, jnp.floating) else jnp.iinfo(aval.dtype)
+        infinite = jnp.issubdtype(aval.dtype, jnp.floating)
+        if self.which is MAX:
+            return jnp.full(aval.shape, -jnp.inf if infinite else bounds.min, aval.dtype)
+        return jnp.full(aval.shape, jnp.inf if infinite else bounds.max, aval.dtype)
+
+    def operand(self, x: ArrayLike, real: Array | None = None) -> Array:
+        """What a lane adds. A padding lane adds zero to a sum; it does not change an extremum."""
+        own = jnp.asarray(x).astype(self.dtype)
+        if self.which is not SUM:
+            return without_derivative(self.which.name, own)
+        return own if real is None else jnp.where(real, own, jnp.zeros_like(own))
+
+    def over_rows(self, x: Array) -> Array:
+        """The total of several lanes, ``(lanes, ...)``."""
+        return self.which.local(x, axis=0)
+
+    def combine(self, a: Array, b: Array) -> Array:
+        """The total of two totals."""
+        return a + b if self.which is SUM else (lax.max if self.which is MAX else lax.min)(a, b)
+
+    def of_devices(self, total: Array, axis: LogicalAxis) -> Array:
+        """The total of all devices."""
+        own = total.astype(self.eqn.outvars[0].aval.dtype)
+        with _jax.equation_context(self.eqn):
+            if axis.device_axis is None:
+                return own
+            return without_folding(self.which.between(without_folding(own), (axis.device_axis,)))
+
+
+def _run_equations(eqns: Sequence[Equation], values: dict[Atom, ArrayLike]) -> dict[Atom, ArrayLike]:
+    for eqn in eqns:
+        values.update(zip(eqn.outvars, _once(eqn, values), strict=True))
+    return values
+
+
+def _once(eqn: Equation, values: Mapping[Atom, ArrayLike]) -> Sequence[Array]:
+    """Runs an equation that does not communicate."""
+    with _jax.equation_context(eqn):
+        return _jax.bind(eqn, [_read(values, atom) for atom in eqn.invars])
+
+
+def _read(values: Mapping[Atom, ArrayLike], atom: Atom) -> ArrayLike:
+    return atom.val if _jax.is_literal(atom) else values[atom]
