@@ -20,12 +20,12 @@ EVERY, STEPS = 5, 20
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of the table: times in seconds; None where there is no such thing."""
+    """A row of the table: times in seconds."""
 
     fault: str
-    detected: float | None
-    recovered: float | None
-    lost: int | None
+    detected: float
+    recovered: float
+    lost: int
     status: int
 
 
@@ -126,16 +126,13 @@ ENDING: list[Callable[[str], Row]] = [terminated, launcher_killed]
 def table(rows):
     """The rows as a table of Markdown."""
 
-    def cell(value, unit=""):
-        return "–" if value is None else f"{value:.1f}{unit}" if isinstance(value, float) else f"{value}"
-
     lines = [
         "| fault | detected after | recovered after | steps lost | exit status |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        cells = [row.fault, cell(row.detected, " s"), cell(row.recovered, " s"), cell(row.lost), cell(row.status)]
-        lines.append(f"| {' | '.join(cells)} |")
+        times = f"{row.detected:.1f} s | {row.recovered:.1f} s"
+        lines.append(f"| {row.fault} | {times} | {row.lost} | {row.status} |")
     return "\n".join(lines)
 
 

@@ -81,8 +81,7 @@ if ours:
     import replicax
 
     heartbeat, initialize = replicax.distributed.heartbeat, replicax.distributed.initialize
-    replicax.distributed.heartbeat = faulty_heartbeat
-    replicax.distributed.initialize = faulty_initialize
+    vars(replicax.distributed).update(heartbeat=faulty_heartbeat, initialize=faulty_initialize)
     if fault == "killed while compiling":
         jax.config.update("jax_log_compiles", True)
         logging.getLogger("jax").addHandler(Dying())

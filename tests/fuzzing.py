@@ -6,6 +6,7 @@ a second oracle if there is a device per replica. An error that only replicax ra
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,10 @@ RTOL = 1e-3
 
 #: The collectives that XLA does not support on CPUs.
 NOT_IN_PMAP = {"pbroadcast", "ragged_all_to_all"}
+
+#: How a device runs its replicas: ``make fuzz LANES=sequential`` sets it for the worker processes, too.
+LANES: Any = os.environ.get("REPLICAX_FUZZ_LANES", "vectorized")
+LANES = int(LANES) if LANES.isdecimal() else LANES
 
 
 class WrongError(AssertionError):
@@ -70,7 +75,8 @@ class Trial:
                 return lockstep(self.fun, **self.options)
             case "jax.pmap":
                 return jax.pmap(self.fun, **self.options, devices=jax.devices()[: self.program.replicas])
-        return replicax.pmap(self.our_fun, **self.options, devices=jax.devices()[: self.program.devices])
+        devices = jax.devices()[: self.program.devices]
+        return replicax.pmap(self.our_fun, **self.options, devices=devices, lanes=LANES)
 
     def wrapper(self, by: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """``jax.jit``, or the identity if jit is not possible."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import subprocess
 import sys
 import tempfile
 import uuid
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from replicax_cli import leftovers
-from replicax_cli.gang import Gang, Outcome, send_signal
+from replicax_cli.gang import Gang, Outcome, Started, send_signal
 from replicax_cli.output import say
 from replicax_cli.signals import Signals
 
@@ -26,7 +25,7 @@ class Start:
     command: Sequence[str]
     environments: Sequence[Mapping[str, str]]
     starter: str | None = None
-    send: Callable[[subprocess.Popen[bytes], signal.Signals], None] = send_signal
+    send: Callable[[Started, signal.Signals], None] = send_signal
 
 
 #: What to start, from the number of the attempt and the slots of its processes, for as long as the attempt lasts.
@@ -51,7 +50,7 @@ class Limits:
 
 
 def run(start: Starter, slots: Sequence[int], limits: Limits) -> int:
-    """Runs a program until it succeeds, or no restart is left.
+    """Runs a program on this host until it succeeds, or no restart is left.
 
     Args:
         start: What to start.
@@ -59,21 +58,37 @@ def run(start: Starter, slots: Sequence[int], limits: Limits) -> int:
         limits: The options.
 
     Returns:
-        The exit status: that of the first process that failed in the last attempt, or 0.
+        The exit status.
     """
     mark = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="replicax-", ignore_cleanup_errors=True) as folder, Signals() as signals:
         guard = leftovers.start_guard(mark, folder)
         try:
-            for attempt in range(limits.max_restarts + 1):
-                outcome = _attempt(start, attempt, slots, limits, mark, Path(folder), signals)
-                if outcome.first is None or outcome.ended_by is not None or attempt == limits.max_restarts:
-                    break
-                slots = _left(slots, outcome, limits.min_processes)
-                several = f", with {_count(slots)}" if len(slots) > 1 or limits.min_processes else ""
-                say(f"restart {attempt + 1} of {limits.max_restarts}{several}")
+            return repeat(
+                lambda n, slots: _attempt(start, n, slots, limits, mark, Path(folder), signals), slots, limits
+            )
         finally:
             guard.communicate()
+
+
+def repeat(attempt: Callable[[int, Sequence[int]], Outcome], slots: Sequence[int], limits: Limits) -> int:
+    """Makes attempts until one succeeds, or no restart is left.
+
+    Args:
+        attempt: Makes an attempt, from its number and the slots of its processes.
+        slots: The slots of the first attempt.
+        limits: The options.
+
+    Returns:
+        The exit status: that of the first process that failed in the last attempt, or 0.
+    """
+    for number in range(limits.max_restarts + 1):
+        outcome = attempt(number, slots)
+        if outcome.first is None or outcome.ended_by is not None or number == limits.max_restarts:
+            break
+        slots = left(slots, outcome.lost, limits.min_processes)
+        several = f", with {_count(slots)}" if len(slots) > 1 or limits.min_processes else ""
+        say(f"restart {number + 1} of {limits.max_restarts}{several}")
     return _report(outcome)
 
 
@@ -98,12 +113,12 @@ def _attempt(
         return gang.run(signals)
 
 
-def _left(slots: Sequence[int], outcome: Outcome, least: int | None) -> Sequence[int]:
+def left(slots: Sequence[int], lost: frozenset[int], least: int | None) -> Sequence[int]:
     """The processes of the next attempt: without those that died, but at least ``least``."""
     if least is None:
         return slots
-    alive = [slot for slot in slots if slot not in outcome.lost]
-    dead = [slot for slot in slots if slot in outcome.lost]
+    alive = [slot for slot in slots if slot not in lost]
+    dead = [slot for slot in slots if slot in lost]
     return sorted([*alive, *dead[: max(0, least - len(alive))]])
 
 

@@ -24,13 +24,37 @@ _AFTER_A_FAILURE = 1.0
 _AFTER_TERM = 1.0
 
 #: Seconds for which a process may miss its heartbeat before the launcher kills it. Its own watchdog comes first.
-_LATE = 1.0
+LATE = 1.0
 
 #: The exit status of a process that makes no step, as that of ``timeout`` in coreutils.
 NO_STEP = 124
 
 #: What ``replicax.distributed.heartbeat`` writes: the time until which the next step must come, and the last step.
 BEAT = struct.Struct("dq")
+
+
+class Started(Protocol):
+    """A process that was started: the methods of ``subprocess.Popen`` that a gang needs."""
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, once :meth:`poll` or :meth:`wait` has seen the end."""
+
+    def poll(self) -> int | None:
+        """The exit status; None if the process runs."""
+
+    def wait(self) -> int:
+        """Waits for the end, and returns the exit status."""
+
+    def send_signal(self, sig: int) -> None:
+        """Sends a signal."""
+
+    def kill(self) -> None:
+        """Sends SIGKILL."""
 
 
 class Output(Protocol):
@@ -76,10 +100,24 @@ class Outcome:
 
 
 @dataclass
-class _Process:
+class Process:
+    """A process of a gang.
+
+    Attributes:
+        index: Its index.
+        slot: Its number among the processes of the first attempt.
+        popen: The process.
+        output: What becomes of its output.
+        files: The files in which it leaves records, without their suffixes.
+        status: Its exit status, -n for signal n; None while it runs.
+        no_step: Whether it ended because it made no step.
+        stopped: Whether it was stopped, and the others waited for it.
+        killed: Whether the launcher killed it.
+    """
+
     index: int
     slot: int
-    popen: subprocess.Popen[bytes]
+    popen: Started
     output: Output
     files: Path
     status: int | None = None
@@ -123,7 +161,7 @@ class _Process:
         return Failure(who, status, text, self.output.last_lines())
 
 
-def send_signal(popen: subprocess.Popen[bytes], number: signal.Signals) -> None:
+def send_signal(popen: Started, number: signal.Signals) -> None:
     """Sends a signal to a process."""
     popen.send_signal(number)
 
@@ -152,7 +190,7 @@ class Gang:
     grace: float
     logs: Path | None
     starter: str | None = field(default=None, kw_only=True)
-    send: Callable[[subprocess.Popen[bytes], signal.Signals], None] = field(default=send_signal, kw_only=True)
+    send: Callable[[Started, signal.Signals], None] = field(default=send_signal, kw_only=True)
 
     def run(self, signals: Signals) -> Outcome:
         """Starts the processes, waits until all have ended, and returns how."""
@@ -163,7 +201,7 @@ class Gang:
             running.kill()
         return running.outcome()
 
-    def start(self, index: int) -> _Process:
+    def start(self, index: int) -> Process:
         """Starts one process."""
         files = self.folder / str(index)
         environment = {**self.environments[index], "REPLICAX_RUN": str(files)}
@@ -183,7 +221,7 @@ class Gang:
         if isinstance(output, Pumped) and popen.stdout and popen.stderr:
             output.start(popen.stdout, sys.stdout.buffer)
             output.start(popen.stderr, sys.stderr.buffer)
-        return _Process(index, self.slots[index], popen, output, files)
+        return Process(index, self.slots[index], popen, output, files)
 
     def who(self, index: int) -> str:
         """The name of a process in messages."""
@@ -194,8 +232,8 @@ class Gang:
 class _Running:
     gang: Gang
     signals: Signals
-    processes: list[_Process] = field(default_factory=list)
-    failed: list[_Process] = field(default_factory=list)
+    processes: list[Process] = field(default_factory=list)
+    failed: list[Process] = field(default_factory=list)
     ended_by: signal.Signals | None = None
     term_at: float = float("inf")
     kill_at: float = float("inf")
@@ -237,10 +275,10 @@ class _Running:
         first = self._failure(self.failed[0]) if self.failed else None
         return Outcome(first, frozenset(p.slot for p in own), self.ended_by)
 
-    def _failure(self, process: _Process) -> Failure:
+    def _failure(self, process: Process) -> Failure:
         return process.failure(self.gang.who(process.index))
 
-    def _alive(self) -> list[_Process]:
+    def _alive(self) -> list[Process]:
         return [process for process in self.processes if process.status is None]
 
     def _pause(self) -> float:
@@ -264,7 +302,7 @@ class _Running:
             self.term_at = time.monotonic() + _AFTER_A_FAILURE
             self.kill_at = self.term_at + min(_AFTER_TERM, self.gang.grace)
 
-    def _kill_stopped(self) -> list[_Process]:
+    def _kill_stopped(self) -> list[Process]:
         """Kills the processes that are stopped: the others wait for them."""
         stopped = [process for process in self._alive() if process.is_stopped()]
         for process in stopped:
@@ -274,7 +312,7 @@ class _Running:
         return stopped
 
     def _see_who_makes_no_step(self) -> None:
-        late = [p for p in self._alive() if time.monotonic() > p.beat()[0] + _LATE]
+        late = [p for p in self._alive() if time.monotonic() > p.beat()[0] + LATE]
         for process in late:
             process.no_step = True
             process.popen.kill()
@@ -305,7 +343,7 @@ class _Running:
                 self.failed.append(process)
 
 
-def _reap_strangers(processes: Sequence[_Process]) -> None:
+def _reap_strangers(processes: Sequence[Process]) -> None:
     """Waits for children that are not processes of the gang: orphans are, where the launcher has process id 1."""
     own = {process.popen.pid for process in processes}
     while os.getpid() == 1:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from replicax_cli import allocation, attempts, devices, jobs, program, worker
 from replicax_cli.attempts import Start
+from replicax_cli.gang import Started
 from replicax_cli.output import say
 
 DESCRIPTION = """\
@@ -121,7 +122,7 @@ def _become(options: argparse.Namespace, command: Sequence[str], found: allocati
             )
     own = devices.share_on_node(options.devices_per_process, os.environ)
     words = [sys.executable, worker.__file__, *command]
-    os.execve(words[0], words, {**os.environ, **own, **_heartbeat(options)})
+    os.execve(words[0], words, {**os.environ, **own, **heartbeat_of(options)})
 
 
 def _print_job(options: argparse.Namespace, command: Sequence[str]) -> int:
@@ -149,19 +150,19 @@ def _on_this_host(options: argparse.Namespace, command: Sequence[str]) -> int:
 
     @contextmanager
     def start(attempt: int, slots: Sequence[int]) -> Iterator[Start]:
-        with _free_port(options.host or "127.0.0.1") as address:
+        with free_port(options.host or "127.0.0.1") as address:
             shared = {
                 "REPLICAX_COORDINATOR": address,
                 "REPLICAX_PROCESSES": str(len(slots)),
                 "REPLICAX_ATTEMPT": uuid.uuid4().hex,
                 "REPLICAX_RESTART": str(attempt),
-                **_heartbeat(options),
+                **heartbeat_of(options),
             }
             own = [{**shares[slot], "REPLICAX_PROCESS": str(k)} for k, slot in enumerate(slots)]
             environments = [{**os.environ, **shared, **each} for each in own]
             yield Start([sys.executable, worker.__file__, *command], environments)
 
-    return attempts.run(start, range(count), _limits(options))
+    return attempts.run(start, range(count), limits_of(options))
 
 
 def _by_srun(options: argparse.Namespace, command: Sequence[str]) -> int:
@@ -182,32 +183,34 @@ def _by_srun(options: argparse.Namespace, command: Sequence[str]) -> int:
             "REPLICAX_ATTEMPT": uuid.uuid4().hex,
             "REPLICAX_RESTART": str(attempt),
             **own,
-            **_heartbeat(options),
+            **heartbeat_of(options),
         }
         srun = ["srun", "--label", "--kill-on-bad-exit=1", *count, sys.executable, worker.__file__, *command]
         yield Start(srun, [{**os.environ, **shared}], "srun", _to_the_job)
 
-    return attempts.run(start, range(1), _limits(options))
+    return attempts.run(start, range(1), limits_of(options))
 
 
-def _to_the_job(srun: subprocess.Popen[bytes], number: signal.Signals) -> None:
+def _to_the_job(srun: Started, number: signal.Signals) -> None:
     """Sends a signal to the processes of the Slurm job. When ``srun`` itself gets SIGTERM, it kills them at once."""
     del srun
     name = number.name.removeprefix("SIG")
     subprocess.run(["scancel", f"--signal={name}", os.environ["SLURM_JOB_ID"]], check=False)
 
 
-def _limits(options: argparse.Namespace) -> attempts.Limits:
+def limits_of(options: argparse.Namespace) -> attempts.Limits:
+    """The limits among the options."""
     grace = 30.0 if options.grace is None else options.grace
     return attempts.Limits(options.max_restarts or 0, options.min_processes, grace, options.log_dir)
 
 
-def _heartbeat(options: argparse.Namespace) -> dict[str, str]:
+def heartbeat_of(options: argparse.Namespace) -> dict[str, str]:
+    """The environment variable for ``replicax.distributed.heartbeat``."""
     return {} if options.heartbeat is None else {"REPLICAX_HEARTBEAT": str(options.heartbeat)}
 
 
 @contextmanager
-def _free_port(host: str) -> Iterator[str]:
+def free_port(host: str) -> Iterator[str]:
     """Reserves a port until the end of the context: only a socket with SO_REUSEPORT, as gRPC's, can listen on it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as reserved:
