@@ -294,7 +294,7 @@ class _Running:
         failed = [process for process in ended if process.status]
         # Of several that are seen at once: a process that was killed, then by the time at which the program ended.
         failed.sort(key=lambda p: (p.status == -signal.SIGABRT, p.left_at()))
-        if not self.failed and any(process.no_step for process in failed):
+        if failed and not self.failed:
             failed = [*self._kill_stopped(), *failed]
         self.failed += failed
         if failed and self.ended_by is None and self.kill_at == float("inf"):
@@ -303,7 +303,7 @@ class _Running:
             self.kill_at = self.term_at + min(_AFTER_TERM, self.gang.grace)
 
     def _kill_stopped(self) -> list[Process]:
-        """Kills the processes that are stopped: the others wait for them."""
+        """Kills the processes that are stopped: others fail because they wait for them."""
         stopped = [process for process in self._alive() if process.is_stopped()]
         for process in stopped:
             process.stopped = True
