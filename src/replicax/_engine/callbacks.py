@@ -87,7 +87,8 @@ def guard(jaxpr: Jaxpr, consts: Sequence[ArrayLike], axis: LogicalAxis, name: st
 
     body = _jax.body(jaxpr)
     new, own = _jax.trace_flat(guarded, [var.aval for var in [*body.constvars, *body.invars]], {axis.name: axis.size})
-    return GuardedProgram(_jax.open_constants(new, len(own) + len(consts)), [*own, *consts], search.in_rules)
+    values = [*own, *consts]
+    return GuardedProgram(_jax.open_constants(new, values), values, search.in_rules)
 
 
 class _Search:
@@ -340,9 +341,12 @@ def call_guarded(scope: Scope, eqn: Equation, args: Sequence[ArrayLike], varying
     lanes = tuple(axis.lane_axis for axis in scope.axes if axis.lane_axis is not None)
     # One failure number for all lanes: a batched operand would change how vmap batches the callback.
     failed = lax.pmax(failed, lanes) if lanes else failed
+    # JAX refuses to batch such a callback. Its operands may be equal in all lanes although they depend on values that
+    # are not, as in equinox.error_if, which calls back if any element of the batch is wrong.
+    never_batched = eqn.primitive.name == "pure_callback" and eqn.params.get("vmap_method") is None
     places, widths = [], []
     for axis in scope.axes:
-        each = axis.lane_axis is None or axis in varying
+        each = axis.lane_axis is None or (axis in varying and not never_batched)
         device = jnp.int32(0) if axis.device_axis is None else lax.axis_index(axis.device_axis)
         places.append(lane_position(axis) if each else device * axis.lanes)
         widths.append(1 if each else axis.lanes)

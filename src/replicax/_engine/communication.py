@@ -26,6 +26,8 @@ class Communication:
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
+        # An eager call is not differentiated from outside, so JAX calls none of the derivative rules that are left.
+        self.differentiated = not _jax.eager()
         self._inside: dict[tuple[Hashable, int], Communication] = {}
         self._changing: dict[int, tuple[Jaxpr, list[bool]]] = {}
         self._communicates: dict[int, tuple[Jaxpr, frozenset[LogicalAxis]]] = {}
@@ -87,7 +89,7 @@ class Communication:
                 axes |= self.awaited(eqn, in_rules=in_rules)
                 if eqn.primitive.name != "axis_index":  # axis_index does not communicate
                     axes |= self._axes_named(eqn)
-                if in_rules and _jax.derivative_rules(eqn):
+                if in_rules and self.differentiated and _jax.derivative_rules(eqn):
                     axes |= self._awaited_in_rules(eqn, in_rules - 1)
             self._awaits[key] = (jaxpr, frozenset(axes))
         return self._awaits[key][1]

@@ -91,6 +91,7 @@ class Cutter:
 
     def __init__(self, scope: Scope, *, one_lane: bool) -> None:
         self._scope, self._axis, self._one_lane = scope, scope.axes[-1], one_lane
+        self._differentiated = not _jax.eager()  # an eager call is not differentiated from outside
         self._known: dict[tuple[int, int], tuple[Jaxpr, bool]] = {}
 
     def inlined(self, jaxpr: Jaxpr) -> Jaxpr:
@@ -116,7 +117,8 @@ class Cutter:
 
         for eqn in jaxpr.eqns:
             operands = [atom for atom in eqn.invars if not _jax.is_literal(atom)]
-            local, varies = self.is_local(eqn), any(atom in stacked for atom in operands)
+            local = self.is_local(eqn) and not _combines_a_batch(eqn)
+            varies = any(atom in stacked for atom in operands)
             if local and varies:
                 at = max(inside[atom] for atom in operands)
                 segment(at).eqns.append(eqn)
@@ -155,10 +157,10 @@ class Cutter:
         return all(self._is_local_jaxpr(sub, depth) for sub in _jax.sub_jaxprs(eqn))
 
     def _has_local_rules(self, eqn: Equation, depth: int) -> bool:
+        if not self._differentiated or depth == 0:
+            return True
         if "custom_vjp" in eqn.primitive.name and self._axis.padding:
             return False  # its reverse rule runs for padding lanes, too, and may return NaN there
-        if depth == 0:
-            return True
         try:
             with _jax.axis_env({axis.name: axis.size for axis in self._scope.axes}):
                 return all(self._is_local_jaxpr(rule, depth - 1) for rule in _jax.rule_jaxprs(eqn))
@@ -183,11 +185,22 @@ class Cutter:
 
     def _is_equal(self, eqn: Equation) -> bool:
         """Whether the result of a collective is one value for all lanes."""
+        if _combines_a_batch(eqn):
+            return True
         entry = REGISTRY.get(eqn.primitive.name)
         names = [name for name in _jax.named_axes(eqn) if name in self._scope]
         return (
             entry is not None and names == [self._axis.name] and (entry.result(eqn.params, self._scope) is Result.EQUAL)
         )
+
+
+def _combines_a_batch(eqn: Equation) -> bool:
+    """Whether the equation reduces over the ``vmap`` around it, as ``unvmap_any`` of equinox does.
+
+    A lane that runs alone is its own batch. But equinox calls back into Python where the result is true, and JAX cannot
+    batch that callback, so the result must be one for all lanes.
+    """
+    return eqn.primitive.name.startswith("unvmap_")
 
 
 def _find_results(segments: Sequence[Segment], outvars: Sequence[Atom]) -> None:

@@ -25,7 +25,7 @@ from jax.extend.core import DebugInfo
 from replicax._jax.aliases import ArrayType, Atom, Equation, Jaxpr, Literal
 from replicax._jax.tracing import NO_MESH, AxisName, axis_env
 from replicax._jax.types import as_type, without_sharding
-from replicax._jax.versions import Closed, body, close, constants, is_jaxpr, loop_counts, wrapped_primitive
+from replicax._jax.versions import Closed, Open, body, close, constants, is_jaxpr, loop_counts, wrapped_primitive
 from replicax._typing import Array, ArrayLike, PyTree
 
 
@@ -223,11 +223,19 @@ def with_results(jaxpr: Jaxpr, outvars: Sequence[Atom]) -> Jaxpr:
     return close(body(jaxpr).replace(outvars=list(outvars), debug_info=debug_info), ())
 
 
-def open_constants(jaxpr: Jaxpr, count: int) -> Jaxpr:
-    """Returns the open jaxpr whose constants are the first ``count`` arguments of ``jaxpr``, which has no constants."""
+def open_constants(jaxpr: Jaxpr, consts: Sequence[ArrayLike]) -> Jaxpr:
+    """Returns the open jaxpr whose constants are the first arguments of ``jaxpr``, which has no constants.
+
+    Args:
+        jaxpr: The jaxpr.
+        consts: The values of the constants. From JAX 0.11 on, a jaxpr has no constants without their values.
+    """
     debug_info = body(jaxpr).debug_info._replace(arg_names=None, result_paths=None)
-    invars = body(jaxpr).invars
-    return body(jaxpr).replace(constvars=invars[:count], invars=invars[count:], debug_info=debug_info)
+    variables, count = body(jaxpr).invars, len(consts)
+    values = {} if Closed is not Open else {"consts": list(consts)}
+    return body(jaxpr).replace(
+        constvars=variables[:count], invars=variables[count:], debug_info=debug_info, **values
+    )
 
 
 def inline(jaxpr: Jaxpr, wanted: Callable[[Equation], bool]) -> Jaxpr:
