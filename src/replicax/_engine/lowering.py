@@ -19,7 +19,7 @@ from replicax._engine.nested import DeviceShard, Split, as_shard, splits_made, s
 from replicax._engine.outputs import OutputPolicy, Outputs, check_outputs
 from replicax._engine.replica import Replica
 from replicax._engine.rewrite import Rewriter, one_value
-from replicax._engine.segments import VECTORIZED, Cutter, Lanes, LanesInSegments
+from replicax._engine.segments import VECTORIZED, Cutter, LanePlan, Lanes, LanesInSegments
 from replicax._engine.spec import Inputs, ProgramSpec
 from replicax._engine.varying import NOWHERE, Varying
 from replicax._layout.axes import match_out_axes
@@ -62,7 +62,8 @@ def lower(
     out_splits = tuple(map(_as_shardings, body.out_places, body.out_axes))[: len(out_axes)]
     ins, outs = list(map(layout.spec, taken.axes, in_splits)), list(map(layout.spec, out_axes, out_splits))
     source = _jax.described_source(replica.jaxpr, _advice(name, layout))
-    function = _over_devices(body.one_device(rewriter, taken.axes, lanes), layout, source, ins, outs, out_axes)
+    one_device, plan = body.one_device(rewriter, taken.axes, lanes)
+    function = _over_devices(one_device, layout, source, ins, outs, out_axes)
     function.__name__ = function.__qualname__ = name
     return ProgramSpec(
         name=name,
@@ -77,6 +78,7 @@ def lower(
         closed=body.closed,
         one_mesh=_jax.needs_one_mesh(replica.primitives | body.in_rules),
         policy=outputs.policy,
+        lanes=plan,
     )
 
 
@@ -132,17 +134,21 @@ class _Body:
 
         return one_replica
 
-    def one_device(self, rewriter: Rewriter, in_axes: Axes, lanes: Lanes) -> OneReplica:
-        """Returns the program of all lanes of a device, as a function of blocks. It raises if a callback has failed."""
+    def one_device(self, rewriter: Rewriter, in_axes: Axes, lanes: Lanes) -> tuple[OneReplica, LanePlan]:
+        """Returns the program of all lanes of a device, and how they run.
+
+        The program is a function of blocks. It raises if a callback has failed.
+        """
         axis, split = rewriter.scope.axes[-1], any(map(any, (self.in_places, self.out_places)))
         if lanes is VECTORIZED or lanes >= axis.lanes or split:
             run = over_lanes(self.one_replica(rewriter), axis, in_axes, self.out_axes)
+            plan = LanePlan(axis.lanes, axis.lanes, 0, 0, ())
         else:
-            run = self._in_segments(rewriter, in_axes, lanes)
-        return _raising(run) if self.guarded else run
+            run, plan = self._in_segments(rewriter, in_axes, lanes)
+        return _raising(run) if self.guarded else run, plan
 
-    def _in_segments(self, rewriter: Rewriter, in_axes: Axes, chunk: int) -> OneReplica:
-        """Returns the program of all lanes of a device, ``chunk`` lanes at a time."""
+    def _in_segments(self, rewriter: Rewriter, in_axes: Axes, chunk: int) -> tuple[OneReplica, LanePlan]:
+        """Returns the program of all lanes of a device, ``chunk`` lanes at a time, and how they run."""
         axis, cutter = rewriter.scope.axes[-1], Cutter(rewriter.scope, one_lane=chunk == 1)
         jaxpr = cutter.inlined(self.replica.jaxpr)
         cut = cutter.cut(jaxpr, [a is not None for a in in_axes[: len(self.varying)]])
@@ -165,7 +171,7 @@ class _Body:
             args = [x if where else without_folding(x) for x, where in zip(rows, self.varying, strict=False)]
             return finish(*map(jnp.asarray, lanes.run(jaxpr, consts, args)))
 
-        return one_device
+        return one_device, cutter.plan(cut, chunk)
 
 
 def _body(

@@ -65,6 +65,25 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class LanePlan:
+    """How a device runs its lanes.
+
+    Attributes:
+        lanes: The number of lanes of a device.
+        at_once: The number of lanes that it runs at once.
+        segments: The number of parts that run so many lanes at once; the program is cut at its collectives.
+        cut: The number of collectives over the mapped axis, in the program of one replica, at which it is cut.
+        uncut: The equations with collectives inside, such as loops, or with callbacks. They run on all lanes at once.
+    """
+
+    lanes: int
+    at_once: int
+    segments: int
+    cut: int
+    uncut: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Cut:
     """A program that is cut at its collectives.
 
@@ -140,6 +159,13 @@ class Cutter:
             outside.update(dict.fromkeys(eqn.outvars, read))
         _find_results(segments, jaxpr.outvars)
         return Cut(segments, stacked, reduced, whole)
+
+    def plan(self, cut: Cut, chunk: int) -> LanePlan:
+        """Describes how the lanes of a device run a program that is cut."""
+        inside = [eqn for eqn in cut.whole if any(True for _ in _jax.sub_jaxprs(eqn)) or not _jax.named_axes(eqn)]
+        names = tuple(_jax.equation_name(eqn) for eqn in inside)
+        parts = sum(bool(segment.eqns) for segment in cut.segments)
+        return LanePlan(self._axis.lanes, chunk, parts, cut.reduced + len(cut.whole) - len(inside), names)
 
     def is_local(self, eqn: Equation, depth: int = NESTED_DERIVATIVES) -> bool:
         """Whether a lane can run the equation without the others, at any depth."""

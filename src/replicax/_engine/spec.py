@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from replicax import _jax
 from replicax._engine.outputs import OutputPolicy
 from replicax._engine.replica import Replica
+from replicax._engine.segments import LanePlan
 from replicax._layout.layout import Layout, Splits
 from replicax._typing import Array, DType, PyTreeDef, ShapeAndDtype
 
@@ -51,6 +52,7 @@ class ProgramSpec:
             trace, and arrays on a mesh.
         one_mesh: Whether results must be on the mesh of the arguments. If so, padded results are replicated.
         policy: Which value a result with ``out_axes=None`` has.
+        lanes: How a device runs its lanes.
     """
 
     name: str
@@ -65,6 +67,7 @@ class ProgramSpec:
     closed: tuple[Array, ...]
     one_mesh: bool
     policy: OutputPolicy
+    lanes: LanePlan
 
     @cached_property
     def in_shardings(self) -> tuple[NamedSharding, ...]:

@@ -233,9 +233,7 @@ def open_constants(jaxpr: Jaxpr, consts: Sequence[ArrayLike]) -> Jaxpr:
     debug_info = body(jaxpr).debug_info._replace(arg_names=None, result_paths=None)
     variables, count = body(jaxpr).invars, len(consts)
     values = {} if Closed is not Open else {"consts": list(consts)}
-    return body(jaxpr).replace(
-        constvars=variables[:count], invars=variables[count:], debug_info=debug_info, **values
-    )
+    return body(jaxpr).replace(constvars=variables[:count], invars=variables[count:], debug_info=debug_info, **values)
 
 
 def inline(jaxpr: Jaxpr, wanted: Callable[[Equation], bool]) -> Jaxpr:

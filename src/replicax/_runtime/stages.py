@@ -175,6 +175,9 @@ class Traced:
         in_tree: The pytree structure of ``(positional arguments, keyword arguments)`` without static arguments.
         out_info: The result: a pytree of ``jax.ShapeDtypeStruct`` with shardings.
         out_tree: The pytree structure of the result.
+        lanes: How a device runs its replicas: the number of its ``lanes``; how many run ``at_once``; and, if these are
+            fewer, the number of ``segments``, the number of collectives at which the program is ``cut``, and the names
+            of the equations that could not be cut (``uncut``) because they have collectives or callbacks inside.
     """
 
     def __init__(self, traced: jax.stages.Traced, plan: Plan) -> None:
@@ -187,6 +190,7 @@ class Traced:
         self.in_tree = plan.signature.tree
         self.out_tree = plan.executable.spec.out_tree
         self.out_info = jax.tree.unflatten(self.out_tree, plan.executable.out_info)
+        self.lanes = plan.executable.spec.lanes
 
     @property
     def donate_argnums(self) -> tuple[int, ...]:
