@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,10 +37,10 @@ def escape_time(replicas: int) -> tuple[Program, Arguments]:
 
 def ensemble(replicas: int) -> tuple[Program, Arguments]:
     """Solves the Van der Pol oscillator with an adaptive step size, for a range of stiffnesses (diffrax)."""
-    import diffrax
+    diffrax: Any = importlib.import_module("diffrax")  # importing it starts JAX, before the devices are simulated
 
     def program(mu: jax.Array) -> jax.Array:
-        def field(t: jax.Array, y: jax.Array, mu: jax.Array) -> jax.Array:
+        def field(_: jax.Array, y: jax.Array, mu: jax.Array) -> jax.Array:
             return jnp.stack([y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]])
 
         solution = diffrax.diffeqsolve(
@@ -60,7 +62,7 @@ def ensemble(replicas: int) -> tuple[Program, Arguments]:
 
 def chains(replicas: int) -> tuple[Program, Arguments]:
     """Draws 50 samples with NUTS from a funnel, one chain a replica (blackjax)."""
-    import blackjax
+    blackjax: Any = importlib.import_module("blackjax")
 
     def density(x: jax.Array) -> jax.Array:
         return -(x[0] ** 2) / 18 - jnp.sum(x[1:] ** 2) * jnp.exp(-x[0]) / 2 - x[0] * (x.size - 1) / 2
@@ -88,7 +90,7 @@ def dense(replicas: int) -> tuple[Program, Arguments]:
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(x), y[:, None], 1))
 
     random = np.random.default_rng(0)
-    params = [random.normal(size=s, scale=0.05).astype(np.float32) for s in zip(sizes, sizes[1:], strict=False)]
+    params = [random.normal(size=s, scale=0.05).astype(np.float32) for s in itertools.pairwise(sizes)]
     x = random.normal(size=(replicas, batch, sizes[0])).astype(np.float32)
     y = random.integers(0, sizes[-1], (replicas, batch)).astype(np.int32)
     return lambda x, y: jax.grad(loss)(params, x, y), [x, y]
@@ -104,8 +106,6 @@ def convolutions(replicas: int) -> tuple[Program, Arguments]:
 
     random = np.random.default_rng(0)
     channels = (3, 16, 32)
-    params = [
-        random.normal(size=(b, a, 3, 3), scale=0.1).astype(np.float32) for a, b in zip(channels, channels[1:], strict=False)
-    ]
+    params = [random.normal(size=(b, a, 3, 3), scale=0.1).astype(np.float32) for a, b in itertools.pairwise(channels)]
     x = random.normal(size=(replicas, 16, 3, 16, 16)).astype(np.float32)
     return lambda x: jax.grad(loss)(params, x), [x]

@@ -1,6 +1,6 @@
 """The benchmark cases: one module per group, in the order of the table."""
 
-from cases import compile_time, dispatch, gpu, inputs, launch, peers, processes, results, throughput
+from cases import compile_time, dispatch, gpu, inputs, lanes, launch, peers, processes, results, throughput
 
 #: Each module has a function ``cases(quick: bool) -> list[Case]``.
 GROUPS = {
@@ -11,6 +11,7 @@ GROUPS = {
     "throughput": throughput,
     "peers": peers,
     "processes": processes,
+    "lanes": lanes,
     "launch": launch,
     "gpu": gpu,
 }
