@@ -10,7 +10,7 @@
 #   make table    the table collective x context, run and printed
 #   make bench    the benchmarks, as ratios to their limits (ten minutes; QUICK=1: four; PAGE=1: and into docs/benchmarks.md)
 #   make fuzz     random programs against the oracles, for MINUTES=10, from SEED=(a random one); PROCESSES=2: over that
-#                 many processes, with 4 devices each, or as in DEVICES='3 1'
+#                 many processes, with 4 devices each, or as in DEVICES='3 1'; LANES=sequential or LANES=3: with these lanes
 #   make clients  packages from PyPI that use jax.pmap, on JAX's own and on replicax (an environment of their own)
 #   make dist     the source distribution and the wheel, in dist/
 #   make lock     writes the newest versions of all that the environment installs to requirements/*.txt
@@ -35,6 +35,7 @@ MINUTES ?= 10
 SEED ?=
 PROCESSES ?=
 DEVICES ?=
+LANES ?=
 WHEEL ?=
 LOCKED ?=
 COVERAGE ?=
@@ -80,7 +81,8 @@ bench: $(VENV)-bench/installed
 	$(if $(QUICK),,$(VENV)-bench/bin/python benchmarks/plot.py benchmarks/results.json docs/benchmarks.png)
 
 fuzz: $(STAMP)
-	$(BIN)/python tests/$(if $(PROCESSES)$(DEVICES),fuzz_processes,fuzz).py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) \
+	$(if $(LANES),REPLICAX_FUZZ_LANES=$(LANES)) \
+	    $(BIN)/python tests/$(if $(PROCESSES)$(DEVICES),fuzz_processes,fuzz).py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) \
 	    $(if $(PROCESSES),--processes $(PROCESSES)) $(if $(DEVICES),--devices $(DEVICES))
 
 clients: $(VENV)-clients/installed
