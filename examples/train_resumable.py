@@ -108,6 +108,7 @@ def main():
                 manager.wait_until_finished()
                 print(f"stopped by SIGTERM, with a checkpoint of step {number}", flush=True)
                 sys.exit(0)
+        replicax.distributed.heartbeat(None)  # what follows may take longer than a step
 
 
 if __name__ == "__main__":

@@ -15,9 +15,6 @@ import time
 
 STEP = 12  # after the checkpoint of step 10
 
-fault, process, *program = sys.argv[1:]
-ours = os.environ["REPLICAX_RESTART"] == "0" and os.environ["REPLICAX_PROCESS"] == process
-
 
 def note():
     print("FAULT", fault, flush=True)
@@ -75,16 +72,18 @@ class Dying(logging.Handler):
             threading.Timer(0.02, die).start()
 
 
-if ours:
-    import jax
+if __name__ == "__main__":
+    fault, process, *program = sys.argv[1:]
+    if os.environ["REPLICAX_RESTART"] == "0" and os.environ["REPLICAX_PROCESS"] == process:
+        import jax
 
-    import replicax
+        import replicax
 
-    heartbeat, initialize = replicax.distributed.heartbeat, replicax.distributed.initialize
-    vars(replicax.distributed).update(heartbeat=faulty_heartbeat, initialize=faulty_initialize)
-    if fault == "killed while compiling":
-        jax.config.update("jax_log_compiles", True)
-        logging.getLogger("jax").addHandler(Dying())
+        heartbeat, initialize = replicax.distributed.heartbeat, replicax.distributed.initialize
+        vars(replicax.distributed).update(heartbeat=faulty_heartbeat, initialize=faulty_initialize)
+        if fault == "killed while compiling":
+            jax.config.update("jax_log_compiles", True)
+            logging.getLogger("jax").addHandler(Dying())
 
-sys.argv = program
-runpy.run_path(program[0], run_name="__main__")
+    sys.argv = program
+    runpy.run_path(program[0], run_name="__main__")

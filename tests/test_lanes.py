@@ -89,7 +89,7 @@ def with_keys(w, x):
 PROGRAMS = {f.__name__: f for f in (training, normalized, neighbours, own_work, in_a_loop, with_dtypes, with_keys)}
 
 
-@pytest.mark.few(14)
+@pytest.mark.few(7)
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize(("n", "d"), LAYOUTS)
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -101,7 +101,7 @@ def test_values_are_those_of_vmap(name, n, d, lanes):
     )
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize(("n", "d"), LAYOUTS)
 @pytest.mark.parametrize("name", ["training", "normalized", "neighbours", "in_a_loop"])
@@ -117,7 +117,7 @@ def test_derivatives_from_outside(name, n, d, lanes):
     assert_same(jax.jit(jax.jacfwd(scalar(mapped)))(w, x), jax.jacfwd(scalar(theirs))(w, x), 1e-4)
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("control", [name for name in CONTROL if name != "top"])
 @pytest.mark.parametrize("collective", ["psum", "pmean", "all_gather", "axis_index"])

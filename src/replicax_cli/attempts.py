@@ -14,7 +14,7 @@ from pathlib import Path
 
 from replicax_cli import leftovers
 from replicax_cli.gang import Gang, Outcome, Started, send_signal
-from replicax_cli.output import say
+from replicax_cli.output import reader, say
 from replicax_cli.signals import Signals
 
 
@@ -41,12 +41,14 @@ class Limits:
         min_processes: The number of processes down to which those that died are left out; None to replace them.
         grace: Seconds between a signal that is passed on and SIGKILL.
         logs: The folder for the output; None to print it.
+        patience: Seconds for which a process may be stopped.
     """
 
     max_restarts: int
     min_processes: int | None
     grace: float
     logs: Path | None
+    patience: float
 
 
 def run(start: Starter, slots: Sequence[int], limits: Limits) -> int:
@@ -84,7 +86,7 @@ def repeat(attempt: Callable[[int, Sequence[int]], Outcome], slots: Sequence[int
     """
     for number in range(limits.max_restarts + 1):
         outcome = attempt(number, slots)
-        if outcome.first is None or outcome.ended_by is not None or number == limits.max_restarts:
+        if outcome.first is None or outcome.ended_by is not None or number == limits.max_restarts or reader.left:
             break
         slots = left(slots, outcome.lost, limits.min_processes)
         several = f", with {_count(slots)}" if len(slots) > 1 or limits.min_processes else ""
@@ -107,6 +109,7 @@ def _attempt(
             records,
             limits.grace,
             logs,
+            patience=limits.patience,
             starter=what.starter,
             send=what.send,
         )

@@ -20,5 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("replicax", description="Parallel map for JAX.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     launch.add_to(commands)
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return int(options.run(options))

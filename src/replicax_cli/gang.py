@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -26,11 +27,27 @@ _AFTER_TERM = 1.0
 #: Seconds for which a process may miss its heartbeat before the launcher kills it. Its own watchdog comes first.
 LATE = 1.0
 
+#: Seconds between two looks after which the launcher itself has not run.
+_FROZEN = 2.0
+
 #: The exit status of a process that makes no step, as that of ``timeout`` in coreutils.
 NO_STEP = 124
 
 #: What ``replicax.distributed.heartbeat`` writes: the time until which the next step must come, and the last step.
 BEAT = struct.Struct("dq")
+
+
+#: What ``srun`` says about a task that failed. Its own status is the highest, and tasks that it has ended count, too.
+_TASK = re.compile(rb"srun: error: [^:\n]*: tasks? ([\d,-]+): (?:Exited with exit code (\d+)|([A-Z][a-z ]+))")
+
+
+def _of_task(task: re.Match[bytes]) -> tuple[str, int]:
+    """What happened to the task of ``srun`` that failed first, and its status."""
+    which, code, ended = task.groups()
+    if code is not None:
+        return f"task {which.decode()} ended with exit status {int(code)}", int(code)
+    number = next((n for n in signal.Signals if ended.decode().startswith(signal.strsignal(n) or "?")), signal.SIGKILL)
+    return f"task {which.decode()} was killed by {number.name}", 128 + number
 
 
 class Started(Protocol):
@@ -65,6 +82,9 @@ class Output(Protocol):
 
     def last_lines(self) -> bytes:
         """The last lines that the process has printed."""
+
+    def first_match(self, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
+        """The first match of a pattern in what ``srun`` has printed about its tasks."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +133,7 @@ class Process:
         no_step: Whether it ended because it made no step.
         stopped: Whether it was stopped, and the others waited for it.
         killed: Whether the launcher killed it.
+        stopped_since: Since when the launcher has seen it stopped.
     """
 
     index: int
@@ -124,6 +145,7 @@ class Process:
     no_step: bool = False
     stopped: bool = False
     killed: bool = False
+    stopped_since: float | None = None
 
     def is_stopped(self) -> bool:
         """Whether the process is stopped, as by SIGSTOP. False where there is no ``/proc``."""
@@ -149,7 +171,10 @@ class Process:
     def failure(self, who: str) -> Failure:
         """How the process, of some name, failed."""
         status = self.status or 0
-        if self.stopped:
+        task = self.output.first_match(_TASK)
+        if task is not None:
+            text, status = _of_task(task)
+        elif self.stopped:
             text, status = "stopped by SIGSTOP, so no process could go on", NO_STEP
         elif self.no_step:
             text = f"no step after step {self.beat()[1]} in the time that heartbeat sets"
@@ -178,6 +203,7 @@ class Gang:
         folder: Where processes leave records for the launcher.
         grace: Seconds between a signal that is passed on and SIGKILL.
         logs: The folder for their output; None to print it.
+        patience: Seconds for which a process may be stopped, as by SIGSTOP.
         starter: The name of the one process that starts the others, such as ``srun``, and marks their lines itself.
         send: Sends a signal to a process; to its children, too, if it starts others.
     """
@@ -189,6 +215,7 @@ class Gang:
     folder: Path
     grace: float
     logs: Path | None
+    patience: float = field(default=60.0, kw_only=True)
     starter: str | None = field(default=None, kw_only=True)
     send: Callable[[Started, signal.Signals], None] = field(default=send_signal, kw_only=True)
 
@@ -204,7 +231,7 @@ class Gang:
     def start(self, index: int) -> Process:
         """Starts one process."""
         files = self.folder / str(index)
-        environment = {**self.environments[index], "REPLICAX_RUN": str(files)}
+        environment = {**self.environments[index], "REPLICAX_RUN": str(files), "REPLICAX_PARENT": str(os.getpid())}
         marks = [*filter(None, [environment.get(leftovers.MARK)]), self.mark]
         environment[leftovers.MARK] = ":".join(marks)
         log = None if self.logs is None else Logged(self.logs / f"process-{index}.log")
@@ -242,12 +269,16 @@ class _Running:
         """Waits until all processes have ended."""
         for index in range(len(self.gang.slots)):
             self.processes.append(self.gang.start(index))
+        woke = time.monotonic()
         while self._alive():
             for number in self.signals.wait(self._pause()):
                 self._pass_on(number)
             self._see_who_ended()
-            self._see_who_makes_no_step()
             now = time.monotonic()
+            if now < woke + _FROZEN:  # else all processes may have been frozen, and may not have gone on yet
+                self._see_who_makes_no_step()
+                self._see_who_is_stopped()
+            woke = now
             if now >= self.term_at:
                 self.term_at = float("inf")
                 self._send(signal.SIGTERM)
@@ -317,6 +348,17 @@ class _Running:
             process.no_step = True
             process.popen.kill()
 
+    def _see_who_is_stopped(self) -> None:
+        now = time.monotonic()
+        for process in self._alive():
+            if not process.is_stopped():
+                process.stopped_since = None
+            elif process.stopped_since is None:
+                process.stopped_since = now
+            elif now > process.stopped_since + self.gang.patience:
+                process.stopped = True
+                process.popen.kill()
+
     def _pass_on(self, number: signal.Signals) -> None:
         if number not in ENDING:
             self._send(number)
@@ -326,6 +368,7 @@ class _Running:
             self._send(number)
             self.kill_at = min(self.kill_at, time.monotonic() + self.gang.grace)
         elif number in (signal.SIGINT, signal.SIGQUIT):  # the second Ctrl-C
+            say(f"got {number.name} again, kills all processes")
             self.kill_at = 0
 
     def _send(self, number: signal.Signals) -> None:
@@ -338,9 +381,10 @@ class _Running:
             process.popen.kill()
             process.status = process.popen.wait()
             if self.ended_by is not None:
+                self.failed.append(process)
+            if self.ended_by is not None and self.kill_at > 0:
                 who = self.gang.who(process.index)
                 say(f"{who} has not ended {self.gang.grace:g} s after {self.ended_by.name}: killed")
-                self.failed.append(process)
 
 
 def _reap_strangers(processes: Sequence[Process]) -> None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -82,6 +83,11 @@ def run(options: argparse.Namespace) -> int:
     found = allocation.find(os.environ)
     if found is not None and (found.processes > 1 or options.processes is None):
         _become(options, command, found)
+    if options.log_dir is not None:
+        try:
+            options.log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return fail(f"--log-dir {options.log_dir} cannot be created: {error.strerror}")
     start = _by_srun if allocation.in_batch_script(os.environ) else _on_this_host
     try:
         return start(options, command)
@@ -100,11 +106,13 @@ def _check_program(options: argparse.Namespace, command: Sequence[str]) -> None:
     path = Path(command[0])
     if not path.exists():
         raise SystemExit(fail(f"there is no script {command[0]!r}"))
+    if not (path.is_file() or path.is_dir()):
+        raise SystemExit(fail(f"{command[0]!r} is not a file, and several processes cannot read the same pipe"))
     if path.is_file() and path.suffix == ".py":
         try:
             program.code_of(str(path))
         except (SyntaxError, ValueError) as error:  # ValueError: it contains null bytes
-            sys.excepthook(type(error), error, None)
+            traceback.print_exception(error.with_traceback(None))
             raise SystemExit(fail(f"{command[0]} is not valid Python; no process was started", 1)) from None
 
 
@@ -121,7 +129,7 @@ def _become(options: argparse.Namespace, command: Sequence[str], found: allocati
                 fail(f"{option} has no effect here, because {found.engine} starts the processes. Set it there.")
             )
     own = devices.share_on_node(options.devices_per_process, os.environ)
-    words = [sys.executable, worker.__file__, *command]
+    words = [*_python(), worker.__file__, *command]
     os.execve(words[0], words, {**os.environ, **own, **heartbeat_of(options)})
 
 
@@ -160,7 +168,7 @@ def _on_this_host(options: argparse.Namespace, command: Sequence[str]) -> int:
             }
             own = [{**shares[slot], "REPLICAX_PROCESS": str(k)} for k, slot in enumerate(slots)]
             environments = [{**os.environ, **shared, **each} for each in own]
-            yield Start([sys.executable, worker.__file__, *command], environments)
+            yield Start([*_python(), worker.__file__, *command], environments)
 
     return attempts.run(start, range(count), limits_of(options))
 
@@ -185,10 +193,16 @@ def _by_srun(options: argparse.Namespace, command: Sequence[str]) -> int:
             **own,
             **heartbeat_of(options),
         }
-        srun = ["srun", "--label", "--kill-on-bad-exit=1", *count, sys.executable, worker.__file__, *command]
+        srun = ["srun", "--label", "--kill-on-bad-exit=1", *count, *_python(), worker.__file__, *command]
         yield Start(srun, [{**os.environ, **shared}], "srun", _to_the_job)
 
     return attempts.run(start, range(1), limits_of(options))
+
+
+def _python() -> list[str]:
+    """This interpreter, with its options, such as ``-O`` and ``-W error``."""
+    options: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
+    return [sys.executable, *options]
 
 
 def _to_the_job(srun: Started, number: signal.Signals) -> None:
@@ -200,8 +214,13 @@ def _to_the_job(srun: Started, number: signal.Signals) -> None:
 
 def limits_of(options: argparse.Namespace) -> attempts.Limits:
     """The limits among the options."""
-    grace = 30.0 if options.grace is None else options.grace
-    return attempts.Limits(options.max_restarts or 0, options.min_processes, grace, options.log_dir)
+    return attempts.Limits(
+        options.max_restarts or 0,
+        options.min_processes,
+        30.0 if options.grace is None else options.grace,
+        options.log_dir,
+        60.0 if options.heartbeat is None else options.heartbeat,
+    )
 
 
 def heartbeat_of(options: argparse.Namespace) -> dict[str, str]:

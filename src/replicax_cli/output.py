@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -13,8 +15,14 @@ from typing import IO
 #: How many of the last lines of a process are kept.
 _KEPT = 20
 
+#: Bytes that are read at once.
+_BLOCK = 1 << 16
+
 #: A line that is longer, in bytes, is passed on in pieces.
-_LONGEST = 1 << 16
+_LONGEST = 1 << 20
+
+#: The end of a line, or a carriage return, as of a progress bar.
+_END = re.compile(rb"\r?\n|\r(?=[^\n])")
 
 _lock = threading.Lock()
 
@@ -37,6 +45,7 @@ class Pumped:
     def __init__(self, prefix: str) -> None:
         self._prefix, self._threads = prefix.encode(), list[threading.Thread]()
         self._tail: collections.deque[bytes] = collections.deque(maxlen=_KEPT)
+        self._from_srun = list[bytes]()
 
     def start(self, source: IO[bytes], target: IO[bytes]) -> None:
         """Starts to copy a pipe."""
@@ -54,28 +63,52 @@ class Pumped:
         """The last lines that the process has printed."""
         return b"".join(self._tail)
 
+    def first_match(self, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
+        """The first match of a pattern in what ``srun`` has printed about its tasks."""
+        return pattern.search(b"".join(self._from_srun))
+
     def _copy(self, source: IO[bytes], target: IO[bytes]) -> None:
         rest = b""
         with source:
-            while block := os.read(source.fileno(), _LONGEST):
-                *lines, rest = (rest + block).split(b"\n")
+            while block := os.read(source.fileno(), _BLOCK):
+                *pieces, rest = _pieces(rest + block)
                 if len(rest) >= _LONGEST:
-                    lines, rest = [*lines, rest], b""
-                if not self._write(target, lines):
+                    pieces, rest = [*pieces, rest + b"\n"], b""
+                if not self._write(target, pieces):
                     return  # the process gets EPIPE, as without a launcher
         if rest:
-            self._write(target, [rest])
+            self._write(target, [rest + b"\n"])
 
-    def _write(self, target: IO[bytes], lines: list[bytes]) -> bool:
-        whole = [line + b"\n" for line in lines]
-        self._tail.extend(whole)
+    def _write(self, target: IO[bytes], pieces: list[bytes]) -> bool:
+        self._tail.extend(piece for piece in pieces if piece.endswith(b"\n"))
+        self._from_srun += [piece for piece in pieces if piece.startswith(b"srun: error:")]
         try:
             with _lock:
-                target.write(b"".join(self._prefix + line for line in whole))
+                target.write(b"".join(self._prefix + piece for piece in pieces))
                 target.flush()
         except (OSError, ValueError):
+            reader.left = True
             return False
         return True
+
+
+def _pieces(text: bytes) -> list[bytes]:
+    """Splits a text after each line and each carriage return. The last piece has no end, and may be empty."""
+    ends = [0, *(found.end() for found in _END.finditer(text)), len(text)]
+    return [text[first:last] for first, last in itertools.pairwise(ends)]
+
+
+class _Reader:
+    """Whoever reads the output of the launcher.
+
+    Attributes:
+        left: Whether nobody reads it any more.
+    """
+
+    left = False
+
+
+reader = _Reader()
 
 
 class Logged:
@@ -99,5 +132,9 @@ class Logged:
     def last_lines(self) -> bytes:
         """The last lines that the process has printed."""
         with self._path.open("rb") as file:
-            file.seek(max(0, self._path.stat().st_size - _LONGEST))
+            file.seek(max(0, self._path.stat().st_size - _BLOCK))
             return b"".join(file.read().splitlines(keepends=True)[-_KEPT:])
+
+    def first_match(self, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
+        """The first match of a pattern in what the process has printed."""
+        return pattern.search(self._path.read_bytes())

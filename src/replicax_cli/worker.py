@@ -7,7 +7,11 @@ import, and the program may set them before it imports JAX.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
+import io
 import os
+import signal
 import sys
 import time
 from importlib.util import module_from_spec, spec_from_file_location
@@ -16,32 +20,69 @@ from typing import Any
 
 
 def run(arguments: list[str]) -> None:
-    """Runs ``-m MODULE …`` or ``SCRIPT …``, and ends this process at once if its status is not 0.
+    """Runs ``-m MODULE …`` or ``SCRIPT …``, and notes when it fails.
 
-    JAX makes a process that ends wait for the others. They may in turn wait for this one, until JAX's timeout.
+    If it fails and is connected to other processes, this process ends at once: JAX would make it wait for the others,
+    which may wait for this one.
     """
+    _end_with_the_launcher()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what a killed process printed is seen
     try:
         _program().run(arguments, __file__)
-    except SystemExit as error:
-        status = error.code
-        if not isinstance(status, int | None):
-            print(status, file=sys.stderr)
-        if status:
-            _leave(status if isinstance(status, int) else 1)
     except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-        _leave(130 if isinstance(error, KeyboardInterrupt) else 1)
+        status = _status(error)
+        if status:
+            _note_the_time()
+        if not status or not _is_connected():
+            raise
+        if not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)
+        elif not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
+        _flush_files()
+        os._exit(status)
 
 
-def _leave(status: int) -> None:
-    """Ends this process, and records when: of several that end, the launcher reports the first."""
+def _end_with_the_launcher() -> None:
+    """Has Linux kill this process when the launcher dies, in case that the guard of the launcher is dead, too."""
+    parent = os.environ.get("REPLICAX_PARENT")
+    if sys.platform == "linux" and parent == str(os.getppid()):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if parent != str(os.getppid()):
+            os._exit(1)
+
+
+def _status(error: BaseException) -> int:
+    """The exit status with which Python ends after an exception."""
+    if not isinstance(error, SystemExit):
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    if error.code is None:
+        return 0
+    if not isinstance(error.code, int):
+        return 1
+    return (error.code if abs(error.code) < 1 << 31 else -1) & 0xFF
+
+
+def _note_the_time() -> None:
+    """Records when the program ended: of several that fail, the launcher reports the first."""
     if "REPLICAX_RUN" in os.environ:
         Path(os.environ["REPLICAX_RUN"]).with_suffix(".left").write_text(str(time.monotonic()))
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more
-            stream.flush()
-    os._exit(status & 0xFF)
+
+
+def _is_connected() -> bool:
+    jax: Any = sys.modules.get("jax")
+    try:
+        return bool(jax and jax.distributed.is_initialized())
+    except AttributeError:  # JAX is not imported completely
+        return False
+
+
+def _flush_files() -> None:
+    """Writes what is still in the buffers of open files."""
+    for thing in gc.get_objects():
+        if isinstance(thing, io.TextIOWrapper | io.BufferedWriter | io.BufferedRandom):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+                thing.flush()
 
 
 def _program() -> Any:

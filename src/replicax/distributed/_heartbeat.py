@@ -20,6 +20,9 @@ NO_STEP = 124
 #: Seconds between two looks at the time.
 _PAUSE = 0.5
 
+#: Seconds by which a look may be late; after more, this process did not run.
+_FROZEN = 1.0
+
 #: What ``replicax launch`` reads: the time until which the next step must come, and the last step.
 _BEAT = struct.Struct("dq")
 
@@ -57,8 +60,13 @@ class _Watchdog:
             os.pwrite(self._file, _BEAT.pack(self.deadline, self.step), 0)
 
     def _watch(self) -> None:
-        while (left := self.deadline - time.monotonic()) > 0:
+        woke = time.monotonic()
+        while (left := self.deadline - woke) > 0:
             time.sleep(min(left, _PAUSE))
+            woke, before = time.monotonic(), woke
+            if woke - before > _PAUSE + _FROZEN:  # the process was frozen, for example with its container
+                self.deadline += woke - before
+                self._write()
         print(
             f"replicax: no step for {self._waits:g} seconds after step {self.step}. This process ends with status "
             f"{NO_STEP}. Its threads are here:",
@@ -98,6 +106,8 @@ def heartbeat(step: int | None, *, timeout: float | None = None) -> None:
             watchdog.stop()
         return
     number = as_int("step", step)
+    if not -(1 << 63) <= number < 1 << 63:
+        raise OptionTypeError(f"heartbeat: step is the number of a step, got {number}.")
     seconds = float(os.environ.get("REPLICAX_HEARTBEAT", 60)) if timeout is None else timeout
     if not isinstance(seconds, int | float) or not seconds > 0:
         raise OptionTypeError(f"heartbeat: timeout is the number of seconds until the next step, got {timeout!r}.")
