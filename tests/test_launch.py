@@ -360,3 +360,89 @@ def test_within_another_launcher_it_runs_one_process(tmp_path, engine):
 def test_within_one_task_of_slurm_it_starts_processes(script):
     env = environment(**ALLOCATIONS["srun"] | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"})
     assert launch("-n", 2, script("print('up') if me else None"), env=env) == (0, "[1] up")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Less common ways to end, and to print
+
+
+def test_a_process_that_is_stopped_before_its_first_step(script):
+    path = script("if me: os.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(60)")
+    status, text = launch("-n", 2, "--heartbeat", 1, path, timeout=20)
+    assert status == 124
+    assert "process 1 failed: stopped by SIGSTOP" in text
+
+
+@pytest.mark.long
+def test_a_launcher_that_was_frozen_with_its_processes_ends_none(script):
+    text = (
+        "import replicax\nfor k in range(8):\n    replicax.distributed.heartbeat(k)\n    print(k)\n    time.sleep(0.3)"
+    )
+    running = Launch("--heartbeat", 2, script(text))
+    running.when("[0] 1")
+    (process,) = running.processes(0)
+    for each in (running.process.pid, process):
+        os.kill(each, signal.SIGSTOP)
+    time.sleep(5)
+    for each in (process, running.process.pid):
+        os.kill(each, signal.SIGCONT)
+    assert running.wait(20) == 0, running.text
+
+
+CONNECTED = "import replicax\nreplicax.distributed.initialize()\n"
+
+
+@pytest.mark.parametrize("first", ["", pytest.param(CONNECTED, marks=pytest.mark.long)], ids=["alone", "connected"])
+@pytest.mark.parametrize("end", ["raise ValueError", "sys.exit(3)"])
+def test_files_that_are_open_keep_what_was_written(script, tmp_path, first, end):
+    path = script(f"{first}file = open({str(tmp_path / 'rows.csv')!r}, 'w')\nfile.write('row 1\\n')\n{end}")
+    assert launch(path)[0] == (1 if "raise" in end else 3)
+    assert (tmp_path / "rows.csv").read_text() == "row 1\n"
+
+
+def test_a_program_that_is_not_connected_ends_as_under_python(script):
+    path = script("import atexit\natexit.register(print, 'at exit')\nraise ValueError")
+    assert "[0] at exit" in launch(path)[1]
+
+
+def test_progress_bars_are_passed_on_at_once(script):
+    command = [sys.executable, "-m", "replicax_cli", "launch"]
+    path = script("for k in range(3): print(k, end='\\r', flush=True)\nprint('done\\r\\nend')")
+    done = subprocess.run([*command, path], capture_output=True, env=environment(), timeout=30, check=True)
+    assert done.stdout == b"[0] 0\r[0] 1\r[0] 2\r[0] done\r\n[0] end\n"
+
+
+@pytest.mark.long
+def test_a_reader_that_has_left_gets_no_restart(script):
+    command = f"{sys.executable} -m replicax_cli launch --max-restarts 3 {script('while True: print(1)')} | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, timeout=60, env=environment(), check=False)
+    assert b"restart" not in done.stderr
+
+
+def test_folders_and_pipes_that_cannot_be_used(script, tmp_path):
+    (tmp_path / "file").touch()
+    status, text = launch("--log-dir", tmp_path / "file", script("print('up')"))
+    assert (status, text) == (2, f"replicax launch: --log-dir {tmp_path / 'file'} cannot be created: File exists")
+    status, text = launch("/dev/stdin")
+    assert (status, text) == (
+        2, "replicax launch: '/dev/stdin' is not a file, and several processes cannot read the same pipe",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("srun: error: node7: task 1: Exited with exit code 7\nsrun: error: node6: task 0: Terminated", 7),
+        ("srun: error: node7: tasks 2-3: Killed\nsrun: error: node6: task 0: Exited with exit code 1", 137),
+        ("srun: error: node7: task 1: Segmentation fault (core dumped)", 139),
+    ],
+)
+def test_the_status_of_a_slurm_job_is_that_of_the_task_that_failed_first(tmp_path, said, status):
+    srun = tmp_path / "srun"
+    srun.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{said}\nEND\nexit 143\n")
+    srun.chmod(0o755)
+    (tmp_path / "program.py").touch()
+    env = environment(SLURM_JOB_ID="7", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    found, text = launch(tmp_path / "program.py", env=env)
+    assert found == status
+    assert "srun failed: task" in text

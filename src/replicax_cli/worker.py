@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> None:
             sys.excepthook(type(error), error, error.__traceback__)
         elif not isinstance(error.code, int):
             print(error.code, file=sys.stderr)
-        _flush_files()
+        flush_files()
         os._exit(status)
 
 
@@ -77,7 +77,7 @@ def _is_connected() -> bool:
         return False
 
 
-def _flush_files() -> None:
+def flush_files() -> None:
     """Writes what is still in the buffers of open files."""
     for thing in gc.get_objects():
         if isinstance(thing, io.TextIOWrapper | io.BufferedWriter | io.BufferedRandom):

@@ -16,6 +16,7 @@ import jax
 from replicax import _jax
 from replicax._runtime.agreement import Settings
 from replicax.errors import ProcessesError
+from replicax_cli.worker import flush_files
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,5 @@ def _leave_with_own_status() -> None:
 
 
 def _end(status: int) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    flush_files()
     os._exit(status & 0xFF)
