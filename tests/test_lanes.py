@@ -103,7 +103,7 @@ def test_values_are_those_of_vmap(name, n, d, lanes):
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("lanes", LANES)
-@pytest.mark.parametrize(("n", "d"), LAYOUTS)
+@pytest.mark.parametrize(("n", "d"), LAYOUTS[1:4])
 @pytest.mark.parametrize("name", ["training", "normalized", "neighbours", "in_a_loop"])
 def test_derivatives_from_outside(name, n, d, lanes):
     program, w, x = PROGRAMS[name], rows(5, 3), rows(n, 4, 5)
@@ -118,9 +118,9 @@ def test_derivatives_from_outside(name, n, d, lanes):
 
 
 @pytest.mark.few(4)
-@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("lanes", LANES[::2])
 @pytest.mark.parametrize("control", [name for name in CONTROL if name != "top"])
-@pytest.mark.parametrize("collective", ["psum", "pmean", "all_gather", "axis_index"])
+@pytest.mark.parametrize("collective", ["psum", "all_gather", "axis_index"])
 def test_collectives_in_control_flow(collective, control, lanes):
     f = COLLECTIVES[collective]
     if collective == "all_gather":
