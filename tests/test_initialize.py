@@ -1,6 +1,7 @@
 """``replicax.distributed``: how processes find each other, how they end, and which rows they load."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import replicax
-from replicax.errors import MappedSizeError, NotAnArrayError, ProcessesError
+from replicax.errors import MappedSizeError, NotAnArrayError, OptionTypeError, ProcessesError
 
 HEAD = """
 import sys, time
@@ -276,3 +277,36 @@ def test_rows_are_padded_with_the_last():
 def test_rows_that_cannot_be_padded(tree, kind, text):
     with pytest.raises(kind, match=text):
         replicax.distributed.pad_rows(tree, 4)
+
+
+@pytest.mark.parametrize(
+    ("step", "timeout", "says"),
+    [
+        (1.5, None, "step must be an int, got 1.5"),
+        ("one", None, "step must be an int, got 'one'"),
+        (1 << 70, None, "step is the number of a step, got 1180591620717411303424"),
+        (1, 0, "timeout is the number of seconds until the next step, got 0"),
+        (1, "soon", "timeout is the number of seconds until the next step, got 'soon'"),
+    ],
+)
+def test_wrong_heartbeats(step, timeout, says):
+    with pytest.raises(OptionTypeError, match=re.escape(says)):
+        replicax.distributed.heartbeat(step, timeout=timeout)
+
+
+def launched(index, number):
+    """Two processes of different attempts, at the same port."""
+    return {
+        "REPLICAX_COORDINATOR": f"127.0.0.1:{number}",
+        "REPLICAX_PROCESSES": "2",
+        "REPLICAX_PROCESS": str(index),
+        "REPLICAX_ATTEMPT": f"attempt-{index}",
+    }
+
+
+@pytest.mark.long
+def test_a_process_of_another_attempt_is_refused():
+    _, (status, _, err) = ended(start(HEAD + "time.sleep(3)", launched))
+    assert status == 1
+    assert "Process 1 belongs to attempt attempt-1, but the coordinator at 127.0.0.1:" in err
+    assert "belongs to attempt attempt-0: an earlier run still uses that port" in err

@@ -110,8 +110,8 @@ def initialize(
             f"Process {found.index} cannot connect to the coordinator at {found.address} ({found.count} processes, "
             f"found by {found.by}): {error}"
         ) from error
-    _check_attempt(found)
     _leave_with_own_status()
+    _check_attempt(found)
 
 
 def _check_attempt(found: _Found) -> None:
