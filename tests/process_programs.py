@@ -339,6 +339,11 @@ def closing_over_another_array():
     return raised(lambda: pmap(lambda x: x + mine, AXIS)(np.ones((2, 3), np.float32)))
 
 
+def with_other_lanes():
+    lanes = ["vectorized", "sequential"][jax.process_index()]
+    return raised(lambda: pmap(lambda x: 2 * x, AXIS, lanes=lanes)(np.ones((4, 3), np.float32)))
+
+
 def that_depends_on_the_process():
     return raised(lambda: pmap(lambda x: x * 2 if jax.process_index() else x + 1, AXIS)(np.ones((2, 3), np.float32)))
 

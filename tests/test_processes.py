@@ -207,6 +207,7 @@ BOTH = {
     ],
     "of_another_type": ["process 0: add(x: float32[3] ", "process 1: add(x: float32[4] "],
     "closing_over_another_array": ["not the same program", "the values of closed-over arrays: process 0 has "],
+    "with_other_lanes": ["not the same program", "lanes: process 0 has "],
     "that_depends_on_the_process": ["not the same program", "the traced program: process 0 has "],
     "of_another_setting": ["different settings of JAX", "process 0: jax_enable_x64 is False", "jax_enable_x64 is True"],
     "with_another_unmapped_argument": ["different values of arguments with in_axes=None", "process 0: {'y': '"],

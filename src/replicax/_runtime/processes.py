@@ -302,4 +302,5 @@ def _digests(spec: ProgramSpec) -> dict[str, str]:
         "the traced program": agreement.digest(spec.replica.jaxpr),
         "the values of closed-over arrays": agreement.digest(*filter(_has_value, spec.replica.consts)),
         "in_axes, out_axes or donated arguments": agreement.digest(options),
+        "lanes": agreement.digest(spec.lanes),
     }
