@@ -17,15 +17,15 @@ SOURCE = pathlib.Path(replicax.__file__).parent
 
 PUBLIC = {
     "MappedFunction", "fetch", "local_replicas", "pmap", "replicate", "shard", "show_replicas", "simulate_devices",
-    "to_global", "to_local", "unreplicate",
+    "to_global", "to_local", "tune", "unreplicate",
 }  # fmt: skip
 
 MODULES = {"compat", "distributed", "errors", "testing"}
 
 #: The layers from the top down, as folders and modules. A module imports only from its own layer or a lower one.
 ROOMS = [
-    "compat", "testing", "distributed", "_report", "_arrays", "_global_arrays", "_devices", "_pmap", "_runtime",
-    "_engine", "_engine.primitives", "_layout", "_jax", "_messages", "_typing", "_version", "errors",
+    "compat", "testing", "distributed", "_report", "_tune", "_arrays", "_global_arrays", "_devices", "_pmap",
+    "_runtime", "_engine", "_engine.primitives", "_layout", "_jax", "_messages", "_typing", "_version", "errors",
 ]  # fmt: skip
 
 #: The layers that may import non-public JAX.

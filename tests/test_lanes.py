@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,13 @@ from jax import lax
 
 import replicax
 from programs import COLLECTIVES, CONTROL
-from replicax.errors import NestedMapError, OptionTypeError, ReplicaxError
+from replicax.errors import (
+    NestedMapError,
+    NotAFunctionError,
+    OptionTypeError,
+    ReplicaxError,
+    UnsupportedTransformationError,
+)
 from replicax.testing import processes
 
 LANES = ("sequential", 2, 3)
@@ -279,3 +286,44 @@ def test_lanes_of_an_inner_map():
     ):
         replicax.pmap(inner)(rows(4, 3))
     assert issubclass(NestedMapError, ReplicaxError)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def test_tune_finds_that_one_replica_in_many_does_all_the_work():
+    def program(x):
+        work = lambda x: lax.fori_loop(0, 300, lambda _, a: jnp.sin(a @ a), x)
+        return lax.cond(x[0, 0] > 1, work, lambda x: x, x)
+
+    x = np.zeros((64, 32, 32), np.float32)
+    x[5] = 2
+    lanes = replicax.tune(replicax.pmap(program, devices=jax.devices()[:2], donate_argnums=0), x, seconds=0.1)
+    assert lanes == "sequential"
+    assert_same(replicax.pmap(program, lanes=lanes)(x), jax.vmap(program)(x), 1e-3)
+
+
+def test_tune_has_nothing_to_choose_with_one_replica_a_device():
+    assert replicax.tune(replicax.pmap(jnp.sin), rows(8), seconds=0.01) == "vectorized"
+
+
+@pytest.mark.long
+def test_tune_over_processes():
+    with processes(2, devices=1) as both:
+        first, second = both.run(tuned)
+    assert first == second
+
+
+def tuned():
+    return replicax.tune(replicax.pmap(lambda x: x - lax.psum(x, "i"), "i"), np.ones((4, 3), np.float32), seconds=0.1)
+
+
+def test_wrong_calls_of_tune():
+    unmapped: Any = lambda x: x
+    with pytest.raises(NotAFunctionError, match=r"tune needs the callable that replicax\.pmap returns, got <function"):
+        replicax.tune(unmapped, rows(4))
+    with pytest.raises(OptionTypeError, match="tune: seconds is how long to measure, got -1"):
+        replicax.tune(replicax.pmap(jnp.sin), rows(4), seconds=-1)
+    with pytest.raises(UnsupportedTransformationError, match="tune measures calls, and cannot be called inside jit"):
+        jax.jit(lambda x: replicax.tune(replicax.pmap(jnp.sin), x))(rows(4))

@@ -15,6 +15,7 @@ from replicax._global_arrays import to_local as to_local
 from replicax._pmap import MappedFunction as MappedFunction
 from replicax._pmap import pmap as pmap
 from replicax._report import show_replicas as show_replicas
+from replicax._tune import tune as tune
 from replicax._version import __version__ as __version__
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "testing",
     "to_global",
     "to_local",
+    "tune",
     "unreplicate",
 ]
 
