@@ -4,7 +4,7 @@
 #   make demo     installs what it needs and does the main job on real data
 #   make test     a few cases of each kind of test (about four minutes on two idle cores)
 #   make test-all the whole test suite
-#   make test-long what test-all runs and test does not
+#   make test-long what test-all runs and test does not (PART=1/2: of large tables every other case; PART=2/2: the rest)
 #   make check    linter, formatter, strict types, and the workflow files against their schema
 #   make sweep    the whole table of replicas x devices x collectives x types x control flow (long)
 #   make table    the table collective x context, run and printed
@@ -36,6 +36,7 @@ SEED ?=
 PROCESSES ?=
 DEVICES ?=
 LANES ?=
+PART ?=
 WHEEL ?=
 LOCKED ?=
 COVERAGE ?=
@@ -67,7 +68,7 @@ test-all: $(STAMP)
 	$(PYTEST) -m "long or not long"
 
 test-long: $(STAMP)
-	$(PYTEST) -m long
+	$(PYTEST) -m long $(if $(PART),--part $(PART))
 
 sweep: $(STAMP)
 	REPLICAX_SWEEP=full $(BIN)/python -m pytest $(PYTEST_ARGS) -m "long or not long" tests/test_sweep.py tests/test_transforms.py tests/test_placement.py

@@ -21,9 +21,16 @@ def pytest_report_header():
     return f"replicax {replicax.__version__}: {replicax.__path__[0]}"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--part", default="1/1", help="the part of the long cases of tables to run, such as 1/2")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items, config):
-    """Marks as long all cases of a test but those that ``few`` keeps: ``make test`` skips them."""
+    """Marks as long all cases of a test but those that ``few`` keeps: ``make test`` skips them.
+
+    With ``--part``, drops the long cases of tables that are in the other parts.
+    """
     whole = not any("::" in arg for arg in config.args)
     for _, group in itertools.groupby(items, lambda item: (item.parent, getattr(item, "originalname", item.name))):
         cases = [item for item in group if item.get_closest_marker("long") is None]
@@ -34,6 +41,19 @@ def pytest_collection_modifyitems(items, config):
             for item in cases:
                 if item.callspec.id not in kept(few, ids):
                     item.add_marker("long")
+    part, parts = map(int, config.getoption("part").split("/"))
+    dropped = set()
+    for _, group in itertools.groupby(items, lambda item: (item.parent, getattr(item, "originalname", item.name))):
+        cases = [item for item in group if item.get_closest_marker("long") is not None]
+        if len(cases) >= TABLE:
+            dropped |= {item for k, item in enumerate(cases) if k % parts != part - 1}
+    if dropped:
+        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+        items[:] = [item for item in items if item not in dropped]
+
+
+#: A test with so many long cases is a table, of which ``--part`` runs a part.
+TABLE = 4
 
 
 def named(few):
