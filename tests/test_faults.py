@@ -13,7 +13,11 @@ import faults
 from faults import EVERY, HEARTBEAT, STEPS, measure, steps_of, train
 from launching import EXAMPLE, environment
 
-pytestmark = [pytest.mark.long, pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.xdist_group("timed"),  # one after the other: each starts several processes, and has limits in seconds
+    pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc"),
+]
 
 #: Seconds from a fault to the first new step, with a heartbeat of 10 seconds.
 RECOVERY = 30.0
