@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launching import environment, with_variable
+from launching import EXAMPLE, environment, with_variable
 
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("timed")]
 
@@ -191,3 +191,23 @@ def test_the_address_of_a_ray_client_is_refused(tmp_path):
     status, err = refused(tmp_path, RAY_ADDRESS="ray://127.0.0.1:10001")
     assert status == 2
     assert "RAY_ADDRESS is a Ray client's. Run the launcher on the cluster, by ray job submit." in err
+
+
+def test_the_example_goes_on_after_a_kill(cluster, tmp_path):
+    """The losses of steps that ran again are those of the first time."""
+    words = [sys.executable, "-m", "replicax_cli", "launch", "--engine", "ray", "-n", "2", "--max-restarts", "1"]
+    words += [str(EXAMPLE), "--steps", "14", "--checkpoints", str(tmp_path)]
+    lines = []
+    with subprocess.Popen([*ALONE, *words], env=cluster, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            lines.append(line)
+            if "step 8 " in line and sum("step 8 " in each for each in lines) == 1:
+                second = {*with_variable("REPLICAX_PROCESS=1")} & {*with_variable(f"MARK={cluster['MARK']}")}
+                os.kill(next(process for process in second if "worker.py" in name_of(process)), signal.SIGKILL)
+    assert running.returncode == 0
+    found = [line.split() for line in lines if "] step " in line]
+    losses = [(int(words[2]), float(words[4])) for words in found]
+    assert {step for step, _ in losses} == set(range(1, 15))
+    assert len(losses) > 14
+    assert all(abs(a - b) < 1e-5 for step, a in losses for other, b in losses if step == other)
