@@ -257,6 +257,18 @@ class Gang:
 
 @dataclass
 class _Running:
+    """An attempt that runs.
+
+    Attributes:
+        gang: What was started.
+        signals: The signals that the launcher gets.
+        processes: The processes.
+        failed: Those that failed, the first first.
+        ended_by: The signal that the launcher got.
+        term_at: When the processes get SIGTERM, after one has failed.
+        kill_at: When the processes are killed.
+    """
+
     gang: Gang
     signals: Signals
     processes: list[Process] = field(default_factory=list)
@@ -276,8 +288,8 @@ class _Running:
             self._see_who_ended()
             now = time.monotonic()
             if now < woke + _FROZEN:  # else all processes may have been frozen, and may not have gone on yet
-                self._see_who_makes_no_step()
-                self._see_who_is_stopped()
+                _kill_late(self._alive())
+                _kill_stopped_for(self._alive(), self.gang.patience)
             woke = now
             if now >= self.term_at:
                 self.term_at = float("inf")
@@ -342,23 +354,6 @@ class _Running:
             process.status = process.popen.wait()
         return stopped
 
-    def _see_who_makes_no_step(self) -> None:
-        late = [p for p in self._alive() if time.monotonic() > p.beat()[0] + LATE]
-        for process in late:
-            process.no_step = True
-            process.popen.kill()
-
-    def _see_who_is_stopped(self) -> None:
-        now = time.monotonic()
-        for process in self._alive():
-            if not process.is_stopped():
-                process.stopped_since = None
-            elif process.stopped_since is None:
-                process.stopped_since = now
-            elif now > process.stopped_since + self.gang.patience:
-                process.stopped = True
-                process.popen.kill()
-
     def _pass_on(self, number: signal.Signals) -> None:
         if number not in ENDING:
             self._send(number)
@@ -385,6 +380,27 @@ class _Running:
             if self.ended_by is not None and self.kill_at > 0:
                 who = self.gang.who(process.index)
                 say(f"{who} has not ended {self.gang.grace:g} s after {self.ended_by.name}: killed")
+
+
+def _kill_late(processes: Sequence[Process]) -> None:
+    """Kills the processes that miss their heartbeat, and do not end themselves."""
+    for process in processes:
+        if time.monotonic() > process.beat()[0] + LATE:
+            process.no_step = True
+            process.popen.kill()
+
+
+def _kill_stopped_for(processes: Sequence[Process], patience: float) -> None:
+    """Kills the processes that have been stopped for ``patience`` seconds."""
+    now = time.monotonic()
+    for process in processes:
+        if not process.is_stopped():
+            process.stopped_since = None
+        elif process.stopped_since is None:
+            process.stopped_since = now
+        elif now > process.stopped_since + patience:
+            process.stopped = True
+            process.popen.kill()
 
 
 def _reap_strangers(processes: Sequence[Process]) -> None:

@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> None:
     _end_with_the_launcher()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what a killed process printed is seen
     try:
-        _program().run(arguments, __file__)
+        _module("_replicax_program", Path(__file__).with_name("program.py")).run(arguments, __file__)
     except BaseException as error:
         status = _status(error)
         if status:
@@ -85,17 +85,14 @@ def flush_files() -> None:
                 thing.flush()
 
 
-def _program() -> Any:
-    """The module ``program`` of this folder, under a name that does not hide a module of the program."""
-    spec: Any = spec_from_file_location("_replicax_program", Path(__file__).with_name("program.py"))
-    module = sys.modules[spec.name] = module_from_spec(spec)
+def _module(name: str, path: Path) -> Any:
+    """A module from a file, under a name that does not hide a module of the program."""
+    spec: Any = spec_from_file_location(name, path)
+    module = sys.modules[name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 if __name__ == "__main__":
     # The program resets the namespace of __main__, so the code of this file must run in another module.
-    own: Any = spec_from_file_location("_replicax_worker", __file__)
-    worker = sys.modules[own.name] = module_from_spec(own)
-    own.loader.exec_module(worker)
-    worker.run(sys.argv[1:])
+    _module("_replicax_worker", Path(__file__)).run(sys.argv[1:])

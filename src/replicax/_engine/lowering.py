@@ -23,7 +23,7 @@ from replicax._engine.segments import VECTORIZED, Cutter, LanePlan, Lanes, Lanes
 from replicax._engine.spec import Inputs, ProgramSpec
 from replicax._engine.varying import NOWHERE, Varying
 from replicax._layout.axes import match_out_axes
-from replicax._layout.layout import Layout, Splits
+from replicax._layout.layout import Layout, LogicalAxis, Splits
 from replicax._typing import Array, ArrayLike, Axes, DType, Function
 from replicax.errors import UnsupportedDtypeError
 
@@ -118,21 +118,30 @@ class _Body:
         axis = rewriter.scope.axes[-1]
 
         def one_replica(*args: Array) -> tuple[Array, ...]:
-            consts = list(self.replica.consts)
-            for k, value in zip(self.passed, args[len(self.varying) :], strict=True):
-                consts[k] = value
+            consts = self._consts(args)
             own = [x if where else without_folding(x) for x, where in zip(args, self.varying, strict=False)]
             parts = list(map(as_shard, own, self.in_places))
             results = rewriter.run_on_shards(self.replica.jaxpr, consts, parts, self.varying)
             kept = [
                 y.only(s) if isinstance(y, DeviceShard) else y for y, s in zip(results, self.out_places, strict=True)
             ]
-            return tuple(
-                one_value(axis, y, by_replica=self.by_replica) if a is None else y
-                for y, a in zip(kept, self.out_axes, strict=True)
-            )
+            return self._results(axis, kept)
 
         return one_replica
+
+    def _consts(self, args: Sequence[Array]) -> list[ArrayLike]:
+        """The closed-over arrays, those that are passed taken from the end of the arguments."""
+        consts = list(self.replica.consts)
+        for k, value in zip(self.passed, args[len(self.varying) :], strict=True):
+            consts[k] = value
+        return consts
+
+    def _results(self, axis: LogicalAxis, values: Sequence[ArrayLike]) -> tuple[ArrayLike, ...]:
+        """The results of a lane: one value for all lanes where ``out_axes`` is None."""
+        return tuple(
+            one_value(axis, y, by_replica=self.by_replica) if a is None else y
+            for y, a in zip(values, self.out_axes, strict=True)
+        )
 
     def one_device(self, rewriter: Rewriter, in_axes: Axes, lanes: Lanes) -> tuple[OneReplica, LanePlan]:
         """Returns the program of all lanes of a device, and how they run.
@@ -154,22 +163,13 @@ class _Body:
         cut = cutter.cut(jaxpr, [a is not None for a in in_axes[: len(self.varying)]])
         lanes = LanesInSegments(cut, axis, chunk, functools.partial(rewriter.equation, jaxpr, self.varying))
 
-        def one_lane(*results: Array) -> tuple[ArrayLike, ...]:
-            return tuple(
-                one_value(axis, y, by_replica=self.by_replica) if a is None else y
-                for y, a in zip(results, self.out_axes, strict=True)
-            )
-
         stacked = [0 if lanes.is_stacked(atom) else None for atom in jaxpr.outvars]
-        finish = over_lanes(one_lane, axis, stacked, self.out_axes)
+        finish = over_lanes(lambda *values: self._results(axis, values), axis, stacked, self.out_axes)
 
         def one_device(*blocks: Array) -> Sequence[Array]:
             rows = [x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(blocks, in_axes, strict=True)]
-            consts = list(self.replica.consts)
-            for k, value in zip(self.passed, rows[len(self.varying) :], strict=True):
-                consts[k] = value
             args = [x if where else without_folding(x) for x, where in zip(rows, self.varying, strict=False)]
-            return finish(*map(jnp.asarray, lanes.run(jaxpr, consts, args)))
+            return finish(*map(jnp.asarray, lanes.run(jaxpr, self._consts(rows), args)))
 
         return one_device, cutter.plan(cut, chunk)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import os
-import struct
 import sys
 import threading
 import time
@@ -13,18 +12,13 @@ from pathlib import Path
 
 from replicax._messages import as_int
 from replicax.errors import OptionTypeError
-
-#: The exit status of a process that makes no step, as that of ``timeout`` in coreutils.
-NO_STEP = 124
+from replicax_cli.gang import BEAT, NO_STEP
 
 #: Seconds between two looks at the time.
 _PAUSE = 0.5
 
 #: Seconds by which a look may be late; after more, this process did not run.
 _FROZEN = 1.0
-
-#: What ``replicax launch`` reads: the time until which the next step must come, and the last step.
-_BEAT = struct.Struct("dq")
 
 
 class _Watchdog:
@@ -57,7 +51,7 @@ class _Watchdog:
 
     def _write(self) -> None:
         if self._file is not None:
-            os.pwrite(self._file, _BEAT.pack(self.deadline, self.step), 0)
+            os.pwrite(self._file, BEAT.pack(self.deadline, self.step), 0)
 
     def _watch(self) -> None:
         woke = time.monotonic()
