@@ -341,6 +341,8 @@ class _Running:
             failed = [*self._kill_stopped(), *failed]
         self.failed += failed
         if failed and self.ended_by is None and self.kill_at == float("inf"):
+            if self.gang.starter:  # it has said which process failed, and that is still being read
+                failed[0].output.finish(_AFTER_A_FAILURE)
             say(f"{self.gang.who(failed[0].index)} failed: {self._failure(failed[0]).text}")
             self.term_at = time.monotonic() + _AFTER_A_FAILURE
             self.kill_at = self.term_at + min(_AFTER_TERM, self.gang.grace)
