@@ -20,7 +20,7 @@ from rich.table import Table
 import conftest  # noqa: F401  simulates devices, before JAX starts
 from fuzz_programs import Program
 from fuzz_statements import COLLECTIVES
-from fuzzing import Campaign
+from fuzzing import LANES, Campaign
 
 SECONDS_FOR_ONE = 300  # a program that takes longer counts as hanging
 ROUND = 100  # examples from one seed
@@ -169,6 +169,13 @@ def report(console: Console, counts: Counter[tuple[str, str]], failures: list[st
     for kind, title in titles.items():
         rows = {what: [n] for (k, what), n in sorted(counts.items()) if k == kind}
         console.print(table(title, ["programs"], rows))
+    at_cuts, uncut = counts["lanes", "collectives at a cut"], counts["lanes", "collectives in what cannot be cut"]
+    if at_cuts + uncut:
+        console.print(
+            f"lanes={LANES}: {counts['lanes', 'programs in segments']} programs in segments; of their "
+            f"{at_cuts + uncut} collectives {100 * at_cuts / (at_cuts + uncut):.0f} % are at a cut, the others inside "
+            f"of loops and branches"
+        )
     for (kind, why), number in sorted(counts.items()):
         if kind == "refused":
             console.print(f"refused {number} ×: {why}", markup=False, highlight=False)

@@ -33,7 +33,7 @@ RTOL = 1e-3
 NOT_IN_PMAP = {"pbroadcast", "ragged_all_to_all"}
 
 #: How a device runs its replicas: ``make fuzz LANES=sequential`` sets it for the worker processes, too.
-LANES: Any = os.environ.get("REPLICAX_FUZZ_LANES", "vectorized")
+LANES: Any = os.environ.get("REPLICAX_FUZZ_LANES", "auto")
 LANES = int(LANES) if LANES.isdecimal() else LANES
 
 
@@ -43,12 +43,18 @@ class WrongError(AssertionError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The oracles with which a program was compared; None if no oracle can run it."""
+    """The oracles with which a program was compared; None if no oracle can run it.
+
+    If a device does not run all lanes at once, the program is cut at some collectives, and others are inside of what
+    cannot be cut.
+    """
 
     values: str | None
     derivatives: str | None = None
     beside_pmap: bool = False
     refusal: str | None = None
+    at_cuts: int = 0
+    uncut: int = 0
 
 
 class Trial:
@@ -90,6 +96,12 @@ class Trial:
 
     def derivatives(self, by: str) -> Any:
         return gradient(self.mapped(by), self.args, self.kwargs, self.wrapper(by))
+
+    def collectives(self) -> tuple[int, int]:
+        """The number of collectives at which the program is cut, and inside of equations that cannot be cut."""
+        mapped: Any = self.mapped("replicax")
+        plan = mapped.trace(*self.args, **self.kwargs).lanes
+        return (plan.cut, plan.inside) if plan.at_once < plan.lanes else (0, 0)
 
     def runs_in_pmap(self) -> bool:
         """Whether ``jax.pmap`` can run the program without a hang."""
@@ -133,6 +145,7 @@ def examine(program: Program) -> Verdict:
     if by is None:
         return Verdict(None, refusal=f"only by the oracles: {refusal}")
     _agree(trial, by, False, ours, right)
+    at_cuts, uncut = trial.collectives()
     beside_pmap = program.beside_pmap and trial.runs_in_pmap()
     if beside_pmap:
         theirs, name, _ = first(trial.values, ["jax.pmap"])
@@ -144,13 +157,13 @@ def examine(program: Program) -> Verdict:
         others = ["lockstep"] if derived_by == "vmap" and "a rule of the user's" not in program.facts else []
         right, derived_by, refusal = first(trial.derivatives, [derived_by, *others])
         if derived_by is None:
-            return Verdict(by, None, beside_pmap, f"derivative: {refusal}")
+            return Verdict(by, None, beside_pmap, f"derivative: {refusal}", at_cuts, uncut)
         try:
             ours = trial.derivatives("replicax")
         except Exception as error:
             raise WrongError(_report(program, derived_by, True, f"replicax raises {_name(error)}")) from error
         _agree(trial, derived_by, True, ours, right)
-    return Verdict(by, derived_by, beside_pmap)
+    return Verdict(by, derived_by, beside_pmap, None, at_cuts, uncut)
 
 
 def first(compute: Callable[[str], Any], oracles: Sequence[str]) -> tuple[Any, str | None, str | None]:
@@ -351,3 +364,6 @@ class Campaign:
         if verdict.refusal:
             seen.append(("refused", verdict.refusal))
         self.counts.update(seen)
+        self.counts["lanes", "programs in segments"] += verdict.at_cuts + verdict.uncut > 0
+        self.counts["lanes", "collectives at a cut"] += verdict.at_cuts
+        self.counts["lanes", "collectives in what cannot be cut"] += verdict.uncut

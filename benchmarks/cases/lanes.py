@@ -15,11 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import replicax
 from lane_workloads import AXIS, Arguments, Program, chains, convolutions, dense, ensemble, escape_time
-from measure import HAND, Absent, Case, Way, over
+from measure import HAND, Absent, Case, Limit, Way, over
 
-OWN_WORK = "lanes: one after the other, at most 1.10 × a loop by hand, where replicas differ in work"
-GRADIENTS = "lanes: one after the other, at most 1.10 × gradient accumulation by hand"
+OWN_WORK = "lanes, where replicas differ in work: the default at most 1.10 × the fastest way"
+GRADIENTS = "lanes, sums of gradients: the default at most 1.10 × the fastest way"
 
+DEFAULT = "the default"
+TUNED = "as tune says"
 ONE_BY_ONE = 'lanes="sequential"'
 SOME = "lanes=16"
 AT_ONCE = 'lanes="vectorized"'
@@ -47,7 +49,7 @@ def cases(quick: bool) -> list[Case]:
             OWN_WORK,
             devices,
             partial(_apart, workload, replicas),
-            (over(ONE_BY_ONE, HAND, most=1.10), over(ONE_BY_ONE, AT_ONCE, most=None)),
+            _limits((ONE_BY_ONE, AT_ONCE, SOME), (HAND, VMAP, ONE_DEVICE)),
             seconds=(10.0, 2.0),
             tolerance=None,
         )
@@ -55,10 +57,19 @@ def cases(quick: bool) -> list[Case]:
         for title, replicas, devices in rows
     ]
     for workload, (title, replicas, devices) in SUMS.items():
-        ways, limits = partial(_sums, workload, replicas), (over(ONE_BY_ONE, HAND, most=1.10),)
+        ways, limits = partial(_sums, workload, replicas), _limits((ONE_BY_ONE, AT_ONCE), (HAND, VMAP))
         if not quick:
             found.append(Case(title, GRADIENTS, devices, ways, limits, seconds=(15.0, 2.0), tolerance=1e-3))
     return found
+
+
+def _limits(ours: Sequence[str], others: Sequence[str]) -> tuple[Limit, ...]:
+    return (
+        over(DEFAULT, *ours, *others, most=1.10, words=f"{DEFAULT} / the fastest"),
+        over(TUNED, *ours, most=1.10, words=f"{TUNED} / the fastest lanes"),
+        over(ONE_BY_ONE, HAND, most=1.10),
+        over(ONE_BY_ONE, AT_ONCE, most=None),
+    )
 
 
 def _apart(
@@ -67,7 +78,8 @@ def _apart(
     del stack
     package = NEEDS.get(workload)
     if package and importlib.util.find_spec(package) is None:
-        return dict.fromkeys((ONE_BY_ONE, HAND, SOME, AT_ONCE, VMAP, ONE_DEVICE), Absent("not installed"))
+        every = DEFAULT, TUNED, ONE_BY_ONE, SOME, AT_ONCE, HAND, VMAP, ONE_DEVICE
+        return dict.fromkeys(every, Absent("not installed"))
     program, args = workload(replicas)
     mesh = Mesh(np.array(jax.devices()), "devices")
     lanes = -(-replicas // mesh.size)
@@ -83,7 +95,7 @@ def _apart(
 
     ours = {
         way: partial(replicax.pmap(program, AXIS, lanes=how), *args)
-        for way, how in ((ONE_BY_ONE, "sequential"), (SOME, 16), (AT_ONCE, "vectorized"))
+        for way, how in _lanes(replicax.pmap(program, AXIS), args).items()
         if how != 16 or lanes > 16
     }
     return ours | {
@@ -110,12 +122,21 @@ def _sums(
         total, _ = jax.lax.scan(lambda total, own: (jax.tree.map(jnp.add, total, gradient(*own)), None), zeros, rows)
         return jax.tree.map(lambda x: jax.lax.psum(x, "devices") / replicas, total)
 
+    ours = _lanes(replicax.pmap(averaged, AXIS, out_axes=None), placed)
     return {
-        ONE_BY_ONE: partial(replicax.pmap(averaged, AXIS, out_axes=None, lanes="sequential"), *placed),
+        way: partial(replicax.pmap(averaged, AXIS, out_axes=None, lanes=how), *placed)
+        for way, how in ours.items()
+        if way != SOME
+    } | {
         HAND: partial(_on_devices(accumulated, mesh, PartitionSpec()), *placed),
-        AT_ONCE: partial(replicax.pmap(averaged, AXIS, out_axes=None), *placed),
         VMAP: partial(jax.jit(jax.vmap(averaged, axis_name=AXIS, out_axes=None)), *args),
     }
+
+
+def _lanes(mapped: Any, args: Arguments) -> dict[str, Any]:
+    """The values of ``lanes`` to measure."""
+    tuned = replicax.tune(mapped, *args, seconds=2.0)
+    return {DEFAULT: "auto", TUNED: tuned, ONE_BY_ONE: "sequential", SOME: 16, AT_ONCE: "vectorized"}
 
 
 def _on_devices(program: Program, mesh: Mesh, out: PartitionSpec) -> Program:

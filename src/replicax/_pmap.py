@@ -216,7 +216,7 @@ def pmap(
     axis_size: int | None = None,
     donate_argnums: int | Iterable[int] = (),
     donate_argnames: str | Iterable[str] = (),
-    lanes: str | int = "vectorized",
+    lanes: str | int = "auto",
 ) -> Any:
     """Maps a function over an axis of its arguments, in parallel on all devices.
 

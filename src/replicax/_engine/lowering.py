@@ -14,12 +14,13 @@ from jax.sharding import PartitionSpec
 from replicax import _jax
 from replicax._engine.blocks import real_rows, without_folding
 from replicax._engine.callbacks import guard, raise_after, refuse_ordered
+from replicax._engine.lane_rule import LaneRule
 from replicax._engine.levels import OneReplica, as_equal, as_per_device, lend_rows, over_lanes
 from replicax._engine.nested import DeviceShard, Split, as_shard, splits_made, splits_taken
 from replicax._engine.outputs import OutputPolicy, Outputs, check_outputs
 from replicax._engine.replica import Replica
 from replicax._engine.rewrite import Rewriter, one_value
-from replicax._engine.segments import VECTORIZED, Cutter, LanePlan, Lanes, LanesInSegments
+from replicax._engine.segments import AUTO, VECTORIZED, Auto, Cutter, LanePlan, Lanes, LanesInSegments
 from replicax._engine.spec import Inputs, ProgramSpec
 from replicax._engine.varying import NOWHERE, Varying
 from replicax._layout.axes import match_out_axes
@@ -29,7 +30,7 @@ from replicax.errors import UnsupportedDtypeError
 
 
 def lower(
-    replica: Replica, layout: Layout, inputs: Inputs, outputs: Outputs, name: str, lanes: Lanes = VECTORIZED
+    replica: Replica, layout: Layout, inputs: Inputs, outputs: Outputs, name: str, lanes: Lanes | Auto
 ) -> ProgramSpec:
     """Lowers the program of one replica to a function of all replicas.
 
@@ -39,7 +40,7 @@ def lower(
         inputs: The argument leaves.
         outputs: ``out_axes``, and the policy for results without a mapped axis.
         name: The name of the user's function.
-        lanes: How many lanes a device runs at once.
+        lanes: How many lanes a device runs at once. With ``AUTO``, a rule chooses the number.
 
     Raises:
         AxisSpecError: ``out_axes`` does not fit the result.
@@ -62,6 +63,9 @@ def lower(
     out_splits = tuple(map(_as_shardings, body.out_places, body.out_axes))[: len(out_axes)]
     ins, outs = list(map(layout.spec, taken.axes, in_splits)), list(map(layout.spec, out_axes, out_splits))
     source = _jax.described_source(replica.jaxpr, _advice(name, layout))
+    if lanes is AUTO:
+        on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+        lanes = body.lanes_by_rule(rewriter) if on_cpu and {"while", "cond"} & replica.primitives else VECTORIZED
     one_device, plan = body.one_device(rewriter, taken.axes, lanes)
     function = _over_devices(one_device, layout, source, ins, outs, out_axes)
     function.__name__ = function.__qualname__ = name
@@ -143,6 +147,12 @@ class _Body:
             for y, a in zip(values, self.out_axes, strict=True)
         )
 
+    def lanes_by_rule(self, rewriter: Rewriter) -> Lanes:
+        """Returns how many lanes a CPU runs at once, by the rule for all programs."""
+        cutter = Cutter(rewriter.scope, one_lane=True)
+        rule = LaneRule(rewriter.analysis, rewriter.scope.axes[-1], cutter.is_local)
+        return rule.lanes(cutter.inlined(self.replica.jaxpr), self.varying)
+
     def one_device(self, rewriter: Rewriter, in_axes: Axes, lanes: Lanes) -> tuple[OneReplica, LanePlan]:
         """Returns the program of all lanes of a device, and how they run.
 
@@ -151,7 +161,7 @@ class _Body:
         axis, split = rewriter.scope.axes[-1], any(map(any, (self.in_places, self.out_places)))
         if lanes is VECTORIZED or lanes >= axis.lanes or split:
             run = over_lanes(self.one_replica(rewriter), axis, in_axes, self.out_axes)
-            plan = LanePlan(axis.lanes, axis.lanes, 0, 0, ())
+            plan = LanePlan(axis.lanes, axis.lanes, 0, 0, (), 0)
         else:
             run, plan = self._in_segments(rewriter, in_axes, lanes)
         return _raising(run) if self.guarded else run, plan

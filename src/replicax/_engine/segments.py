@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,15 @@ RunOnLanes = Callable[[Equation, Sequence[ArrayLike]], Sequence[ArrayLike]]
 #: How many lanes a device runs at once; None for all of them.
 Lanes = int | None
 VECTORIZED = None
+
+
+class Auto(Enum):
+    """The value of ``lanes`` with which replicax chooses the number."""
+
+    AUTO = "auto"
+
+
+AUTO = Auto.AUTO
 
 _REDUCTIONS = {"psum": SUM, "psum_invariant": SUM, "pmax": MAX, "pmin": MIN}
 
@@ -74,6 +84,7 @@ class LanePlan:
         segments: The number of parts that run so many lanes at once; the program is cut at its collectives.
         cut: The number of collectives over the mapped axis, in the program of one replica, at which it is cut.
         uncut: The equations with collectives inside, such as loops, or with callbacks. They run on all lanes at once.
+        inside: The number of collectives inside of these.
     """
 
     lanes: int
@@ -81,6 +92,7 @@ class LanePlan:
     segments: int
     cut: int
     uncut: tuple[str, ...]
+    inside: int
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,16 @@ class Cutter:
         inside = [eqn for eqn in cut.whole if any(True for _ in _jax.sub_jaxprs(eqn)) or not _jax.named_axes(eqn)]
         names = tuple(_jax.equation_name(eqn) for eqn in inside)
         parts = sum(bool(segment.eqns) for segment in cut.segments)
-        return LanePlan(self._axis.lanes, chunk, parts, cut.reduced + len(cut.whole) - len(inside), names)
+        at_cuts, deeper = cut.reduced + len(cut.whole) - len(inside), sum(map(self._collectives_inside, inside))
+        return LanePlan(self._axis.lanes, chunk, parts, at_cuts, names, deeper)
+
+    def _collectives_inside(self, eqn: Equation) -> int:
+        bodies = [_jax.body(sub).eqns for sub in _jax.sub_jaxprs(eqn)]
+        return sum(
+            self._axis.name in _jax.named_axes(inner) or self._collectives_inside(inner)
+            for eqns in bodies
+            for inner in eqns
+        )
 
     def is_local(self, eqn: Equation, depth: int = NESTED_DERIVATIVES) -> bool:
         """Whether a lane can run the equation without the others, at any depth."""

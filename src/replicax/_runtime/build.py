@@ -13,10 +13,12 @@ from replicax._engine import primitives
 from replicax._engine.lowering import lower
 from replicax._engine.nested import Recorded, record
 from replicax._engine.replica import Replica, trace_replica
+from replicax._engine.segments import AUTO, Auto, Lanes
 from replicax._engine.spec import Inputs
 from replicax._layout.axes import Leaf, mapped_size, match_in_axes, one_replica_type
 from replicax._layout.layout import layout, replicas_of
 from replicax._layout.processes import Share, layout_over_processes
+from replicax._runtime import memory
 from replicax._runtime.arguments import Call
 from replicax._runtime.executable import Executable
 from replicax._runtime.options import Options
@@ -79,13 +81,19 @@ def build(options: Options, call: Call, signature: Signature, *, use_all_devices
         return record(replica, axis, signature.in_axes, options.outputs, call.name)
     if signature.rows is Rows.ALL:
         return _lowered(options, call, signature, use_all_devices=use_all_devices)
-    shares = agree_on_rows(options, call, signature)
-    lowered = functools.partial(_lowered, options, call, signature, shares, use_all_devices=not shares)
+    shares, left = agree_on_rows(options, call, signature)
+    lowered = functools.partial(_lowered, options, call, signature, shares, left=left, use_all_devices=not shares)
     return agree_on_program(options, call.name, lowered)
 
 
 def _lowered(
-    options: Options, call: Call, signature: Signature, shares: Sequence[Share] = (), *, use_all_devices: bool
+    options: Options,
+    call: Call,
+    signature: Signature,
+    shares: Sequence[Share] = (),
+    *,
+    left: int | None = None,
+    use_all_devices: bool,
 ) -> Executable:
     """Traces and lowers the function.
 
@@ -94,6 +102,7 @@ def _lowered(
         call: The call that needs the program.
         signature: The signature of the call.
         shares: The replicas of each process, if each passes its own rows.
+        left: The free memory of each device over several processes, in bytes; None if unknown.
         use_all_devices: Whether the program spans all devices, even if fewer could run all replicas.
     """
     devices = options.resolve_devices()
@@ -104,11 +113,19 @@ def _lowered(
         where = layout_over_processes(options.axis_name, shares, jax.process_index(), **how)
     else:
         where = layout(options.axis_name, signature.size, devices, use_all_devices=use_all_devices, **how)
-    executable = (OwnRows if shares else Executable)(
-        lower(replica, where, inputs, options.outputs, call.name, options.lanes)
-    )
-    if _jax.eager():  # Trace now: under this thread's lock, and before any argument is moved.
-        _ = executable.traced
+
+    def lowered(lanes: Lanes | Auto) -> Executable:
+        spec = lower(replica, where, inputs, options.outputs, call.name, lanes)
+        return OwnRows(spec) if shares else Executable(spec)
+
+    executable = lowered(options.lanes)
+    if not _jax.eager():
+        return executable
+    if options.lanes is AUTO:
+        if signature.rows is Rows.ALL:
+            left = memory.free(where.mesh.devices.ravel())
+        executable = memory.fitting(executable, lowered, left)
+    _ = executable.traced  # trace now: under this thread's lock, and before any argument is moved
     return executable
 
 

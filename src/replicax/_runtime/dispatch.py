@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import threading
@@ -16,7 +17,7 @@ from replicax._engine import primitives
 from replicax._engine.nested import Recorded
 from replicax._jax import cpp
 from replicax._jax.aliases import Known
-from replicax._runtime import agreement, cpu_threads
+from replicax._runtime import agreement, cpu_threads, memory
 from replicax._runtime.arguments import Call, check_types, refuse_static, split
 from replicax._runtime.build import build, shape_of, signature_of
 from replicax._runtime.call_path import Outcome, Path, Slow, Switch, table
@@ -92,7 +93,16 @@ class Dispatcher:
             else:
                 _jax.refuse_leaked_tracers([*leaves, *program.closed])
                 names = functools.partial(_leaf_names, fun, self.options, args, kwargs)
-                results, known, start = _run(program, leaves, names, path)
+                try:
+                    results, known, start = _run(program, leaves, names, path)
+                    if program.may_not_fit:
+                        jax.block_until_ready(results)  # on CPUs, XLA says only here that memory did not suffice
+                        program.may_not_fit = False
+                except jax.errors.JaxRuntimeError as error:
+                    if not (program.may_not_fit and memory.ran_out(error) and self._may_run_again(program, leaves)):
+                        raise
+                    self._use_fewer_lanes(program, error, split(fun, self.options.static, args, kwargs))
+                    return self.call(fun, args, kwargs, path)
             out = jax.tree.unflatten(program.out_tree, results)
         return Outcome(out, known and cpp.remember(known, out), start)
 
@@ -139,6 +149,35 @@ class Dispatcher:
                 turn.release()
             self._tracing.pop(key, None)
             self.switch.trace(bool(self._tracing))
+
+    @staticmethod
+    def _may_run_again(program: Executable, leaves: Sequence[ArrayLike]) -> bool:
+        """Whether a call that ran out of memory can run with fewer lanes at once."""
+        return (
+            program.spec.lanes.at_once > 1
+            and not program.spec.over_processes
+            and not jax.config.jax_disable_jit
+            and not any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves)  # donated
+        )
+
+    def _use_fewer_lanes(self, program: Executable, error: BaseException, call: Call) -> None:
+        """Replaces a program that ran out of memory by one with fewer lanes at once."""
+        plan = program.spec.lanes
+        at_once = memory.fewer(plan.lanes, plan.at_once)
+        logger.warning(
+            "%s: %d replicas at once on a device ran out of memory, and it runs %d at once now. To start with this, "
+            "pass lanes=%d to pmap. XLA says: %s",
+            call.name,
+            plan.at_once,
+            at_once,
+            at_once,
+            str(error).partition("\n")[0],
+        )
+        leaves, key = _key(call, abstract=False)
+        signature, options = signature_of(self.options, call, leaves), dataclasses.replace(self.options, lanes=at_once)
+        fewer: Any = build(options, call, signature, use_all_devices=_needs_all_devices(leaves))
+        fewer.may_not_fit = at_once > 1
+        self._programs[key] = fewer
 
     def describe(self, fun: Function, args: Args, kwargs: Kwargs) -> tuple[Executable | Recorded, Call, Signature]:
         """The program for concrete or abstract arguments, with its call and signature."""

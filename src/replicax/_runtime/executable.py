@@ -34,12 +34,14 @@ class Executable:
             can run it.
         pad: Adds padding rows to arguments that are on the devices of the layout.
         packings: Programs with packed arguments, by the types of the arguments.
+        may_not_fit: Whether the program may need more memory than there is.
     """
 
     def __init__(self, spec: ProgramSpec) -> None:
         self.spec = spec
         self.known: Known | None = None
         self.packings: dict[Hashable, Any] = {}
+        self.may_not_fit = False
         self._has_run = False
         self._turn = threading.RLock()
         self.pad = Padding(spec)
@@ -65,9 +67,14 @@ class Executable:
         return self._jitted.trace(*self.spec.padded_types)
 
     @cached_property
-    def _compiled(self) -> Function:
+    def compiled(self) -> jax.stages.Compiled:
         """The program, compiled once. ``jit`` would compile again for each combination of argument meshes."""
-        return cpp.fast_call(self.traced.lower().compile())
+        return self.traced.lower().compile()
+
+    @cached_property
+    def _callable(self) -> Function:
+        """The compiled program, as it is called."""
+        return cpp.fast_call(self.compiled)
 
     @cached_property
     def _jitted(self) -> jax.stages.Wrapped:
@@ -89,7 +96,7 @@ class Executable:
         if jax.config.jax_disable_jit or _jax.looks_for_nans():
             return self._jitted(*leaves)  # jit runs the Python function again under these settings
         with self._turn:
-            compiled = self._compiled
+            compiled = self._callable
         try:
             if self._has_run:
                 return compiled(*leaves)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 
 from replicax._engine.outputs import Outputs
-from replicax._engine.segments import VECTORIZED, Lanes
+from replicax._engine.segments import AUTO, VECTORIZED, Auto, Lanes
 from replicax._layout.axes import Chosen, Spec
 from replicax._messages import report
 from replicax.errors import DevicesError, NestedMapError, OptionTypeError, UnknownBackendError
@@ -28,7 +28,7 @@ class Options:
         devices: The devices to use, or None for all devices of the backend.
         backend: The platform to use, or None for JAX's default.
         axis_size: The number of replicas, or None to infer it from the arguments.
-        lanes: How many replicas a device runs at once, None for all of them.
+        lanes: How many replicas a device runs at once, None for all of them; ``AUTO`` leaves it to replicax.
     """
 
     axis_name: Hashable
@@ -39,7 +39,7 @@ class Options:
     devices: tuple[jax.Device, ...] | None
     backend: str | None
     axis_size: int | None
-    lanes: Lanes = VECTORIZED
+    lanes: Lanes | Auto = AUTO
 
     def resolve_devices(self) -> tuple[jax.Device, ...]:
         """The devices that the map may use. Initializes JAX's backends, so it is called only when a program is built.
@@ -78,7 +78,8 @@ class Options:
         Raises:
             NestedMapError: one of the two options is set.
         """
-        chosen = [which for which in ("devices", "backend", "lanes") if getattr(self, which) is not None]
+        chosen = [which for which in ("devices", "backend") if getattr(self, which) is not None]
+        chosen += ["lanes"] * isinstance(self.lanes, int)
         if chosen:
             raise NestedMapError(
                 f"Nested pmap with explicit {' and '.join(chosen)} argument. {name} is mapped inside another mapped "
@@ -87,8 +88,8 @@ class Options:
             )
 
 
-def check_lanes(lanes: str | int) -> Lanes:
-    """Validates ``lanes`` and returns how many lanes a device runs at once, None for all of them.
+def check_lanes(lanes: str | int) -> Lanes | Auto:
+    """Validates ``lanes`` and returns how many lanes a device runs at once, None for all of them, or ``AUTO``.
 
     Raises:
         OptionTypeError: ``lanes`` is not one of the words, and not a positive int.
@@ -103,7 +104,7 @@ def check_lanes(lanes: str | int) -> Lanes:
     return operator.index(lanes)
 
 
-_LANES: dict[str, Lanes] = {"vectorized": VECTORIZED, "sequential": 1}
+_LANES: dict[str, Lanes | Auto] = {"auto": AUTO, "vectorized": VECTORIZED, "sequential": 1}
 
 
 def check_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:

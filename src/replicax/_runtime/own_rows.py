@@ -29,13 +29,13 @@ class OwnRows(Executable):
     """A program over several processes: takes and returns the rows of this process, on its devices."""
 
     @cached_property
-    def _compiled(self) -> Function:
+    def _callable(self) -> Function:
         """The program, which takes padded rows of this process, and returns arrays over all processes."""
         return cpp.fast_call(self._own_compiled)
 
     @cached_property
     def _own_compiled(self) -> jax.stages.Compiled:
-        return self._on_own_shards(self.traced.lower().compile())
+        return self._on_own_shards(self.compiled)
 
     def _on_own_shards(self, compiled: jax.stages.Compiled) -> jax.stages.Compiled:
         spec, own = self.spec, self.spec.layout.local
@@ -59,7 +59,7 @@ class OwnRows(Executable):
     def run(self, *leaves: Array) -> Sequence[Array]:
         """Runs the program on arrays that are already on ``own_in_shardings``."""
         with self._turn:
-            compiled = self._compiled
+            compiled = self._callable
         try:
             if self._has_run:
                 return self._own_results(_called(compiled, leaves))

@@ -216,7 +216,8 @@ def _pack(program: ProgramSpec, leaves: Sequence[ArrayLike], which: Sequence[int
     )
     outputs = Outputs(check_spec("out_axes", list(program.out_axes)), program.policy)
     flat = Replica(traced.jaxpr, traced.consts, jax.tree.leaves(replica.out))
-    return Packed(Executable(lower(flat, program.layout, inputs, outputs, program.name)), kept, groups)
+    spec = lower(flat, program.layout, inputs, outputs, program.name, program.lanes.at_once)
+    return Packed(Executable(spec), kept, groups)
 
 
 def _groups(program: ProgramSpec, own_types: Sequence[jax.ShapeDtypeStruct], which: Sequence[int]) -> list[Group]:

@@ -15,7 +15,7 @@ from replicax._engine.spec import ProgramSpec, with_rows
 from replicax._layout.axes import Leaf, mapped_size, one_replica_type
 from replicax._layout.processes import Share, by_process, replicas_of_processes
 from replicax._messages import report, text_of
-from replicax._runtime import agreement
+from replicax._runtime import agreement, memory
 from replicax._runtime.arguments import Call, function_name
 from replicax._runtime.executable import Executable
 from replicax._runtime.options import Options
@@ -112,14 +112,19 @@ def tell_others(shares: Sequence[Share], what: str, error: BaseException) -> Non
         agreement.tell(processes, f"{type(error).__name__}: {text_of(error)}".splitlines()[0], what)
 
 
-def agree_on_rows(options: Options, call: Call, signature: Signature) -> list[Share]:
-    """Compares the call with those of the other processes. Returns the replicas of each; nothing for global arrays.
+def agree_on_rows(options: Options, call: Call, signature: Signature) -> tuple[list[Share], int | None]:
+    """Compares the call with those of the other processes.
+
+    Returns:
+        The replicas of each process, empty for global arrays; and the free memory of a device that all processes can
+        count on, in bytes, None if unknown.
 
     Raises:
         ProcessesError: The processes make different calls or use different versions or settings, or one does not join.
         MappedSizeError: No process has a replica, or ``axis_size`` is another number.
     """
-    shares, what = by_process(options.resolve_devices()), _described(call.name, signature)
+    devices = options.resolve_devices()
+    shares, what = by_process(devices), _described(call.name, signature)
     own = {
         "versions": f"replicax {__version__}, JAX {_jax.VERSION}",
         "call": what,
@@ -127,6 +132,7 @@ def agree_on_rows(options: Options, call: Call, signature: Signature) -> list[Sh
         "replicas": signature.size,
         "axis_size": options.axis_size,
         "unmapped": _unmapped(call, signature),
+        "memory": memory.of_this_process(devices),
     }
     every = agreement.exchange([share.process for share in shares], own, f"calls {what}")
     _compare(every, "versions", "The processes use different versions:", "Install the same versions on every host.")
@@ -144,8 +150,9 @@ def agree_on_rows(options: Options, call: Call, signature: Signature) -> list[Sh
         "Every replica gets the whole argument, so it must be equal in all processes. Pass what differs as a mapped "
         "argument.",
     )
+    left = memory.least([said["memory"] for said in every.values()])
     if signature.rows is Rows.GLOBAL:
-        return []
+        return [], left
     rows = {process: said["replicas"] for process, said in every.items()}
     total, axis_size = sum(rows.values()), options.axis_size
     if total == 0 or axis_size not in (None, total):
@@ -160,7 +167,7 @@ def agree_on_rows(options: Options, call: Call, signature: Signature) -> list[Sh
                 else "axis_size is the number of replicas of all processes. Correct it, or leave it out.",
             )
         )
-    return [Share(share.process, share.devices, rows[share.process]) for share in shares]
+    return [Share(share.process, share.devices, rows[share.process]) for share in shares], left
 
 
 def _described(name: str, signature: Signature) -> str:

@@ -175,9 +175,10 @@ class Traced:
         in_tree: The pytree structure of ``(positional arguments, keyword arguments)`` without static arguments.
         out_info: The result: a pytree of ``jax.ShapeDtypeStruct`` with shardings.
         out_tree: The pytree structure of the result.
-        lanes: How a device runs its replicas: the number of its ``lanes``; how many run ``at_once``; and, if these are
-            fewer, the number of ``segments``, the number of collectives at which the program is ``cut``, and the names
-            of the equations that could not be cut (``uncut``) because they have collectives or callbacks inside.
+        lanes: How a device runs its replicas: the number of its ``lanes``, and how many run ``at_once``. If these are
+            fewer: the number of ``segments``; the number of collectives at which the program is ``cut``; the names of
+            the equations that could not be cut, because they have collectives or callbacks inside (``uncut``); and the
+            number of collectives ``inside`` of these.
     """
 
     def __init__(self, traced: jax.stages.Traced, plan: Plan) -> None:
