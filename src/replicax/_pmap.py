@@ -247,9 +247,10 @@ def pmap(
             array has to be moved to other devices, the original is freed after the move.
         donate_argnames: The names of donated arguments.
         lanes: How a device runs its replicas if it has several: ``"vectorized"`` (all at once, as ``vmap`` does),
-            ``"sequential"`` (one after the other), or an int (so many at a time). One after the other, each replica
-            runs its own loop iterations and takes its own branches, and the intermediate values of one replica are in
-            memory, and not of all. Results are the same, to rounding.
+            ``"sequential"`` (one after the other), an int (so many at a time), or ``"auto"``: a rule chooses, by the
+            program and the free memory. One after the other, each replica runs its own loop iterations and takes its
+            own branches, and the intermediate values of one replica are in memory, and not of all. Results are the
+            same, to rounding.
 
     Returns:
         A callable that runs ``fun`` for all N replicas. Arguments are NumPy arrays, or ``jax.Array`` on any devices, of
