@@ -38,7 +38,7 @@ def free(devices: Sequence[jax.Device]) -> int | None:
         left = list(_left_on_host())
         return max(0, min(left)) // len(own) if left else None
     stats = [device.memory_stats() or {} for device in own]
-    left = [each["bytes_limit"] - each["bytes_in_use"] for each in stats if {"bytes_limit", "bytes_in_use"} <= {*each}]
+    left = [each["bytes_limit"] - each["bytes_in_use"] for each in stats if each.get("bytes_limit")]
     return min(left, default=None)
 
 
