@@ -324,7 +324,7 @@ def _like(results: Sequence[ArrayLike], carry: Sequence[Array]) -> list[Array]:
 
 
 def call_guarded(scope: Scope, eqn: Equation, args: Sequence[ArrayLike], varying: Varying) -> list[Array]:
-    """Calls a guarded callback once for each replica, or once for each device if it is pure and its operands do not vary.
+    """Calls a guarded callback once for each replica; a pure one once for each device if its operands do not vary.
 
     A callback with a side effect runs exactly once for each replica: not in padding lanes, and on one of the devices
     that run the same replica (those for nested maps).
