@@ -55,7 +55,7 @@ class Guarded:
         if not jax.sharding.get_abstract_mesh().empty:
             # Under jax.disable_jit, the mesh of the map is set here, and JAX computes with no array on another device.
             # The operands are on the first CPU. JAX accepts NumPy arrays.
-            earlier, *flat = map(np.asarray, (earlier, *flat))
+            earlier, flat = np.asarray(earlier), tuple(map(np.asarray, flat))
         places, operands = flat[: len(self.axes)], flat[len(self.axes) :]
         runs = True
         if self.conditional:
