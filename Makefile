@@ -21,6 +21,7 @@
 # For test, test-all, test-long and check:
 #   WHEEL=1        installs the built wheel, and not the sources in place
 #   LOCKED=newest  installs the versions in requirements/newest.txt; LOCKED=oldest is for Python 3.11 with JAX 0.10.2
+#   REPLICAX_TEST_DEVICES=real  runs the tests on the devices of this machine, such as a GPU (for test)
 #   COVERAGE=1     measures the coverage, and fails below the floor in pyproject.toml (for test and test-all)
 
 PYTHON ?= python3

@@ -68,12 +68,20 @@ def summary(rows: Sequence[Row]) -> str:
 def machine_line(machine: Mapping[str, Any]) -> str:
     """The machine, the versions and the date, in one sentence."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"{machine['date']}, {machine['cores']} cores of {machine['processor']}, {machine['system']}; {versions}"
+    gpu = f"{machine['gpu']}, " if "gpu" in machine else ""
+    return (
+        f"{machine['date']}, {gpu}{machine['cores']} cores of {machine['processor']}, {machine['system']}; {versions}"
+    )
 
 
 def console() -> Console:
     """The console for the table; 220 columns in a file."""
     return Console(width=None if sys.stdout.isatty() else 220)
+
+
+def other_machines(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each machine with a GPU on which some of the rows were measured."""
+    return [f"On the GPU: {line}" for line in dict.fromkeys(row["machine"] for row in rows if "machine" in row)]
 
 
 def show(results: Mapping[str, Any], console: Console) -> None:
@@ -83,13 +91,15 @@ def show(results: Mapping[str, Any], console: Console) -> None:
         for row, text in zip(rows, table_rows(rows), strict=True):
             table.add_row(*text, style=STYLES.get(row["verdict"]))
         console.print(table)
-    console.print(machine_line(results["machine"]), soft_wrap=True)
+    for line in (machine_line(results["machine"]), *other_machines(results["rows"])):
+        console.print(line, soft_wrap=True)
     console.print(summary(results["rows"]))
 
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The table as Markdown."""
-    lines = [f"{machine_line(results['machine'])}. In all: {summary(results['rows'])}.", ""]
+    machines = [machine_line(results["machine"]), *other_machines(results["rows"])]
+    lines = [f"{'. '.join(machines)}. In all: {summary(results['rows'])}.", ""]
     lines += [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
     for line, rows in by_line(results["rows"]).items():
         lines.append(_line([f"**{line}**"] + [""] * (len(COLUMNS) - 1)))

@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
         metavar="TEXT",
         help="cases whose group or title has this text",
     )
-    parser.add_argument("--keep", action="store_true", help="keep the rows of the JSON that are not measured again")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of the JSON that are not measured")
     parser.add_argument("--list", action="store_true", help="print the cases and run none")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 where a limit is not met")
     parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where to write the results")
@@ -87,6 +87,9 @@ def run_here(cases: list[Case], devices: int, options: argparse.Namespace, conso
                 traceback.print_exc()
                 why = f"{type(fault).__name__}: {fault}".splitlines()[0]
                 rows = [blank(case, limit) | {"verdict": "FAILED", "why": why} for limit in case.limits]
+        if devices == 0 and jax.default_backend() == "gpu":
+            here = report.machine_line(machine() | {"gpu": jax.devices()[0].device_kind})
+            rows = [row | {"machine": here} for row in rows]
         for row in rows:
             console.print("  ".join(report.cells(row)[:-1]), markup=False, highlight=False, soft_wrap=True)
         with options.json.open("a") as file:
@@ -134,11 +137,19 @@ def machine() -> dict[str, Any]:
     }
 
 
+_key = itemgetter("line", "case", "devices", "words")
+
+
 def merged(earlier: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The earlier rows, replaced by new rows for the same number; then the other new rows."""
-    key = itemgetter("line", "case", "devices", "words")
-    new = {key(row): row for row in rows}
-    return [new.pop(key(row), row) for row in earlier] + list(new.values())
+    new = {_key(row): row for row in with_rows_of_a_gpu(earlier, rows)}
+    return [new.pop(_key(row), row) for row in earlier] + list(new.values())
+
+
+def with_rows_of_a_gpu(earlier: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, with earlier rows of a GPU in place of those that are skipped because this machine has none."""
+    before = {_key(row): row for row in earlier if row["devices"] == 0 and "ratio" in row}
+    return [before.get(_key(row), row) if row["verdict"] == "skipped" else row for row in rows]
 
 
 def main() -> int:
@@ -152,9 +163,12 @@ def main() -> int:
     if options.devices is not None:
         run_here(cases, options.devices, options, console)
         return 0
-    earlier = json.loads(options.json.read_text())["rows"] if options.keep else []
-    rows = merged(earlier, run_in_processes(cases, options))
-    results = {"machine": machine(), "quick": options.quick, "rows": rows}
+    earlier = json.loads(options.json.read_text()) if options.json.exists() else {"rows": []}
+    new = run_in_processes(cases, options)
+    results = {"machine": machine(), "quick": options.quick, "rows": with_rows_of_a_gpu(earlier["rows"], new)}
+    if options.keep:
+        others_alone = all(row["devices"] == 0 for row in new)  # rows of a GPU have their own machine
+        results = (earlier if others_alone else results) | {"rows": merged(earlier["rows"], new)}
     options.json.write_text(json.dumps(results, indent=1) + "\n")
     report.show(results, console)
     if options.page is not None:

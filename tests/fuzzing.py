@@ -351,7 +351,7 @@ class Campaign:
         return 2 * shared > len(lines)
 
     def _count(self, program: Program, verdict: Verdict) -> None:
-        n, d = program.replicas, program.devices
+        n, d = program.replicas, min(program.devices, jax.device_count())
         relation = (
             "N < D" if n < d else "N = D" if n == d else "N > D, dividing" if n % d == 0 else "N > D, not dividing"
         )

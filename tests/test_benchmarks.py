@@ -15,6 +15,7 @@ import pytest
 
 import measure
 import report
+import run
 import workloads
 from cases import GROUPS
 from measure import HAND, OURS, Absent, Case, Measured, Ratio
@@ -144,6 +145,32 @@ def test_table_goes_between_the_markers(tmp_path):
         report.write_between_markers(page, "new")
 
 
+def row(devices, case, verdict, **more):
+    return {"line": "l", "case": case, "devices": devices, "words": "w", "limit": 1.0, "verdict": verdict, **more}
+
+
+def test_rows_of_a_gpu_stay_with_their_machine_where_there_is_none():
+    measured = row(0, "a", "met", ratio={"median": 1.0}, machine="a machine with a GPU")
+    earlier = [measured, row(2, "b", "met"), row(0, "c", "skipped", why="no GPU here")]
+    none_here = [row(0, "a", "skipped", why="no GPU here"), row(2, "b", "NOT MET"), row(0, "c", "skipped", why="none")]
+    assert run.with_rows_of_a_gpu(earlier, none_here) == [measured, *none_here[1:]]
+    assert run.merged(earlier, none_here[:1]) == earlier
+    again = row(0, "a", "NOT MET", ratio={"median": 2.0}, machine="another")
+    assert run.merged(earlier, [again]) == [again, *earlier[1:]]
+    assert report.other_machines([measured, again, again]) == [
+        "On the GPU: a machine with a GPU",
+        "On the GPU: another",
+    ]
+
+
+def test_the_page_says_on_which_gpu():
+    found = results()
+    line = report.machine_line(found["machine"] | {"gpu": "NVIDIA X"})
+    assert line.startswith("2026-01-01, NVIDIA X, 2 cores of abacus")
+    found["rows"][0]["machine"] = line
+    assert f"jax 1.2. On the GPU: {line}. In all: " in report.markdown(found).splitlines()[0]
+
+
 def every_case():
     return [case for module in GROUPS.values() for case in module.cases(False)]
 
@@ -175,6 +202,14 @@ def test_ways_give_equal_results(title):
         assert {OURS, *case.limits[0].ways} <= ways.keys()
         before = None if case.before is jax.clear_caches else case.before  # keeps other tests fast
         measure.agree(ways, case.tolerance, before)
+
+
+def test_lanes_of_a_gpu_give_equal_results():
+    case = next(case for case in every_case() if case.title == "escape times, 16")
+    with ExitStack() as stack:
+        ways = case.prepare(stack)
+        assert {*case.limits[0].ways, "lanes=4"} < ways.keys()
+        measure.agree(ways, 1e-6)
 
 
 def test_large_program_has_the_size_it_claims():

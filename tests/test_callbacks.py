@@ -357,6 +357,32 @@ def test_without_jit():
         run(lambda x: lax.psum(pure(Picky(3.0), x), "i"), 8, 8)
 
 
+@pytest.mark.parametrize("function", [np.sin, jnp.sin, lambda x: x * 2], ids=["NumPy", "JAX", "operator"])
+def test_without_jit_on_another_device_than_that_of_the_operands(function):
+    """As on a GPU: JAX gives a callback arrays on the first CPU device."""
+    x = jnp.arange(4.0)
+    mapped = pmap(lambda x: lax.psum(pure(lambda x: np.float32(function(x)), x), "i"), "i", devices=jax.devices()[-1:])
+    refused = pmap(lambda x: lax.psum(pure(Picky(3.0), x), "i"), "i", devices=jax.devices()[-1:])
+    with jax.disable_jit():
+        np.testing.assert_allclose(mapped(x), [sum(map(function, np.arange(4.0)))] * 4, rtol=1e-6)
+        with pytest.raises(RuntimeError, match="raised ZeroDivisionError in replica 3 of 'i': not 3"):
+            jax.block_until_ready(refused(x))
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_a_key_comes_as_its_data(d):
+    keys, seen = jax.random.split(jax.random.key(0), 4), []
+
+    def program(key):
+        jax.debug.callback(lambda key: seen.append(tuple(map(int, key))), key)
+        return jax.pure_callback(lambda key: np.float32(key[1]), NUMBER, key, vmap_method="sequential")
+
+    data = jax.random.key_data(keys)
+    np.testing.assert_array_equal(run(program, 4, d, keys), data[:, 1].astype(np.float32))
+    jax.effects_barrier()
+    assert sorted(seen) == sorted(tuple(map(int, key)) for key in data)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Order, interrupts
 

@@ -1,10 +1,13 @@
 """Padding changes no collective, result or side effect, and causes no endless loop."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import io_callback
 
 from replicax import pmap
 from replicax.testing import check
@@ -46,6 +49,30 @@ def test_io_callbacks_come_once_from_each_replica(n, d):
     out = pmap(fun, devices=jax.devices()[:d])(np.arange(n, dtype=np.float32))
     np.testing.assert_array_equal(out, np.arange(n) + 1)
     assert sorted(seen) == list(range(n))
+
+
+@pytest.mark.parametrize("lanes", ["vectorized", "sequential"])
+@pytest.mark.parametrize(("n", "d"), [(4, 1), (4, 2), (5, 2), (4, 4)])
+def test_callbacks_come_once_from_each_replica_also_if_all_replicas_pass_the_same(n, d, lanes):
+    seen = []
+
+    def note(which, step):
+        seen.append((which, int(step)))
+        return np.float32(0)
+
+    def fun(x):
+        jax.debug.callback(functools.partial(note, "debug"), 7)
+
+        def step(k, x):
+            lax.cond(k == 1, lambda: jax.debug.callback(functools.partial(note, "branch"), k), lambda: None)
+            return x + io_callback(functools.partial(note, "io"), jax.ShapeDtypeStruct((), jnp.float32), k)
+
+        return lax.fori_loop(0, 2, step, x)
+
+    x = np.arange(n, dtype=np.float32)
+    np.testing.assert_array_equal(pmap(fun, devices=jax.devices()[:d], lanes=lanes)(x), x)
+    jax.effects_barrier()
+    assert sorted(seen) == sorted([("debug", 7), ("branch", 1), ("io", 0), ("io", 1)] * n)
 
 
 def test_pure_callbacks_where_parts_of_a_result_lie_on_some_devices_each():

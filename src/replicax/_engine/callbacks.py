@@ -30,7 +30,7 @@ from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._engine.varying import Varying
 from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis, Scope
-from replicax._typing import Array, ArrayLike, Atom
+from replicax._typing import Array, ArrayLike, Atom, ShapeAndDtype
 from replicax.errors import OrderedCallbackError
 
 
@@ -324,7 +324,7 @@ def _like(results: Sequence[ArrayLike], carry: Sequence[Array]) -> list[Array]:
 
 
 def call_guarded(scope: Scope, eqn: Equation, args: Sequence[ArrayLike], varying: Varying) -> list[Array]:
-    """Calls a guarded callback once for each replica, or once for each device if its operands do not vary.
+    """Calls a guarded callback once for each replica; a pure one once for each device if its operands do not vary.
 
     A callback with a side effect runs exactly once for each replica: not in padding lanes, and on one of the devices
     that run the same replica (those for nested maps).
@@ -344,15 +344,15 @@ def call_guarded(scope: Scope, eqn: Equation, args: Sequence[ArrayLike], varying
     # JAX refuses to batch such a callback. Its operands may be equal in all lanes although they depend on values that
     # are not, as in equinox.error_if, which calls back if any element of the batch is wrong.
     never_batched = eqn.primitive.name == "pure_callback" and eqn.params.get("vmap_method") is None
+    function, results, has_effect = callback_primitives.callback_of(eqn)
     places, widths = [], []
     for axis in scope.axes:
-        each = axis.lane_axis is None or (axis in varying and not never_batched)
+        each = axis.lane_axis is None or has_effect or (axis in varying and not never_batched)
         device = jnp.int32(0) if axis.device_axis is None else lax.axis_index(axis.device_axis)
         places.append(lane_position(axis) if each else device * axis.lanes)
         widths.append(1 if each else axis.lanes)
-    function, results, has_effect = callback_primitives.callback_of(eqn)
     runs = runs_here(scope) if has_effect else []
-    guarded = Guarded(function, results, tuple(x.ndim for x in avals), scope.axes, tuple(widths), bool(runs), name)
+    guarded = Guarded(function, results, tuple(map(_rank, avals)), scope.axes, tuple(widths), bool(runs), name)
     outs = callback_primitives.call(eqn, guarded, [failed, *places, *runs, *operands])
     if has_effect:
         for copy in scope.copies:  # devices that did not run the callback have zeros
@@ -360,6 +360,13 @@ def call_guarded(scope: Scope, eqn: Equation, args: Sequence[ArrayLike], varying
     elif scope.copies:
         outs[-1] = lax.pmax(outs[-1], scope.copies)  # all devices ran the callback, and must agree on whether it failed
     return outs
+
+
+def _rank(aval: ShapeAndDtype) -> int:
+    """The number of dimensions of an operand as a callback gets it: of a typed PRNG key, its data."""
+    if not jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return len(aval.shape)
+    return len(jax.eval_shape(jax.random.key_data, aval).shape)
 
 
 def runs_here(scope: Scope) -> list[Array]:

@@ -52,6 +52,10 @@ class Guarded:
     name: str
 
     def __call__(self, earlier: ArrayLike, *flat: ArrayLike) -> tuple[HostArray, ...]:
+        if not jax.sharding.get_abstract_mesh().empty:
+            # Under jax.disable_jit, the mesh of the map is set here, and JAX computes with no array on another device.
+            # The operands are on the first CPU. JAX accepts NumPy arrays.
+            earlier, flat = np.asarray(earlier), tuple(map(np.asarray, flat))
         places, operands = flat[: len(self.axes)], flat[len(self.axes) :]
         runs = True
         if self.conditional:
@@ -135,7 +139,7 @@ def raise_failure(number: ArrayLike, *_: ArrayLike) -> None:
     Raises:
         CallbackError: ``number`` is not ``NONE``.
     """
-    failed = int(np.max(number))
+    failed = int(np.max(np.asarray(number)))  # as an array of JAX it may be on another device than the map
     if failed == NONE:
         return
     process = (_HIGHEST - failed) % _PROCESSES
