@@ -2,8 +2,8 @@
 
 The rule is about loops and branches whose predicate differs between lanes. Vectorized, such a loop runs until the last
 lane is done, such a branch runs both sides, and both select between whole values. But each operation also has a fixed
-cost, which vectorized lanes share. So one lane after the other is the fastest if most of the time goes into large
-values, and a few lanes at once if it goes into small ones. docs/lanes.md has the measurements behind the numbers below.
+cost, which vectorized lanes share. So one lane after the other is the fastest if the time goes into large values, and a
+few lanes at once if two thirds of it go into small ones. docs/lanes.md has the measurements behind the numbers below.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis
 from replicax._typing import Atom
 
-#: The best number of lanes at once if most of the time goes into small values. Up to MOST lanes run all at once.
-FEW, MOST = 16, 32
+#: Values with fewer elements are small, and the best number of lanes at once if most of the time goes into these; None
+#: for all. Up to twice this number of lanes run all at once.
+SMALL, FEW = (32, 32) if _jax.SMALL_LANES_GAIN else (2, VECTORIZED)
 
-#: Values with fewer elements are small. It is also the fixed cost of an operation, in elements.
-SMALL = 64
+#: The fixed cost of an operation, in elements.
+OPERATION = 64
 
 #: The number of multiplications and additions of a product that cost as much as one element of other operations.
 PER_ELEMENT = 16
@@ -90,7 +91,7 @@ class LaneRule:
             total.add(self._of_equation(eqn, _operands(eqn, where), differs=False))
         if total.differs <= total.other:
             return VECTORIZED
-        return few_of(self.axis.lanes) if total.small > total.large else 1
+        return few_of(self.axis.lanes) if total.small > 2 * total.large else 1
 
     def _cost(self, jaxpr: Jaxpr, varying: Sequence[Varying], *, differs: bool) -> _Cost:
         key = id(jaxpr), tuple(varying), differs
@@ -141,10 +142,10 @@ class LaneRule:
 
 
 def few_of(lanes: int) -> Lanes:
-    """Returns how many of so many small lanes to run at once: whole vector instructions, and no rest if possible."""
-    if lanes <= MOST:
+    """Returns how many of so many lanes with small values to run at once, if possible a number that divides them."""
+    if FEW is None or lanes <= 2 * FEW:
         return VECTORIZED
-    return next((k for k in (FEW, 24, MOST, 8) if lanes % k == 0), FEW)
+    return next((k for k in (FEW, FEW * 3 // 4, FEW // 2) if lanes % k == 0), FEW)
 
 
 def _operands(eqn: Equation, where: Mapping[Atom, Varying]) -> list[Varying]:
@@ -153,7 +154,7 @@ def _operands(eqn: Equation, where: Mapping[Atom, Varying]) -> list[Varying]:
 
 
 def _priced(elements: float, *, differs: bool, width: float | None = None) -> _Cost:
-    cost = SMALL + elements
+    cost = OPERATION + elements
     if not differs:
         return _Cost(other=cost)
     return _Cost(small=cost) if (elements if width is None else width) < SMALL else _Cost(large=cost)

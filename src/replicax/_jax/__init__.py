@@ -88,6 +88,7 @@ from replicax._jax.types import type_key as type_key
 from replicax._jax.types import typeof as typeof
 from replicax._jax.types import without_axis as without_axis
 from replicax._jax.versions import FEW_CPU_THREADS_HANG as FEW_CPU_THREADS_HANG
+from replicax._jax.versions import SMALL_LANES_GAIN as SMALL_LANES_GAIN
 from replicax._jax.versions import TAKEN_ARRAYS_CRASH as TAKEN_ARRAYS_CRASH
 from replicax._jax.versions import VERSION as VERSION
 from replicax._jax.versions import add_cotangent as add_cotangent

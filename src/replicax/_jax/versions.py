@@ -18,6 +18,9 @@ VERSION: str = jax.__version__
 #: ``_runtime.cpu_threads``. The check is on jaxlib, which may be older than JAX. Workaround: few_cpu_threads.
 FEW_CPU_THREADS_HANG = tuple(map(int, jaxlib_version.__version__.split(".")[:2])) < (0, 12)
 
+#: Before jaxlib 0.12, XLA gains little from several lanes in a loop on small arrays on CPUs: see ``_engine.lane_rule``.
+SMALL_LANES_GAIN = tuple(map(int, jaxlib_version.__version__.split(".")[:2])) >= (0, 12)
+
 #: Before JAX 0.11.2, XLA crashes the process if a program gets a donated array: see ``_runtime.taken``.
 #: Workaround: taken_arrays.
 TAKEN_ARRAYS_CRASH = jax.__version_info__ < (0, 11, 2)
