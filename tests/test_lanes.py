@@ -69,9 +69,53 @@ def own_work(w, x):
 
 
 def in_a_loop(w, x):
-    """A collective in a loop cannot be cut."""
+    """Collectives in a loop that all replicas run alike."""
     mean = lax.fori_loop(0, 3, lambda _, y: y - 0.1 * lax.pmean(y, "i"), x)
     return mean, lax.psum(jnp.cos(mean).sum(), "i")
+
+
+def in_loops_and_branches(w, x):
+    """Carries that start equal in all replicas and end different, rows in and out, and a branch for all replicas."""
+
+    def step(carry, row):
+        own, same, count = carry
+        own = own + jnp.tanh(row) * lax.psum(row, "i").mean()
+        same = lax.cond(same > 0, lambda: -lax.pmax(own.sum(), "i"), lambda: lax.pmin(row.sum(), "i"))
+        return (own, same, count + 1), (own.sum(), same, count)
+
+    (own, same, count), rows = lax.scan(step, (jnp.zeros(5), jnp.float32(1), 0), x, reverse=True)
+
+    def until(state):
+        y, _ = state
+        y = y / (1 + lax.pmean(jnp.abs(y), "i"))
+        return y, lax.pmax(jnp.abs(y).max(), "i")
+
+    shrunk, _ = lax.while_loop(lambda s: s[1] > 0.2, until, (own, jnp.float32(1)))
+    return own, same, count, rows, shrunk
+
+
+def in_a_branch_that_some_take(w, x):
+    return lax.cond(x[0, 0] > 0, lambda: lax.psum(x, "i"), lambda: x), lax.fori_loop(
+        0, lax.axis_index("i"), lambda _, y: y + lax.pmean(y, "i"), x
+    )
+
+
+@jax.custom_vjp
+def averaged(x):
+    return lax.pmean(jnp.sin(x), "i")
+
+
+averaged.defvjp(lambda x: (averaged(x), x), lambda x, ct: (lax.pmean(ct, "i") * jnp.cos(x),))
+
+
+def in_rules(w, x):
+    return averaged(x)
+
+
+def in_checkpoints(w, x):
+    kept = jax.checkpoint(lambda x: jnp.sin(lax.pmean(jnp.sin(x @ w), "i") * x[:, :3]))(x)
+    inner = jax.grad(lambda x: (jax.checkpoint(lambda x: lax.psum(x**2, "i") * x)(x)).sum())(x)
+    return kept, inner
 
 
 def with_dtypes(w, x):
@@ -93,7 +137,22 @@ def with_keys(w, x):
     return x + jax.random.normal(key, x.shape), lax.psum(jax.random.uniform(key), "i")
 
 
-PROGRAMS = {f.__name__: f for f in (training, normalized, neighbours, own_work, in_a_loop, with_dtypes, with_keys)}
+PROGRAMS = {
+    f.__name__: f
+    for f in (
+        training,
+        normalized,
+        neighbours,
+        own_work,
+        in_a_loop,
+        in_loops_and_branches,
+        in_a_branch_that_some_take,
+        in_rules,
+        in_checkpoints,
+        with_dtypes,
+        with_keys,
+    )
+}
 
 
 @pytest.mark.few(7)
@@ -111,7 +170,7 @@ def test_values_are_those_of_vmap(name, n, d, lanes):
 @pytest.mark.few(2)
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize(("n", "d"), LAYOUTS[1:4])
-@pytest.mark.parametrize("name", ["training", "normalized", "neighbours", "in_a_loop"])
+@pytest.mark.parametrize("name", ["training", "normalized", "neighbours", "in_a_loop", "in_checkpoints"])
 def test_derivatives_from_outside(name, n, d, lanes):
     program, w, x = PROGRAMS[name], rows(5, 3), rows(n, 4, 5)
 
@@ -227,7 +286,11 @@ def test_the_report_of_a_program():
     found = traced(lambda x: own_work(jnp.ones((5, 3)), x), rows(8, 4, 5), "sequential").lanes
     assert (found.lanes, found.at_once, found.segments, found.cut, found.uncut) == (4, 1, 1, 2, ())
     found = traced(lambda x: in_a_loop(None, x), rows(8, 4, 5), 2).lanes
-    assert (found.lanes, found.at_once, found.segments, found.cut, len(found.uncut)) == (4, 2, 1, 1, 1)
+    assert (found.lanes, found.at_once, found.segments, found.cut, found.uncut) == (4, 2, 2, 2, ())
+    found = traced(lambda x: in_loops_and_branches(None, x), rows(8, 4, 5), 2).lanes
+    assert (found.cut, found.uncut, found.inside) == (5, (), 0)
+    found = traced(lambda x: in_a_branch_that_some_take(None, x), rows(8, 4, 5), 2).lanes
+    assert (found.cut, len(found.uncut), found.inside) == (1, 2, 2)  # the index is cut
     assert traced(lambda x: x, rows(8), 100).lanes.at_once == 4
     assert traced(lambda x: x, rows(8), "vectorized").lanes.at_once == 4
 

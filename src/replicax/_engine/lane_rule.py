@@ -86,9 +86,7 @@ class LaneRule:
             jaxpr: The program of one replica.
             varying: The mapped axes over which each argument varies.
         """
-        total, where = _Cost(), self.analysis.values(jaxpr, varying)
-        for eqn in filter(self.is_local, _jax.body(jaxpr).eqns):
-            total.add(self._of_equation(eqn, _operands(eqn, where), differs=False))
+        total = self._cost(jaxpr, varying, differs=False)
         if total.differs <= total.other:
             return VECTORIZED
         return few_of(self.axis.lanes) if total.small > 2 * total.large else 1
@@ -108,7 +106,10 @@ class LaneRule:
             return _Cost()  # all lanes run it at once, or one for all of them
         if not subs:
             return self._of_leaf(eqn, varying, differs=differs)
-        differs = differs or self.axis in self.analysis.predicate(eqn, varying)
+        apart = self.axis in self.analysis.predicate(eqn, varying)
+        if apart and not self.is_local(eqn):
+            return _Cost()  # all lanes run it at once
+        differs = differs or apart
         parts = zip(subs, self.analysis.operands(eqn, varying), strict=True)
         costs = [self._cost(sub, operands, differs=differs) for sub, operands in parts]
         total = _Cost()

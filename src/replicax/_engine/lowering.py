@@ -171,7 +171,8 @@ class _Body:
         axis, cutter = rewriter.scope.axes[-1], Cutter(rewriter.scope, one_lane=chunk == 1)
         jaxpr = cutter.inlined(self.replica.jaxpr)
         cut = cutter.cut(jaxpr, [a is not None for a in in_axes[: len(self.varying)]])
-        lanes = LanesInSegments(cut, axis, chunk, functools.partial(rewriter.equation, jaxpr, self.varying))
+        on_lanes = functools.partial(functools.partial, rewriter.equation)
+        lanes = LanesInSegments(cut, axis, chunk, on_lanes, self.varying)
 
         stacked = [0 if lanes.is_stacked(atom) else None for atom in jaxpr.outvars]
         finish = over_lanes(lambda *values: self._results(axis, values), axis, stacked, self.out_axes)

@@ -5,8 +5,8 @@ loop trips and takes its own branches, and only the values that something outsid
 value that only a ``psum``, ``pmax`` or ``pmin`` reads is reduced in the carry of the scan, so a sum of gradients is
 accumulated, and devices communicate once. Values that are equal in all lanes are computed once.
 
-An equation with a collective inside, such as a loop, cannot be cut. It runs on all lanes at once, like other
-collectives.
+Loops and branches with collectives inside are cut, too, if all lanes run them in the same way. Else they run on all
+lanes at once, like other collectives.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ from replicax._engine import primitives
 from replicax._engine.blocks import as_unbatched, is_narrow, without_folding
 from replicax._engine.collectives import AWAITING, REGISTRY, Result, where_replica
 from replicax._engine.communication import NESTED_DERIVATIVES
+from replicax._engine.cut_loops import CutEquation, Part, cut_equation, run_cut_equation
 from replicax._engine.levels import over_lanes
 from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._engine.reductions import MAX, MIN, SUM, Reduction, without_derivative
+from replicax._engine.varying import NOWHERE, Varying
 from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis, Scope
 from replicax._typing import Array, ArrayLike, Atom
 
 #: Runs an equation on all lanes, inside the ``vmap`` over lanes.
 RunOnLanes = Callable[[Equation, Sequence[ArrayLike]], Sequence[ArrayLike]]
+
+RunJaxprOnLanes = Callable[[Jaxpr, Sequence[Varying]], RunOnLanes]
 
 #: How many lanes a device runs at once; None for all of them.
 Lanes = int | None
@@ -83,7 +87,8 @@ class LanePlan:
         at_once: The number of lanes that it runs at once.
         segments: The number of parts that run so many lanes at once; the program is cut at its collectives.
         cut: The number of collectives over the mapped axis, in the program of one replica, at which it is cut.
-        uncut: The equations with collectives inside, such as loops, or with callbacks. They run on all lanes at once.
+        uncut: The equations that could not be cut: with callbacks, or with collectives inside, such as loops whose
+            predicate differs between replicas. They run on all lanes at once.
         inside: The number of collectives inside of these.
     """
 
@@ -93,6 +98,17 @@ class LanePlan:
     cut: int
     uncut: tuple[str, ...]
     inside: int
+
+    def __add__(self, other: LanePlan) -> LanePlan:
+        """Two parts of a program."""
+        return LanePlan(
+            self.lanes,
+            self.at_once,
+            self.segments + other.segments,
+            self.cut + other.cut,
+            self.uncut + other.uncut,
+            self.inside + other.inside,
+        )
 
 
 @dataclass(frozen=True)
@@ -104,12 +120,14 @@ class Cut:
         stacked: The variables that have one value for each lane. Other variables are equal in all lanes.
         reduced: The number of collectives that a segment reduces in its carry.
         whole: The equations that communicate, and run on all lanes at once.
+        inside: Those of them whose jaxprs are cut, by their ``id``.
     """
 
     segments: list[Segment]
     stacked: set[Atom]
     reduced: int
     whole: list[Equation]
+    inside: dict[int, CutEquation]
 
 
 class Cutter:
@@ -124,6 +142,7 @@ class Cutter:
         self._scope, self._axis, self._one_lane = scope, scope.axes[-1], one_lane
         self._differentiated = not _jax.eager()  # an eager call is not differentiated from outside
         self._known: dict[tuple[int, int], tuple[Jaxpr, bool]] = {}
+        self._parts: dict[tuple[int, tuple[bool, ...]], tuple[Jaxpr, Part]] = {}
 
     def inlined(self, jaxpr: Jaxpr) -> Jaxpr:
         """Returns the open jaxpr, with the user's ``jit`` calls that communicate inlined."""
@@ -141,6 +160,7 @@ class Cutter:
         outside = dict(inside)
         stacked = {var for var, own in zip(jaxpr.invars, mapped, strict=True) if own}
         segments, whole, reduced = [Segment()], list[Equation](), 0
+        inside_of = dict[int, CutEquation]()
 
         def segment(index: int) -> Segment:
             segments.extend(Segment() for _ in range(index + 1 - len(segments)))
@@ -165,28 +185,48 @@ class Cutter:
                 segment(known).before.append(eqn)
                 if not local:
                     whole.append(eqn)
-                    stacked.update(() if self._is_equal(eqn) else eqn.outvars)
+                    own = [True] * len(eqn.outvars)
+                    if (found := self._cut_inside(eqn, stacked)) is not None:
+                        inside_of[id(eqn)], own = found, list(found.stacked)
+                    elif self._is_equal(eqn):
+                        own = [False] * len(eqn.outvars)
+                    stacked.update(var for var, is_stacked in zip(eqn.outvars, own, strict=True) if is_stacked)
             segment(read)
             inside.update(dict.fromkeys(eqn.outvars, known))
             outside.update(dict.fromkeys(eqn.outvars, read))
         _find_results(segments, jaxpr.outvars)
-        return Cut(segments, stacked, reduced, whole)
+        return Cut(segments, stacked, reduced, whole, inside_of)
+
+    def _cut_inside(self, eqn: Equation, stacked: set[Atom]) -> CutEquation | None:
+        """Cuts the jaxprs of a loop or branch that communicates, if all lanes run it in the same way."""
+
+        def cut(jaxpr: Jaxpr, mapped: Sequence[bool]) -> Part:
+            key = id(jaxpr), tuple(mapped)
+            if key not in self._parts:
+                inlined = self.inlined(jaxpr)
+                part = Part(inlined, _jax.constants(jaxpr), mapped, self.cut(inlined, mapped))
+                self._parts[key] = jaxpr, part  # keep the jaxpr alive: its id is the key
+            return self._parts[key][1]
+
+        if not any(True for _ in _jax.sub_jaxprs(eqn)):
+            return None
+        mapped = [not _jax.is_literal(atom) and atom in stacked for atom in eqn.invars]
+        return cut_equation(eqn, mapped, cut, differentiated=self._differentiated)
 
     def plan(self, cut: Cut, chunk: int) -> LanePlan:
         """Describes how the lanes of a device run a program that is cut."""
-        inside = [eqn for eqn in cut.whole if any(True for _ in _jax.sub_jaxprs(eqn)) or not _jax.named_axes(eqn)]
-        names = tuple(_jax.equation_name(eqn) for eqn in inside)
         parts = sum(bool(segment.eqns) for segment in cut.segments)
-        at_cuts, deeper = cut.reduced + len(cut.whole) - len(inside), sum(map(self._collectives_inside, inside))
-        return LanePlan(self._axis.lanes, chunk, parts, at_cuts, names, deeper)
-
-    def _collectives_inside(self, eqn: Equation) -> int:
-        bodies = [_jax.body(sub).eqns for sub in _jax.sub_jaxprs(eqn)]
-        return sum(
-            self._axis.name in _jax.named_axes(inner) or self._collectives_inside(inner)
-            for eqns in bodies
-            for inner in eqns
-        )
+        found = LanePlan(self._axis.lanes, chunk, parts, cut.reduced, (), 0)
+        for eqn in cut.whole:
+            if id(eqn) in cut.inside:
+                for part in cut.inside[id(eqn)].parts:
+                    found += self.plan(part.cut, chunk)
+            elif any(True for _ in _jax.sub_jaxprs(eqn)) or not _jax.named_axes(eqn):
+                deeper = _collectives_inside(eqn, self._axis)
+                found += LanePlan(self._axis.lanes, chunk, 0, 0, (_jax.equation_name(eqn),), deeper)
+            else:
+                found += LanePlan(self._axis.lanes, chunk, 0, 1, (), 0)
+        return found
 
     def is_local(self, eqn: Equation, depth: int = NESTED_DERIVATIVES) -> bool:
         """Whether a lane can run the equation without the others, at any depth."""
@@ -241,6 +281,12 @@ class Cutter:
         )
 
 
+def _collectives_inside(eqn: Equation, axis: LogicalAxis) -> int:
+    """The number of collectives over the axis inside of an equation."""
+    inner = [each for sub in _jax.sub_jaxprs(eqn) for each in _jax.body(sub).eqns]
+    return sum(axis.name in _jax.named_axes(each) or _collectives_inside(each, axis) for each in inner)
+
+
 def _combines_a_batch(eqn: Equation) -> bool:
     """Whether the equation reduces over the ``vmap`` around it, as ``unvmap_any`` of equinox does.
 
@@ -270,11 +316,15 @@ class LanesInSegments:
         cut: The program.
         axis: The mapped axis.
         chunk: The number of lanes that a segment runs at once.
-        on_lanes: Runs an equation that communicates, inside the ``vmap`` over lanes.
+        on_lanes: Returns what runs the equations of a jaxpr that communicate, inside the ``vmap`` over lanes, given
+            the mapped axes over which each argument of the jaxpr varies.
+        varying: The mapped axes over which each argument of the program varies.
     """
 
-    def __init__(self, cut: Cut, axis: LogicalAxis, chunk: int, on_lanes: RunOnLanes) -> None:
-        self._cut, self._axis, self._chunk, self._on_lanes = cut, axis, chunk, on_lanes
+    def __init__(
+        self, cut: Cut, axis: LogicalAxis, chunk: int, on_lanes: RunJaxprOnLanes, varying: Sequence[Varying]
+    ) -> None:
+        self._cut, self._axis, self._chunk, self._on_lanes, self._varying = cut, axis, chunk, on_lanes, varying
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[ArrayLike], args: Sequence[Array]) -> list[ArrayLike]:
         """Runs the program.
@@ -291,8 +341,8 @@ class LanesInSegments:
         communicating = set(map(id, self._cut.whole))
         for segment in self._cut.segments:
             for eqn in segment.before:
-                run = self._all_lanes if id(eqn) in communicating else _once
-                values.update(zip(eqn.outvars, run(eqn, values), strict=True))
+                found = self._all_lanes(jaxpr, eqn, values) if id(eqn) in communicating else _once(eqn, values)
+                values.update(zip(eqn.outvars, found, strict=True))
             if segment.eqns:
                 values.update(self._scan(segment, values))
         return [_read(values, atom) for atom in jaxpr.outvars]
@@ -301,18 +351,29 @@ class LanesInSegments:
         """Whether a variable has one value for each lane."""
         return not _jax.is_literal(atom) and atom in self._cut.stacked
 
-    def _all_lanes(self, eqn: Equation, values: Mapping[Atom, ArrayLike]) -> Sequence[Array]:
-        """Runs an equation on all lanes at once."""
+    def _all_lanes(self, jaxpr: Jaxpr, eqn: Equation, values: Mapping[Atom, ArrayLike]) -> Sequence[Array]:
+        """Runs an equation of a jaxpr that communicates."""
+        if id(eqn) in self._cut.inside:
+            with _jax.equation_context(eqn):
+                operands = [_read(values, atom) for atom in eqn.invars]
+                return run_cut_equation(self._cut.inside[id(eqn)], operands, self._axis.lanes, self._run_part)
+        on_lanes = self._on_lanes(jaxpr, self._varying)
         stacked = [self.is_stacked(var) for var in eqn.outvars]
 
         def one_lane(*operands: Array) -> tuple[Array, ...]:
             with _jax.equation_context(eqn):
-                results = self._on_lanes(eqn, operands)
+                results = on_lanes(eqn, operands)
             return tuple(y if own else as_unbatched(self._axis, y) for y, own in zip(results, stacked, strict=True))
 
         in_axes = [0 if self.is_stacked(atom) else None for atom in eqn.invars]
         outs = [0 if own else None for own in stacked]
         return over_lanes(one_lane, self._axis, in_axes, outs)(*(_read(values, atom) for atom in eqn.invars))
+
+    def _run_part(self, part: Part, args: Sequence[ArrayLike]) -> list[ArrayLike]:
+        """Runs a jaxpr inside of an equation."""
+        varying = [frozenset({self._axis}) if own else NOWHERE for own in part.mapped]
+        inside = LanesInSegments(part.cut, self._axis, self._chunk, self._on_lanes, varying)
+        return inside.run(part.jaxpr, part.consts, list(map(jnp.asarray, args)))
 
     def _scan(self, segment: Segment, values: Mapping[Atom, ArrayLike]) -> dict[Atom, Array]:
         """Runs a segment on all lanes, and returns its results and its reductions."""
