@@ -35,9 +35,12 @@ DOORS = {"_jax"}
 def test_the_public_names():
     assert {name for name in vars(replicax) if not name.startswith("_") and name not in MODULES} == PUBLIC
     assert {name for name in vars(replicax.testing) if not name.startswith("_")} == {
+        "Divergence",
         "MismatchError",
         "Processes",
         "check",
+        "fingerprint",
+        "first_divergence",
         "lockstep",
         "processes",
     }

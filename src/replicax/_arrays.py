@@ -117,7 +117,7 @@ def shard(tree: Tree, axis_size: int | None = None, *, devices: Sequence[jax.Dev
         (4, 3, 5)
     """
     check_arrays("shard", tree)
-    _check_deleted("shard", tree, jax.tree.leaves(tree))
+    check_deleted("shard", tree, jax.tree.leaves(tree))
     devices = _all_devices() if devices is None else check_devices(devices)
     size = len(devices) if axis_size is None else as_int("axis_size", axis_size)
     if size < 1:
@@ -272,7 +272,7 @@ def fetch(tree: Tree) -> Tree:
     """
     leaves, treedef = jax.tree.flatten(tree)
     check_arrays("fetch", tree, leaves)
-    _check_deleted("fetch", tree, leaves)
+    check_deleted("fetch", tree, leaves)
     return jax.tree.unflatten(treedef, list(map(_whole, leaves, _parts_of_all(leaves))))
 
 
@@ -405,7 +405,7 @@ def _has_value(x: object) -> bool:
     return (isinstance(x, jax.Array | bool) or _jax.is_array_type(x)) and not isinstance(x, jax.core.Tracer)
 
 
-def _check_deleted(caller: str, tree: PyTree, leaves: Sequence[ArrayLike]) -> None:
+def check_deleted(caller: str, tree: PyTree, leaves: Sequence[ArrayLike]) -> None:
     """Checks that no array was donated or deleted.
 
     Raises:
@@ -432,7 +432,7 @@ def _is_deleted(x: ArrayLike) -> bool:
 @_jax.api_boundary
 def _check_leading_axis(caller: str, tree: PyTree, leaves: Sequence[ArrayLike]) -> None:
     check_arrays(caller, tree, leaves)
-    _check_deleted(caller, tree, leaves)
+    check_deleted(caller, tree, leaves)
     if all((x.shape if type(x) is cpp.ArrayImpl else np.shape(x))[:1] > (0,) for x in leaves):
         return
     faults = [
