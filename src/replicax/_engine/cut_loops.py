@@ -8,8 +8,7 @@ trip count, predicate or branch index that is equal in all lanes. Values that di
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,50 +16,10 @@ from jax import lax
 
 from replicax import _jax
 from replicax._engine import primitives
+from replicax._engine.cuts import CutEquation, Part
 from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._jax import Equation, Jaxpr
 from replicax._typing import Array, ArrayLike
-
-if TYPE_CHECKING:
-    from replicax._engine.segments import Cut
-
-
-@dataclass(frozen=True)
-class Part:
-    """A jaxpr that is cut.
-
-    Attributes:
-        jaxpr: The open jaxpr.
-        consts: The values of its constants.
-        mapped: Whether each argument is stacked.
-        cut: Its segments.
-    """
-
-    jaxpr: Jaxpr
-    consts: Sequence[ArrayLike]
-    mapped: Sequence[bool]
-    cut: Cut
-
-    @property
-    def stacked(self) -> list[bool]:
-        """Whether each result is stacked."""
-        return [not _jax.is_literal(atom) and atom in self.cut.stacked for atom in self.jaxpr.outvars]
-
-
-@dataclass(frozen=True)
-class CutEquation:
-    """An equation whose jaxprs are cut.
-
-    Attributes:
-        eqn: The equation.
-        parts: Its jaxprs.
-        stacked: Whether each result is stacked.
-    """
-
-    eqn: Equation
-    parts: Sequence[Part]
-    stacked: Sequence[bool]
-
 
 #: Cuts a jaxpr, given whether each argument is stacked.
 CutJaxpr = Callable[[Jaxpr, Sequence[bool]], Part]

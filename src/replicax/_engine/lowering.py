@@ -14,13 +14,14 @@ from jax.sharding import PartitionSpec
 from replicax import _jax
 from replicax._engine.blocks import real_rows, without_folding
 from replicax._engine.callbacks import guard, raise_after, refuse_ordered
+from replicax._engine.cuts import AUTO, VECTORIZED, Auto, LanePlan, Lanes
 from replicax._engine.lane_rule import LaneRule
 from replicax._engine.levels import OneReplica, as_equal, as_per_device, lend_rows, over_lanes
 from replicax._engine.nested import DeviceShard, Split, as_shard, splits_made, splits_taken
 from replicax._engine.outputs import OutputPolicy, Outputs, check_outputs
 from replicax._engine.replica import Replica
 from replicax._engine.rewrite import Rewriter, one_value
-from replicax._engine.segments import AUTO, VECTORIZED, Auto, Cutter, LanePlan, Lanes, LanesInSegments
+from replicax._engine.segments import Cutter, LanesInSegments
 from replicax._engine.spec import Inputs, ProgramSpec
 from replicax._engine.varying import NOWHERE, Varying
 from replicax._layout.axes import match_out_axes

@@ -12,8 +12,7 @@ lanes at once, like other collectives.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,8 @@ from replicax._engine import primitives
 from replicax._engine.blocks import as_unbatched, is_narrow, without_folding
 from replicax._engine.collectives import AWAITING, REGISTRY, Result, where_replica
 from replicax._engine.communication import NESTED_DERIVATIVES
-from replicax._engine.cut_loops import CutEquation, Part, cut_equation, run_cut_equation
+from replicax._engine.cut_loops import cut_equation, run_cut_equation
+from replicax._engine.cuts import Cut, CutEquation, LanePlan, Part, Segment
 from replicax._engine.levels import over_lanes
 from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._engine.reductions import MAX, MIN, SUM, Reduction, without_derivative
@@ -39,95 +39,7 @@ RunOnLanes = Callable[[Equation, Sequence[ArrayLike]], Sequence[ArrayLike]]
 
 RunJaxprOnLanes = Callable[[Jaxpr, Sequence[Varying]], RunOnLanes]
 
-#: How many lanes a device runs at once; None for all of them.
-Lanes = int | None
-VECTORIZED = None
-
-
-class Auto(Enum):
-    """The value of ``lanes`` with which replicax chooses the number."""
-
-    AUTO = "auto"
-
-
-AUTO = Auto.AUTO
-
 _REDUCTIONS = {"psum": SUM, "psum_invariant": SUM, "pmax": MAX, "pmin": MIN}
-
-
-@dataclass
-class Segment:
-    """A part of a program.
-
-    Attributes:
-        before: Equations that run before the segment: on all lanes at once, or once for all lanes.
-        eqns: The equations of one lane.
-        sums: Reductions of values of this segment.
-        results: The variables that are read outside of the segment, stacked over lanes.
-    """
-
-    before: list[Equation] = field(default_factory=list)
-    eqns: list[Equation] = field(default_factory=list)
-    sums: list[Equation] = field(default_factory=list)
-    results: list[Atom] = field(default_factory=list)
-
-    def reads(self) -> list[Atom]:
-        """The variables that the equations of one lane read, and do not define."""
-        own = {var for eqn in self.eqns for var in eqn.outvars}
-        read = (atom for eqn in self.eqns for atom in eqn.invars if not _jax.is_literal(atom))
-        return list(dict.fromkeys(atom for atom in read if atom not in own))
-
-
-@dataclass(frozen=True)
-class LanePlan:
-    """How a device runs its lanes.
-
-    Attributes:
-        lanes: The number of lanes of a device.
-        at_once: The number of lanes that it runs at once.
-        segments: The number of parts that run so many lanes at once; the program is cut at its collectives.
-        cut: The number of collectives over the mapped axis, in the program of one replica, at which it is cut.
-        uncut: The equations that could not be cut: with callbacks, or with collectives inside, such as loops whose
-            predicate differs between replicas. They run on all lanes at once.
-        inside: The number of collectives inside of these.
-    """
-
-    lanes: int
-    at_once: int
-    segments: int
-    cut: int
-    uncut: tuple[str, ...]
-    inside: int
-
-    def __add__(self, other: LanePlan) -> LanePlan:
-        """Two parts of a program."""
-        return LanePlan(
-            self.lanes,
-            self.at_once,
-            self.segments + other.segments,
-            self.cut + other.cut,
-            self.uncut + other.uncut,
-            self.inside + other.inside,
-        )
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A program that is cut at its collectives.
-
-    Attributes:
-        segments: Its segments.
-        stacked: The variables that have one value for each lane. Other variables are equal in all lanes.
-        reduced: The number of collectives that a segment reduces in its carry.
-        whole: The equations that communicate, and run on all lanes at once.
-        inside: Those of them whose jaxprs are cut, by their ``id``.
-    """
-
-    segments: list[Segment]
-    stacked: set[Atom]
-    reduced: int
-    whole: list[Equation]
-    inside: dict[int, CutEquation]
 
 
 class Cutter:

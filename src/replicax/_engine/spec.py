@@ -11,9 +11,9 @@ import jax
 from jax.sharding import NamedSharding
 
 from replicax import _jax
+from replicax._engine.cuts import LanePlan
 from replicax._engine.outputs import OutputPolicy
 from replicax._engine.replica import Replica
-from replicax._engine.segments import LanePlan
 from replicax._layout.layout import Layout, Splits
 from replicax._typing import Array, DType, PyTreeDef, ShapeAndDtype
 

@@ -10,10 +10,10 @@ import jax
 
 from replicax import _jax
 from replicax._engine import primitives
+from replicax._engine.cuts import AUTO, Auto, Lanes
 from replicax._engine.lowering import lower
 from replicax._engine.nested import Recorded, record
 from replicax._engine.replica import Replica, trace_replica
-from replicax._engine.segments import AUTO, Auto, Lanes
 from replicax._engine.spec import Inputs
 from replicax._layout.axes import Leaf, mapped_size, match_in_axes, one_replica_type
 from replicax._layout.layout import layout, replicas_of

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import jax
 
+from replicax._engine.cuts import AUTO, VECTORIZED, Auto, Lanes
 from replicax._engine.outputs import Outputs
-from replicax._engine.segments import AUTO, VECTORIZED, Auto, Lanes
 from replicax._layout.axes import Chosen, Spec
 from replicax._messages import report
 from replicax.errors import DevicesError, NestedMapError, OptionTypeError, UnknownBackendError
