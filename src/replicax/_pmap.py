@@ -16,7 +16,7 @@ from replicax._messages import as_int
 from replicax._runtime.arguments import function_name
 from replicax._runtime.call_path import PathTaker
 from replicax._runtime.dispatch import dispatcher
-from replicax._runtime.options import Options, check_devices, check_lanes
+from replicax._runtime.options import Options, check_deterministic, check_devices
 from replicax._runtime.stages import Lowered, Traced, trace
 from replicax._typing import PyTree
 from replicax.errors import NotAFunctionError, OptionTypeError, StaticArgumentError
@@ -183,6 +183,7 @@ def pmap(
     donate_argnums: int | Iterable[int] = ...,
     donate_argnames: str | Iterable[str] = ...,
     lanes: str | int = ...,
+    deterministic: bool = ...,
 ) -> MappedFunction[R]: ...
 
 
@@ -200,6 +201,7 @@ def pmap(
     donate_argnums: int | Iterable[int] = ...,
     donate_argnames: str | Iterable[str] = ...,
     lanes: str | int = ...,
+    deterministic: bool = ...,
 ) -> Callable[[Callable[..., R]], MappedFunction[R]]: ...
 
 
@@ -217,6 +219,7 @@ def pmap(
     donate_argnums: int | Iterable[int] = (),
     donate_argnames: str | Iterable[str] = (),
     lanes: str | int = "auto",
+    deterministic: bool = False,
 ) -> Any:
     """Maps a function over an axis of its arguments, in parallel on all devices.
 
@@ -251,6 +254,9 @@ def pmap(
             program and the free memory. One after the other, each replica runs its own loop iterations and takes its
             own branches, and the intermediate values of one replica are in memory, and not of all. Results are the
             same, to rounding.
+        deterministic: Whether the bits of the results must not depend on the devices: their number, the processes, and
+            the replicas of each. Replicas run one after the other on each device, and sums are added in an order that
+            depends on N alone. See the page "The same bits on any number of devices" in the documentation.
 
     Returns:
         A callable that runs ``fun`` for all N replicas. Arguments are NumPy arrays, or ``jax.Array`` on any devices, of
@@ -288,6 +294,7 @@ def pmap(
             donate_argnums=donate_argnums,
             donate_argnames=donate_argnames,
             lanes=lanes,
+            deterministic=deterministic,
         )
     if not callable(fun):
         if isinstance(fun, str):
@@ -317,7 +324,8 @@ def pmap(
         devices=None if devices is None else check_devices(devices),
         backend=_check_type("backend", backend, str | None, "a string such as 'cpu', or None"),
         axis_size=None if axis_size is None else as_int("axis_size", axis_size),
-        lanes=check_lanes(lanes),
+        lanes=check_deterministic(deterministic, lanes),
+        deterministic=deterministic,
     )
     return MappedFunction(fun, options)
 

@@ -82,8 +82,8 @@ def tune(mapped: MappedFunction[R], *args: PyTree, seconds: float = 5.0, **kwarg
 def _ways(mapped: MappedFunction[R], args: Any, kwargs: Any) -> dict[str | int, MappedFunction[R]]:
     """The map with each ``lanes`` that can make a difference."""
     count = mapped.trace(*args, **kwargs).lanes.lanes
-    words: list[str | int] = ["vectorized"]
-    if count > 1:
+    words: list[str | int] = ["sequential" if mapped.options.deterministic else "vectorized"]
+    if count > 1 and not mapped.options.deterministic:
         words += ["sequential", *(1 << k for k in range(1, 12) if 1 << k < count)]
     kept = dataclasses.replace(mapped.options, donated=Chosen())
     return {

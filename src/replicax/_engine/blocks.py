@@ -32,6 +32,16 @@ def own_lane(axis: LogicalAxis, x: Array) -> Array:
     return x[0] if axis.lane_axis is None else primitives.own_lane(x, axis.lane_axis)
 
 
+def all_lanes(axis: LogicalAxis, x: Array) -> Array:
+    """Returns the values of ``x`` in all lanes, like :func:`block`. ``x`` may be of typed keys."""
+    return on_data(functools.partial(block, axis), x)
+
+
+def of_lane(axis: LogicalAxis, x: Array) -> Array:
+    """Returns this lane's row of ``x``, like :func:`own_lane`. ``x`` may be of typed keys."""
+    return on_data(functools.partial(own_lane, axis), x)
+
+
 def as_unbatched(axis: LogicalAxis, x: Array) -> Array:
     """Returns ``x``, which is equal in all lanes, as a value that ``vmap`` tracks as unbatched."""
     return block(axis, x)[0] if axis.lane_axis is not None and isinstance(x, jax.core.Tracer) else x

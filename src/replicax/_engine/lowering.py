@@ -160,11 +160,11 @@ class _Body:
         The program is a function of blocks. It raises if a callback has failed.
         """
         axis, split = rewriter.scope.axes[-1], any(map(any, (self.in_places, self.out_places)))
-        if lanes is VECTORIZED or lanes >= axis.lanes or split:
+        if not axis.ordered and (lanes is VECTORIZED or lanes >= axis.lanes or split):
             run = over_lanes(self.one_replica(rewriter), axis, in_axes, self.out_axes)
             plan = LanePlan(axis.lanes, axis.lanes, 0, 0, (), 0)
         else:
-            run, plan = self._in_segments(rewriter, in_axes, lanes)
+            run, plan = self._in_segments(rewriter, in_axes, lanes or 1)
         return _raising(run) if self.guarded else run, plan
 
     def _in_segments(self, rewriter: Rewriter, in_axes: Axes, chunk: int) -> tuple[OneReplica, LanePlan]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -23,12 +23,16 @@ class Reduction:
         named: Reduces over lane axes.
         between: Reduces over device axes.
         local: Reduces over array dimensions.
+        combine: Reduces two values.
+        identity: The value of no replicas, of a shape and a dtype.
     """
 
     name: str
     named: Function
     between: Function
     local: Function
+    combine: Function
+    identity: Callable[[Sequence[int], DType], Array]
 
 
 def _by_rank(
@@ -77,6 +81,21 @@ def _refuse(name: str, primals: tuple[Array], tangents: tuple[Array]) -> tuple[A
 without_derivative.defjvp(_refuse)
 
 
-SUM = Reduction("psum", lax.psum, lax.psum, lambda x, axis: jnp.sum(x, axis, dtype=x.dtype))
-MAX = Reduction("pmax", lax.pmax, functools.partial(_by_rank, lax.pmax), jnp.max)
-MIN = Reduction("pmin", lax.pmin, functools.partial(_by_rank, lax.pmin), jnp.min)
+def _bound(shape: Sequence[int], dtype: DType, *, least: bool) -> Array:
+    """Returns the least or the greatest number of a dtype."""
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return jnp.full(shape, not least)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.full(shape, -jnp.inf if least else jnp.inf, dtype)
+    return jnp.full(shape, jnp.iinfo(dtype).min if least else jnp.iinfo(dtype).max, dtype)
+
+
+SUM = Reduction(
+    "psum", lax.psum, lax.psum, lambda x, axis: jnp.sum(x, axis, dtype=x.dtype), lambda a, b: a + b, jnp.zeros
+)
+MAX = Reduction(
+    "pmax", lax.pmax, functools.partial(_by_rank, lax.pmax), jnp.max, lax.max, functools.partial(_bound, least=True)
+)
+MIN = Reduction(
+    "pmin", lax.pmin, functools.partial(_by_rank, lax.pmin), jnp.min, lax.min, functools.partial(_bound, least=False)
+)

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 
 from replicax import _jax
 from replicax._engine import control_flow, nested, primitives
-from replicax._engine.blocks import as_batched, as_unbatched, one_lane_at_a_time
+from replicax._engine.blocks import all_lanes, as_batched, as_unbatched, of_lane, one_lane_at_a_time
 from replicax._engine.callbacks import call_guarded, called_once
 from replicax._engine.collectives import AWAITING, REGISTRY, equal_value, unsupported
 from replicax._engine.communication import Communication
 from replicax._engine.nested import DeviceShard, collect_result
 from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._engine.rules import expanded, rewritten_rule
+from replicax._engine.segments import Cutter, LanesInSegments
 from replicax._engine.sums import find_sums, inline_jits_with_products
 from replicax._engine.varying import NOWHERE, Analysis, Varying, mapped, union
 from replicax._jax import Equation, Jaxpr
@@ -83,6 +84,7 @@ class Rewriter:
         self.scope = scope
         self.analysis = analysis or Analysis(scope)
         self.communication = communication or Communication(scope)
+        self.cutter = Cutter(scope, one_lane=True)
         self._inside: dict[tuple[Hashable, int], Rewriter] = {}
         self._seen: dict[int, tuple[Jaxpr, Jaxpr]] = {}
         self._rewritten: dict[Hashable, tuple[Jaxpr, tuple[Jaxpr, list[Array]]]] = {}
@@ -111,6 +113,8 @@ class Rewriter:
         varying: Sequence[Varying],
     ) -> list[ArrayLike | DeviceShard]:
         """Runs a jaxpr like :meth:`run`, but the arguments and results may be :class:`DeviceShard` values."""
+        if self.scope.axes[-1].ordered:
+            return [*self._one_after_the_other(jaxpr, consts, list(map(collect_result, args)), varying)]
         if not any(self.communication.changes(jaxpr)):
             return [*_jax.run(_jax.body(jaxpr), list(map(collect_result, args)), consts)]
         inside = self._inlined(jaxpr)
@@ -131,6 +135,18 @@ class Rewriter:
                 values.write(eqn, self._equation(eqn, operands, where) if change else _jax.bind(eqn, operands))
             values.drop_after(eqn)
         return list(map(values.read_shard, inside.outvars))
+
+    def _one_after_the_other(
+        self, jaxpr: Jaxpr, consts: Sequence[ArrayLike], args: Sequence[ArrayLike], varying: Sequence[Varying]
+    ) -> list[ArrayLike]:
+        """Runs a jaxpr, such as the body of a loop that communicates, on one lane after the other."""
+        axis, inside = self.scope.axes[-1], self.cutter.inlined(jaxpr)
+        cut = self.cutter.cut(inside, list(map(bool, varying)))
+        lanes = LanesInSegments(cut, axis, 1, partial(partial, self.equation), varying)
+        whole = [_jax.as_array(x, var.aval) for x, var in zip(args, inside.invars, strict=True)]
+        rows = [all_lanes(axis, x) if where else as_unbatched(axis, x) for x, where in zip(whole, varying, strict=True)]
+        results = zip(inside.outvars, lanes.run(inside, consts, rows), strict=True)
+        return [of_lane(axis, y) if lanes.is_stacked(atom) else y for atom, y in results]
 
     def equation(
         self, jaxpr: Jaxpr, varying: Sequence[Varying], eqn: Equation, args: Sequence[ArrayLike]

@@ -11,7 +11,8 @@ lanes at once, like other collectives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -20,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from replicax import _jax
-from replicax._engine import primitives
+from replicax._engine import ordered, primitives
 from replicax._engine.blocks import as_unbatched, is_narrow, without_folding
 from replicax._engine.collectives import AWAITING, REGISTRY, Result, where_replica
 from replicax._engine.communication import NESTED_DERIVATIVES
@@ -38,6 +39,10 @@ from replicax._typing import Array, ArrayLike, Atom
 RunOnLanes = Callable[[Equation, Sequence[ArrayLike]], Sequence[ArrayLike]]
 
 RunJaxprOnLanes = Callable[[Jaxpr, Sequence[Varying]], RunOnLanes]
+
+#: Runs a segment on the values of one lane. Returns its results, and what it adds to each reduction.
+OneLane = Callable[..., tuple[list[Array], list[Array]]]
+
 
 _REDUCTIONS = {"psum": SUM, "psum_invariant": SUM, "pmax": MAX, "pmin": MIN}
 
@@ -120,8 +125,8 @@ class Cutter:
                 self._parts[key] = jaxpr, part  # keep the jaxpr alive: its id is the key
             return self._parts[key][1]
 
-        if not any(True for _ in _jax.sub_jaxprs(eqn)):
-            return None
+        if self._axis.ordered or not any(True for _ in _jax.sub_jaxprs(eqn)):
+            return None  # an ordered axis cuts the loops of all replicas, also those that they run differently
         mapped = [not _jax.is_literal(atom) and atom in stacked for atom in eqn.invars]
         return cut_equation(eqn, mapped, cut, differentiated=self._differentiated)
 
@@ -179,6 +184,8 @@ class Cutter:
         if which is None or len(eqn.invars) != 1 or eqn.params.get("axis_index_groups") is not None:
             return False
         dtype = eqn.invars[0].aval.dtype
+        if self._axis.ordered and which is not SUM and jnp.issubdtype(dtype, jnp.floating):
+            return False  # lax.max of -0.0 and 0.0 depends on their order
         simple = not is_narrow(dtype, 4) and (which is SUM or not jnp.issubdtype(dtype, jnp.complexfloating))
         return simple and tuple(eqn.params["axes"]) == (self._axis.name,)
 
@@ -252,12 +259,36 @@ class LanesInSegments:
         values: dict[Atom, ArrayLike] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
         communicating = set(map(id, self._cut.whole))
         for segment in self._cut.segments:
-            for eqn in segment.before:
-                found = self._all_lanes(jaxpr, eqn, values) if id(eqn) in communicating else _once(eqn, values)
-                values.update(zip(eqn.outvars, found, strict=True))
+            for alone, eqns in itertools.groupby(segment.before, lambda eqn: id(eqn) not in communicating):
+                run = self._before if alone else self._communicating
+                values.update(run(list(eqns), values, jaxpr))
             if segment.eqns:
                 values.update(self._scan(segment, values))
         return [_read(values, atom) for atom in jaxpr.outvars]
+
+    def _communicating(
+        self, eqns: Sequence[Equation], values: dict[Atom, ArrayLike], jaxpr: Jaxpr
+    ) -> dict[Atom, ArrayLike]:
+        """Runs equations that communicate. Returns all values."""
+        for eqn in eqns:
+            values.update(zip(eqn.outvars, self._all_lanes(jaxpr, eqn, values), strict=True))
+        return values
+
+    def _before(self, eqns: Sequence[Equation], values: dict[Atom, ArrayLike], jaxpr: Jaxpr) -> dict[Atom, ArrayLike]:
+        """Runs equations whose results are equal in all lanes. Returns all values, or those that others read."""
+        if not self._axis.ordered:
+            return _run_equations(eqns, values)
+        own = {var: None for eqn in eqns for var in eqn.outvars}
+        read = list(dict.fromkeys(atom for atom in _read_by(eqns) if atom not in own))
+        here = set(map(id, eqns))
+        elsewhere = {*_read_by(eqn for eqn in jaxpr.eqns if id(eqn) not in here), *_variables(jaxpr.outvars)}
+        wanted = [atom for atom in own if atom in elsewhere]
+
+        def run(*args: Array) -> list[Array]:
+            found = _run_equations(eqns, dict(zip(read, args, strict=True)))
+            return [found[atom] for atom in wanted]
+
+        return dict(zip(wanted, ordered.in_a_loop(run, [values[atom] for atom in read]), strict=True))
 
     def is_stacked(self, atom: Atom) -> bool:
         """Whether a variable has one value for each lane."""
@@ -294,7 +325,7 @@ class LanesInSegments:
         rows = [jnp.asarray(values[atom]) for atom in stacked]
         real = [] if not self._axis.padding else [self._is_real()]
         shared = {atom: values[atom] for atom in segment.reads() if atom not in self._cut.stacked}
-        sums = [_Accumulated.of(eqn) for eqn in segment.sums]
+        sums = [_Accumulated.of(eqn, self._axis) for eqn in segment.sums]
 
         def one_lane(*own: Array) -> tuple[list[Array], list[Array]]:
             found = _run_equations(segment.eqns, shared | dict(zip(stacked, own, strict=False)))
@@ -305,11 +336,14 @@ class LanesInSegments:
         # A derivative from outside saves the arguments of a lane, and not all of its values.
         one_lane = jax.checkpoint(one_lane, prevent_cse=False)
 
+        if self._axis.ordered:
+            return self._scan_in_order(segment, sums, one_lane, [*rows, *real])
+
         def step(totals: list[Array], own: Sequence[Array]) -> tuple[list[Array], list[Array]]:
             results, added = one_lane(*own) if chunk == 1 else jax.vmap(one_lane)(*own)
             if chunk != 1:
                 added = [each.over_rows(x) for each, x in zip(sums, added, strict=True)]
-            return [each.combine(a, b) for each, a, b in zip(sums, totals, added, strict=True)], results
+            return [each.which.combine(a, b) for each, a, b in zip(sums, totals, added, strict=True)], results
 
         totals = [each.initial() for each in sums]
         rest = lanes % chunk
@@ -327,6 +361,30 @@ class LanesInSegments:
             each.eqn.outvars[0]: each.of_devices(x, self._axis) for each, x in zip(sums, totals, strict=True)
         }
 
+    def _scan_in_order(
+        self, segment: Segment, sums: Sequence[_Accumulated], one_lane: OneLane, rows: Sequence[Array]
+    ) -> dict[Atom, Array]:
+        """Runs a segment like :meth:`_scan`, and adds floats in the order of the tree over all replicas."""
+        axis, shapes = self._axis, [each.eqn.invars[0].aval.shape for each in sums]
+        tree = [k for k, each in enumerate(sums) if each.in_order]
+        rest = [k for k in range(len(sums)) if k not in tree]
+        partials = [ordered.no_lanes(axis, shapes[k], sums[k].dtype) for k in tree]
+        totals = [sums[k].initial() for k in rest]
+
+        def step(
+            state: tuple[list[Array], list[Array]], own: Sequence[Array], lane: Array
+        ) -> tuple[tuple[list[Array], list[Array]], list[Array]]:
+            partials, totals = state
+            results, added = one_lane(*own)
+            totals = [sums[k].which.combine(total, added[k]) for k, total in zip(rest, totals, strict=True)]
+            return (ordered.with_lane(axis, partials, [added[k] for k in tree], lane), totals), results
+
+        (partials, totals), made = ordered.each_lane(axis, step, (partials, totals), rows)
+        found = dict(zip(segment.results, made, strict=True))
+        for k, total in zip(tree, ordered.of_devices(axis, partials), strict=True):
+            found[sums[k].eqn.outvars[0]] = total.astype(sums[k].eqn.outvars[0].aval.dtype)
+        return found | {sums[k].eqn.outvars[0]: sums[k].of_devices(x, axis) for k, x in zip(rest, totals, strict=True)}
+
     def _is_real(self) -> Array:
         """Whether each lane of this device runs a replica, and is not padding."""
         return over_lanes(lambda: (where_replica([self._axis], jnp.bool_(True)),), self._axis, [], [0])()[0]
@@ -339,50 +397,40 @@ class _Accumulated:
     Attributes:
         eqn: The equation of the collective.
         which: The reduction.
+        in_order: Whether it is added in the order of the tree over all replicas, which has no place for padding.
     """
 
     eqn: Equation
     which: Reduction
+    in_order: bool
 
     @classmethod
-    def of(cls, eqn: Equation) -> _Accumulated:
+    def of(cls, eqn: Equation, axis: LogicalAxis) -> _Accumulated:
         REGISTRY[eqn.primitive.name].known(eqn.params)
-        return cls(eqn, _REDUCTIONS[eqn.primitive.name])
+        which = _REDUCTIONS[eqn.primitive.name]
+        in_order = axis.ordered and which is SUM and ordered.depends_on_order(eqn.invars[0].aval.dtype)
+        return cls(eqn, which, in_order)
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype of the total: sums of many 16-bit floats need more bits."""
         dtype = self.eqn.invars[0].aval.dtype
-        short = self.which is SUM and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-        return np.dtype(np.float32) if short else dtype
+        return ordered.dtype_of_sum(dtype) if self.which is SUM else dtype
 
     def initial(self) -> Array:
         """The total of no lanes."""
-        aval = self.eqn.invars[0].aval
-        if self.which is SUM:
-            return jnp.zeros(aval.shape, self.dtype)
-        if jnp.issubdtype(aval.dtype, jnp.bool_):
-            return jnp.full(aval.shape, self.which is MIN)
-        bounds = jnp.finfo(aval.dtype) if jnp.issubdtype(aval.dtype, jnp.floating) else jnp.iinfo(aval.dtype)
-        infinite = jnp.issubdtype(aval.dtype, jnp.floating)
-        if self.which is MAX:
-            return jnp.full(aval.shape, -jnp.inf if infinite else bounds.min, aval.dtype)
-        return jnp.full(aval.shape, jnp.inf if infinite else bounds.max, aval.dtype)
+        return self.which.identity(self.eqn.invars[0].aval.shape, self.dtype)
 
     def operand(self, x: ArrayLike, real: Array | None = None) -> Array:
         """What a lane adds. A padding lane adds zero to a sum; it does not change an extremum."""
         own = jnp.asarray(x).astype(self.dtype)
         if self.which is not SUM:
             return without_derivative(self.which.name, own)
-        return own if real is None else jnp.where(real, own, jnp.zeros_like(own))
+        return own if real is None or self.in_order else jnp.where(real, own, jnp.zeros_like(own))
 
     def over_rows(self, x: Array) -> Array:
         """The total of several lanes, ``(lanes, ...)``."""
         return self.which.local(x, axis=0)
-
-    def combine(self, a: Array, b: Array) -> Array:
-        """The total of two totals."""
-        return a + b if self.which is SUM else (lax.max if self.which is MAX else lax.min)(a, b)
 
     def of_devices(self, total: Array, axis: LogicalAxis) -> Array:
         """The total of all devices."""
@@ -397,6 +445,14 @@ def _run_equations(eqns: Sequence[Equation], values: dict[Atom, ArrayLike]) -> d
     for eqn in eqns:
         values.update(zip(eqn.outvars, _once(eqn, values), strict=True))
     return values
+
+
+def _variables(atoms: Iterable[Atom]) -> Iterator[Atom]:
+    return (atom for atom in atoms if not _jax.is_literal(atom))
+
+
+def _read_by(eqns: Iterable[Equation]) -> Iterator[Atom]:
+    return (atom for eqn in eqns for atom in _variables(eqn.invars))
 
 
 def _once(eqn: Equation, values: Mapping[Atom, ArrayLike]) -> Sequence[Array]:

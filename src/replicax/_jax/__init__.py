@@ -9,6 +9,7 @@ from replicax._jax.backends import make_cpu_client_by as make_cpu_client_by
 from replicax._jax.callbacks import bind_callback_where as bind_callback_where
 from replicax._jax.callbacks import has_side_effect as has_side_effect
 from replicax._jax.callbacks import needs_one_mesh as needs_one_mesh
+from replicax._jax.compiling import SAME_BITS as SAME_BITS
 from replicax._jax.errors import NanError as NanError
 from replicax._jax.errors import is_about_explicit_meshes as is_about_explicit_meshes
 from replicax._jax.errors import is_about_shard_map_types as is_about_shard_map_types

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class LogicalAxis:
         lane_axis: The vmapped axis of size L, or None if L is 1.
         placement: The replica that each slot (a lane of a device) runs.
         level: The number of enclosing maps. Axes with the same name at different levels are different axes.
+        ordered: Whether replicas run one after the other, and sums are added in an order that depends on N alone.
     """
 
     name: Hashable
@@ -49,6 +51,7 @@ class LogicalAxis:
     lane_axis: Hashable | None
     placement: Placement
     level: int = 0
+    ordered: bool = False
 
     @property
     def padding(self) -> int:
@@ -221,6 +224,7 @@ def layout(
     use_all_devices: bool = False,
     avoid_user_names: bool = False,
     nesting: Nesting = (),
+    ordered: bool = False,
 ) -> Layout:
     """Returns the layout of ``size`` replicas on ``devices``.
 
@@ -238,6 +242,7 @@ def layout(
         avoid_user_names: Whether mesh axes must not have the user's names. An enclosing ``vmap`` may bind the same
             name, and would then capture collectives over the mesh axis.
         nesting: The nested maps.
+        ordered: See :class:`LogicalAxis`.
     """
     levels = [[(name, size)], *nesting]
     counts = (_factored if use_all_devices else fewest_devices)([[n for _, n in at] for at in levels], len(devices))
@@ -245,7 +250,7 @@ def layout(
     used = np.asarray(devices[: math.prod(counts)], dtype=object)
     inner = inner_axes(names[1:], counts[1:])
     lanes = -(-size // counts[0])
-    axis = _axis(name, size, counts[0], lanes, names[0], 0)
+    axis = dataclasses.replace(_axis(name, size, counts[0], lanes, names[0], 0), ordered=ordered)
     return Layout(axis, mesh_of(used, names[0], inner), inner)
 
 

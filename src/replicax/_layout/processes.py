@@ -63,6 +63,7 @@ def layout_over_processes(
     *,
     use_all_devices: bool = False,
     avoid_user_names: bool = False,
+    ordered: bool = False,
 ) -> Layout:
     """Returns the layout of a map over several processes.
 
@@ -77,6 +78,7 @@ def layout_over_processes(
         nesting: The nested maps.
         use_all_devices: Whether all devices must be used.
         avoid_user_names: Whether mesh axes must not have the user's names, see :func:`replicax._layout.layout.layout`.
+        ordered: See :class:`replicax._layout.layout.LogicalAxis`.
     """
     lanes = max(-(-share.replicas // len(share.devices)) for share in shares)
     used = [len(share.devices) if use_all_devices else max(1, -(-share.replicas // lanes)) for share in shares]
@@ -97,6 +99,7 @@ def layout_over_processes(
             device_axis=names[0] if placement.devices > 1 else None,
             lane_axis=LaneAxis(name) if lanes > 1 else None,
             placement=placement,
+            ordered=ordered,
         )
         mesh = mesh_of(np.asarray(devices, dtype=object), names[0], inner)
         return Layout(axis, mesh, inner, own, () if own is None else _lent(placement, shares, used))

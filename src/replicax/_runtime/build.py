@@ -11,6 +11,7 @@ import jax
 from replicax import _jax
 from replicax._engine import primitives
 from replicax._engine.cuts import AUTO, Auto, Lanes
+from replicax._engine.determinism import deterministic
 from replicax._engine.lowering import lower
 from replicax._engine.nested import Recorded, record
 from replicax._engine.replica import Replica, trace_replica
@@ -26,6 +27,7 @@ from replicax._runtime.own_rows import OwnRows
 from replicax._runtime.processes import agree_on_program, agree_on_rows, own_size, rows_of
 from replicax._runtime.signature import Rows, Signature
 from replicax._typing import ArrayLike, Function
+from replicax.errors import UnsupportedTransformationError
 
 
 def signature_of(options: Options, call: Call, leaves: Sequence[ArrayLike]) -> Signature:
@@ -76,9 +78,11 @@ def build(options: Options, call: Call, signature: Signature, *, use_all_devices
         The executable. Inside a replica of another map: the recorded inner map, which is lowered with the outer one.
     """
     if _jax.tracing_replica():
-        options.refuse_inner_devices(call.name)
+        options.refuse_inner(call.name)
         axis, replica = replicas_of(options.axis_name, signature.size), _trace(options, call, signature, signature.size)
         return record(replica, axis, signature.in_axes, options.outputs, call.name)
+    if options.deterministic:
+        _refuse_other_compilers(call.name)
     if signature.rows is Rows.ALL:
         return _lowered(options, call, signature, use_all_devices=use_all_devices)
     shares, left = agree_on_rows(options, call, signature)
@@ -107,8 +111,15 @@ def _lowered(
     """
     devices = options.resolve_devices()
     inputs = Inputs(tuple(leaf.aval for leaf in signature.leaves), signature.in_axes, call.donated(options.donated))
-    replica = _trace(options, call, signature, sum(share.replicas for share in shares) or signature.size)
-    how: Any = {"nesting": primitives.nesting(replica.jaxpr), "avoid_user_names": not _jax.eager()}
+    size = sum(share.replicas for share in shares) or signature.size
+    replica = _trace(options, call, signature, size)
+    if options.deterministic:
+        replica = deterministic(replica, {options.axis_name: size}, call.name)
+    how: Any = {
+        "nesting": primitives.nesting(replica.jaxpr),
+        "avoid_user_names": not _jax.eager(),
+        "ordered": options.deterministic,
+    }
     if shares:
         where = layout_over_processes(options.axis_name, shares, jax.process_index(), **how)
     else:
@@ -127,6 +138,25 @@ def _lowered(
         executable = memory.fitting(executable, lowered, left)
     _ = executable.traced  # trace now: under this thread's lock, and before any argument is moved
     return executable
+
+
+def _refuse_other_compilers(name: str) -> None:
+    """Refuses a deterministic map that something else than replicax would compile.
+
+    Raises:
+        UnsupportedTransformationError: The call is inside a transformation, or under ``jax.disable_jit``.
+    """
+    if jax.config.jax_disable_jit:
+        raise UnsupportedTransformationError(
+            f"{name} is mapped with deterministic=True, and called under jax.disable_jit, where operations have other "
+            f"bits than in a compiled program. Call it outside, or leave deterministic out."
+        )
+    if not _jax.eager():
+        raise UnsupportedTransformationError(
+            f"{name} is mapped with deterministic=True, and called inside jit, grad, vmap or another transformation, "
+            f"whose program XLA compiles without the options that make the bits equal. Transform inside the mapped "
+            f"function, as in pmap(jax.grad(f), deterministic=True), or leave deterministic out."
+        )
 
 
 def _trace(options: Options, call: Call, signature: Signature, size: int) -> Replica:

@@ -84,6 +84,7 @@ class Executable:
             in_shardings=spec.in_shardings,
             out_shardings=spec.out_shardings,
             donate_argnums=spec.donated_in_place,
+            compiler_options=spec.compiler_options,
         )
 
     @cached_property

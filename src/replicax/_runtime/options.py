@@ -29,6 +29,7 @@ class Options:
         backend: The platform to use, or None for JAX's default.
         axis_size: The number of replicas, or None to infer it from the arguments.
         lanes: How many replicas a device runs at once, None for all of them; ``AUTO`` leaves it to replicax.
+        deterministic: Whether the bits of the results must not depend on the devices.
     """
 
     axis_name: Hashable
@@ -40,6 +41,7 @@ class Options:
     backend: str | None
     axis_size: int | None
     lanes: Lanes | Auto = AUTO
+    deterministic: bool = False
 
     def resolve_devices(self) -> tuple[jax.Device, ...]:
         """The devices that the map may use. Initializes JAX's backends, so it is called only when a program is built.
@@ -72,14 +74,15 @@ class Options:
             )
         return self.devices
 
-    def refuse_inner_devices(self, name: str) -> None:
-        """Rejects ``devices`` and ``backend`` for the function ``name``, which is mapped inside another map.
+    def refuse_inner(self, name: str) -> None:
+        """Rejects the options of the outermost map for the function ``name``, which is mapped inside another map.
 
         Raises:
-            NestedMapError: one of the two options is set.
+            NestedMapError: ``devices``, ``backend``, ``lanes`` or ``deterministic`` is set.
         """
         chosen = [which for which in ("devices", "backend") if getattr(self, which) is not None]
-        chosen += ["lanes"] * isinstance(self.lanes, int)
+        chosen += ["lanes"] * (isinstance(self.lanes, int) and not self.deterministic)  # deterministic implies 1
+        chosen += ["deterministic"] * self.deterministic
         if chosen:
             raise NestedMapError(
                 f"Nested pmap with explicit {' and '.join(chosen)} argument. {name} is mapped inside another mapped "
@@ -102,6 +105,23 @@ def check_lanes(lanes: str | int) -> Lanes | Auto:
             f"least 1; got {lanes!r:.60}."
         )
     return operator.index(lanes)
+
+
+def check_deterministic(deterministic: bool, lanes: str | int) -> Lanes | Auto:
+    """Validates ``deterministic`` and ``lanes``, and returns how many lanes a device runs at once, as above.
+
+    Raises:
+        OptionTypeError: ``deterministic`` is not a bool, or ``lanes`` contradicts it, or is invalid.
+    """
+    if not isinstance(deterministic, bool):
+        raise OptionTypeError(f"deterministic must be True or False, got {deterministic!r:.60}.")
+    chosen = check_lanes(lanes)
+    if deterministic and chosen not in (AUTO, 1):
+        raise OptionTypeError(
+            f"deterministic=True runs the replicas of a device one after the other, and lanes is {lanes!r}. Leave "
+            f"lanes out, or write lanes='sequential'."
+        )
+    return 1 if deterministic else chosen
 
 
 _LANES: dict[str, Lanes | Auto] = {"auto": AUTO, "vectorized": VECTORIZED, "sequential": 1}

@@ -183,7 +183,11 @@ def may_be_packed(executable: Executable, leaves: Sequence[ArrayLike]) -> bool:
 
 def _small(program: ProgramSpec, kinds: Sequence[type]) -> list[int]:
     """The indices of the small NumPy arrays; empty if the program is too large to compile twice."""
-    if kinds.count(np.ndarray) < MANY or _jax.equations(program.replica.jaxpr, EQUATIONS) == EQUATIONS:
+    if (
+        program.deterministic
+        or kinds.count(np.ndarray) < MANY
+        or _jax.equations(program.replica.jaxpr, EQUATIONS) == EQUATIONS
+    ):
         return []
     sizes = [x.size * x.dtype.itemsize for x in program.inputs.types]
     return [i for i, kind in enumerate(kinds) if kind is np.ndarray and 0 < sizes[i] <= LARGE]

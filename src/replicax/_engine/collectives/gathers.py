@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from replicax._engine import primitives
+from replicax._engine import ordered, primitives
 from replicax._engine.blocks import block, exchanged, fetch, gather, only_axis, own_lane, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
 from replicax._engine.collectives.definitions import in_each_group
-from replicax._engine.collectives.reductions import over_segments
+from replicax._engine.collectives.reductions import no_groups_in_order, over_segments, sums_in_order
 from replicax._engine.collectives.registry import collective, equal, keeps_constants, moves_data, per_replica
 from replicax._engine.collectives.replicas import where_replica
 from replicax._engine.collectives.wire import fetched, gathered, sent, size_in_bytes
@@ -170,6 +170,12 @@ def psum_scatter(
         raise CollectiveArgumentError("psum_scatter does not support bool in JAX. Convert the operand to int32 first.")
     names, scatter_dimension = as_names(axis_name), scatter_dimension % x.ndim
     split = groups_of("psum_scatter", axis_index_groups, size_of(logical, names), of_one_size=True)
+    if (tree := sums_in_order(logical, names, x)) is not None:
+        if split is not None or len(names) > 1:
+            raise no_groups_in_order("psum_scatter", tree)
+        x = chunks(x, scatter_dimension, axis_size) if tiled else jnp.moveaxis(x, scatter_dimension, 0)
+        rows = block(tree, x).astype(ordered.dtype_of_sum(x.dtype))
+        return own_lane(tree, ordered.rows_of_devices(tree, ordered.of_rows(tree, rows))).astype(x.dtype)
     axis = only_axis(logical, names)
     if (name := direct(axis)) is not None:
         index_groups = split and split.groups

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from replicax._engine.blocks import block, fetch, gather, only_axis, size_of
+from replicax._engine.blocks import as_unbatched, block, fetch, gather, only_axis, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, shown
 from replicax._engine.collectives.registry import Result, collective, equal, moves_data, refuse
 from replicax._engine.collectives.wire import fetched, reduced, size_in_bytes
@@ -124,6 +124,8 @@ def pbroadcast(logical: LogicalAxes, x: Array, *, axis_name: Names | Hashable, s
     axis = only_axis(logical, names)
     if axis is None:
         return gather(logical, names, x)[source]
+    if axis.ordered:  # the sum turns -0.0 into 0.0, if there are several devices
+        return as_unbatched(axis, fetch(logical, names, x[None], np.full((size, 1), source))[0])
     device, lane = divmod(int(axis.placement.slot_of[source]), axis.lanes)
     x = block(axis, x)[lane]
     if axis.device_axis is None:

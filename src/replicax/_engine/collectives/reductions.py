@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from replicax._engine import ordered
 from replicax._engine.blocks import block, fetch, on_device, only_axis, own_lane, size_of, take, with_zero
 from replicax._engine.collectives.arguments import Names, direct, groups_of, split_axes
 from replicax._engine.collectives.definitions import in_each_group
@@ -19,6 +20,7 @@ from replicax._engine.reductions import MAX, MIN, SUM, Reduction, without_deriva
 from replicax._layout.exchange import NOTHING, Groups, Table, segments
 from replicax._layout.layout import LaneAxis, LogicalAxes, LogicalAxis
 from replicax._typing import Array, IndexGroups, ShapeAndDtype
+from replicax.errors import UnsupportedCollectiveError
 
 
 def _of_rows(reduce: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -72,12 +74,41 @@ def _wire_of_extremum(
 @keeps_constants
 def psum(logical: LogicalAxes, x: Array, *, axes: Names, axis_index_groups: IndexGroups = None) -> Array:
     """Returns the sum over the replicas. Padding lanes contribute zero."""
+    axis = sums_in_order(logical, axes, x)
+    if axis is not None:
+        return _psum_in_order(axis, x, axes, axis_index_groups)
     if axis_index_groups is not None:
         return reduce_groups(logical, x, axes, axis_index_groups, SUM)
     ours, positional, foreign = split_axes(logical, axes)
     x = SUM.local(x, positional) if positional else x
     names = physical(ours) + foreign
     return lax.psum(where_replica(ours, x), names) if names else x
+
+
+def sums_in_order(logical: LogicalAxes, names: Names, x: Array) -> LogicalAxis | None:
+    """Returns the mapped axis over which ``x`` must be added in an order that depends on N alone, else None."""
+    if not ordered.depends_on_order(x.dtype):
+        return None
+    return next((logical[name] for name in names if name in logical and logical[name].ordered), None)
+
+
+def _psum_in_order(axis: LogicalAxis, x: Array, names: Names, axis_index_groups: IndexGroups) -> Array:
+    if axis_index_groups is not None:
+        raise no_groups_in_order("psum", axis)
+    dimensions = tuple(name for name in names if isinstance(name, int))
+    if dimensions:
+        x = ordered.within_lanes(axis, lambda x: SUM.local(x, dimensions), x)
+    rows = block(axis, x).astype(ordered.dtype_of_sum(x.dtype))
+    return ordered.of_devices(axis, [ordered.of_rows(axis, rows)])[0].astype(x.dtype)
+
+
+def no_groups_in_order(called: str, axis: LogicalAxis) -> UnsupportedCollectiveError:
+    """Returns the error for a sum over groups of replicas in a deterministic map."""
+    return UnsupportedCollectiveError(
+        f"{called} with axis_index_groups over the mapped axis {axis.name!r}: with deterministic=True, sums are over "
+        f"all replicas. Gather the group and add it, as in lax.all_gather(x, {axis.name!r}, axis_index_groups=groups)"
+        f".sum(0), or leave deterministic out."
+    )
 
 
 @collective("pmax", result=equal, definition=_of_rows(jnp.max), wire=_wire_of_extremum, by_groups=True)
@@ -102,6 +133,8 @@ def extremum(logical: LogicalAxes, x: Array, axes: Names, axis_index_groups: Ind
     names = physical(ours) + foreign
     lanes = tuple(name for name in names if isinstance(name, LaneAxis))
     between = tuple(name for name in names if name not in lanes)
+    if any(axis.ordered for axis in ours):  # of -0.0 and 0.0, and of several NaN, the same in any order
+        return which.between(x, names) if names else x
     if lanes:
         x = which.named(x, lanes)
     # XLA's CPU backend has no maximum or minimum of complex numbers between devices. Workaround: complex_extremes.
