@@ -96,7 +96,7 @@ def pytest_collection_modifyitems(items, config):
 
 
 #: A test with so many long cases is a table, of which ``--part`` runs a part.
-TABLE = 4
+TABLE = 2
 
 
 def named(few):
