@@ -111,7 +111,8 @@ def over_both(fun):
 @pytest.mark.parametrize("fun", [train_step, looped, prints], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(("n", "d"), [(16, 8), (64, 8), (6, 2), (12, 1)])
 def test_lanes_compile_to_the_program_by_hand(fun, n, d):
-    ours = optimized(pmap(fun, "i", in_axes=(None, 0), devices=jax.devices()[:d]).lower(*arguments(n)))
+    mapped = pmap(fun, "i", in_axes=(None, 0), devices=jax.devices()[:d], lanes="vectorized")
+    ours = optimized(mapped.lower(*arguments(n)))
     theirs = optimized(by_hand(over_both(fun), n, d).lower(*arguments(n)))
     if d > 1:
         assert collectives(ours) == collectives(theirs)
