@@ -118,6 +118,22 @@ def in_checkpoints(w, x):
     return kept, inner
 
 
+def with_refs(w, x):
+    same, own = jax.new_ref(jnp.zeros(4)), jax.new_ref(x)
+    same[...] = x.sum(1)
+    own[...] = own[...] * lax.psum(own[...], "i")
+    return same[...], own[...], lax.fori_loop(0, 2, lambda _, y: y + lax.psum(y, "i"), same[...])
+
+
+def without_elements(w, x):
+    return x[:, :0] * 2, lax.psum(x[:, :0], "i"), lax.scan(lambda c, y: (c, c * y), x, jnp.arange(0.0))[1]
+
+
+def loops_inside_vmap(w, x):
+    loop = lambda y: lax.while_loop(lambda c: c < 9, lambda c: c + 1 + lax.pmean(x[0, 0], "i") ** 2, y)
+    return jax.vmap(loop)(jnp.array([1.0, 0.5]))
+
+
 def with_dtypes(w, x):
     whole = jnp.round(x).astype(jnp.int32)
     half = (x * x).astype(jnp.bfloat16)
@@ -149,6 +165,9 @@ PROGRAMS = {
         in_a_branch_that_some_take,
         in_rules,
         in_checkpoints,
+        with_refs,
+        without_elements,
+        loops_inside_vmap,
         with_dtypes,
         with_keys,
     )
@@ -336,7 +355,7 @@ def test_gradients_are_added_up_and_communicated_once():
 # Mistakes
 
 
-@pytest.mark.parametrize("lanes", [0, -1, 1.5, "some", True, None])
+@pytest.mark.parametrize("lanes", [0, -1, 1.5, "some", True, None, (2,), np.array([2])])
 def test_wrong_lanes(lanes):
     with pytest.raises(OptionTypeError, match=re.escape(f"got {lanes!r}")):
         replicax.pmap(lambda x: x, lanes=lanes)

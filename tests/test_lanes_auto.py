@@ -257,6 +257,26 @@ def test_a_step_that_needs_more_memory_than_there_is(wrong_estimate, monkeypatch
     assert ("RESOURCE_EXHAUSTED: Out of memory allocating" in texts[0]) is wrong_estimate
 
 
+@pytest.mark.parametrize("estimate", [lambda program: 2**40, lambda program: 0], ids=["estimate", "first run"])
+def test_a_program_in_one_piece_runs_as_it_is(monkeypatch, estimate):
+    """Refs and the results of inner maps that stay on their devices need all lanes at once."""
+    monkeypatch.setattr(memory, "free", lambda devices: 100)
+    monkeypatch.setattr(memory, "_needed", estimate)
+
+    def program(x):
+        ref = jax.new_ref(jnp.zeros(3))
+        ref[...] = x
+        return ref[...]
+
+    x = rng.normal(size=(16, 3)).astype(np.float32)
+    mapped = replicax.pmap(program)
+    np.testing.assert_array_equal(mapped(x), x)
+    assert mapped.trace(x).lanes.at_once == 2
+    inner = replicax.pmap(replicax.pmap(jnp.sin), devices=jax.devices()[:4])
+    y = rng.normal(size=(2, 4, 3)).astype(np.float32)
+    np.testing.assert_allclose(inner(y), np.sin(y), rtol=1e-5)
+
+
 def test_only_what_processes_on_one_host_share_is_divided():
     assert memory.least([("a", 100), ("a", 80), ("b", 50)]) == 40
     assert memory.least([("a", 100), ("b", None)]) is None

@@ -58,11 +58,12 @@ def cut_equation(eqn: Equation, mapped: Sequence[bool], cut: CutJaxpr, *, differ
 
 
 def _is_plain(jaxpr: Jaxpr) -> bool:
-    """Whether there are no maps, callbacks or other side effects in the jaxpr."""
+    """Whether there are no maps, callbacks, refs or other side effects in the jaxpr."""
     return all(
         not primitives.is_nested_map(eqn)
         and not callback_primitives.is_guarded(eqn)
         and not _jax.has_side_effect(eqn)
+        and not _jax.holds_references(eqn)
         and all(map(_is_plain, _jax.sub_jaxprs(eqn)))
         for eqn in _jax.body(jaxpr).eqns
     )
@@ -80,6 +81,8 @@ def _cut_scan(eqn: Equation, mapped: Sequence[bool], cut: CutJaxpr) -> CutEquati
 
 def _cut_while(eqn: Equation, mapped: Sequence[bool], cut: CutJaxpr) -> CutEquation | None:
     cond, body = _jax.sub_jaxprs(eqn)
+    if _jax.body(cond).outvars[0].aval.shape:  # inside the user's vmap, the loop runs until its last row is done
+        return None
     for_cond, for_body, carry = _while_operands(eqn, mapped)
     while True:
         part = cut(body, [*for_body, *carry])

@@ -28,8 +28,8 @@ def deterministic(replica: Replica, sizes: Mapping[Hashable, int], name: str) ->
 
     Raises:
         UnsupportedCallbackError: The program calls back into Python, and uses what Python returns.
-        UnsupportedCollectiveError: The program draws random numbers that depend on the device, or an inner map
-            contains a collective that JAX does not have under ``vmap``.
+        UnsupportedCollectiveError: The program draws random numbers that depend on the device, or uses a ``jax.Ref``,
+            or an inner map contains a collective that JAX does not have under ``vmap``.
     """
     for eqn in _equations(replica.jaxpr, set()):
         _refuse(eqn, name)
@@ -63,6 +63,11 @@ def _refuse(eqn: Equation, name: str) -> None:
             f"{name} is mapped with deterministic=True, and calls {_jax.equation_name(eqn)}: replicax cannot know that "
             f"Python returns the same bits in every process. Compute it with jax.numpy, or before the call, and pass "
             f"it as a mapped argument. (jax.debug.callback, which returns nothing, is supported.)"
+        )
+    if _jax.makes_references(eqn):
+        raise UnsupportedCollectiveError(
+            f"{name} is mapped with deterministic=True, and uses a jax.Ref, which replicas cannot use one after the "
+            f"other. Carry the value through the loop instead, or leave deterministic out."
         )
     if eqn.primitive.name == "rng_uniform":
         raise UnsupportedCollectiveError(

@@ -24,6 +24,7 @@ from replicax._engine.rewrite import Rewriter, one_value
 from replicax._engine.segments import Cutter, LanesInSegments
 from replicax._engine.spec import Inputs, ProgramSpec
 from replicax._engine.varying import NOWHERE, Varying
+from replicax._jax import Jaxpr
 from replicax._layout.axes import match_out_axes
 from replicax._layout.layout import Layout, LogicalAxis, Splits
 from replicax._typing import Array, ArrayLike, Axes, DType, Function
@@ -148,6 +149,15 @@ class _Body:
             for y, a in zip(values, self.out_axes, strict=True)
         )
 
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether all lanes must run at once: with splits over the devices of nested maps, or with refs.
+
+        A ref has one value for all lanes until a lane writes to it, so its type depends on all that follows.
+        """
+        split = any(map(any, (self.in_places, self.out_places)))
+        return split or _has_references(self.replica.jaxpr)
+
     def lanes_by_rule(self, rewriter: Rewriter) -> Lanes:
         """Returns how many lanes a CPU runs at once, by the rule for all programs."""
         cutter = Cutter(rewriter.scope, one_lane=True)
@@ -159,8 +169,8 @@ class _Body:
 
         The program is a function of blocks. It raises if a callback has failed.
         """
-        axis, split = rewriter.scope.axes[-1], any(map(any, (self.in_places, self.out_places)))
-        if not axis.ordered and (lanes is VECTORIZED or lanes >= axis.lanes or split):
+        axis = rewriter.scope.axes[-1]
+        if not axis.ordered and (lanes is VECTORIZED or lanes >= axis.lanes or self.in_one_piece):
             run = over_lanes(self.one_replica(rewriter), axis, in_axes, self.out_axes)
             plan = LanePlan(axis.lanes, axis.lanes, 0, 0, (), 0)
         else:
@@ -184,6 +194,14 @@ class _Body:
             return finish(*map(jnp.asarray, lanes.run(jaxpr, self._consts(rows), args)))
 
         return one_device, cutter.plan(cut, chunk)
+
+
+def _has_references(jaxpr: Jaxpr) -> bool:
+    """Whether the program has refs outside of loops and the like."""
+    return any(
+        _jax.holds_references(eqn) or (eqn.primitive.name == "jit" and any(map(_has_references, _jax.sub_jaxprs(eqn))))
+        for eqn in _jax.body(jaxpr).eqns
+    )
 
 
 def _body(

@@ -350,9 +350,9 @@ class LanesInSegments:
         if chunk == 1:
             totals, made = lax.scan(step, totals, [*rows, *real])
         else:
-            chunks = [x[: lanes - rest].reshape(-1, chunk, *x.shape[1:]) for x in (*rows, *real)]
+            chunks = [x[: lanes - rest].reshape(lanes // chunk, chunk, *x.shape[1:]) for x in (*rows, *real)]
             totals, made = lax.scan(step, totals, chunks)
-            made = [x.reshape(-1, *x.shape[2:]) for x in made]
+            made = [x.reshape(lanes - rest, *x.shape[2:]) for x in made]
         if rest:
             totals, last = step(totals, [x[lanes - rest :] for x in (*rows, *real)])
             made = [jnp.concatenate(parts) for parts in zip(made, last, strict=True)]

@@ -80,10 +80,12 @@ from replicax._jax.types import Masked as Masked
 from replicax._jax.types import array_type as array_type
 from replicax._jax.types import as_array as as_array
 from replicax._jax.types import as_type as as_type
+from replicax._jax.types import holds_references as holds_references
 from replicax._jax.types import is_array_type as is_array_type
 from replicax._jax.types import is_masked as is_masked
 from replicax._jax.types import is_reference as is_reference
 from replicax._jax.types import is_unconverted as is_unconverted
+from replicax._jax.types import makes_references as makes_references
 from replicax._jax.types import operands as operands
 from replicax._jax.types import type_key as type_key
 from replicax._jax.types import typeof as typeof

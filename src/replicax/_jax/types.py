@@ -158,6 +158,16 @@ class Masked:
         raise TypeError("a masked array")
 
 
+def holds_references(eqn: Equation) -> bool:
+    """Whether an equation takes or returns a ``jax.Ref``."""
+    return any(isinstance(atom.aval, AbstractRef) for atom in (*eqn.invars, *eqn.outvars))
+
+
+def makes_references(eqn: Equation) -> bool:
+    """Whether an equation returns a ``jax.Ref``."""
+    return any(isinstance(var.aval, AbstractRef) for var in eqn.outvars)
+
+
 def is_reference(x: object) -> bool:
     """Whether ``x`` is a ``jax.Ref``, or a tracer of one."""
     return isinstance(x, core.Ref | core.Tracer) and isinstance(core.typeof(x), AbstractRef)

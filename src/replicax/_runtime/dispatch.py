@@ -101,7 +101,8 @@ class Dispatcher:
                 except jax.errors.JaxRuntimeError as error:
                     if not (program.may_not_fit and memory.ran_out(error) and self._may_run_again(program, leaves)):
                         raise
-                    self._use_fewer_lanes(program, error, split(fun, self.options.static, args, kwargs))
+                    if not self._use_fewer_lanes(program, error, split(fun, self.options.static, args, kwargs)):
+                        raise
                     return self.call(fun, args, kwargs, path)
             out = jax.tree.unflatten(program.out_tree, results)
         return Outcome(out, known and cpp.remember(known, out), start)
@@ -160,10 +161,17 @@ class Dispatcher:
             and not any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves)  # donated
         )
 
-    def _use_fewer_lanes(self, program: Executable, error: BaseException, call: Call) -> None:
-        """Replaces a program that ran out of memory by one with fewer lanes at once."""
+    def _use_fewer_lanes(self, program: Executable, error: BaseException, call: Call) -> bool:
+        """Replaces a program that ran out of memory by one with fewer lanes at once. Returns whether there is one."""
         plan = program.spec.lanes
         at_once = memory.fewer(plan.lanes, plan.at_once)
+        leaves, key = _key(call, abstract=False)
+        signature, options = signature_of(self.options, call, leaves), dataclasses.replace(self.options, lanes=at_once)
+        fewer: Any = build(options, call, signature, use_all_devices=_needs_all_devices(leaves))
+        if fewer.spec.lanes.at_once >= plan.at_once:  # the program runs in one piece
+            return False
+        fewer.may_not_fit = at_once > 1
+        self._programs[key] = fewer
         logger.warning(
             "%s: %d replicas at once on a device ran out of memory, and it runs %d at once now. To start with this, "
             "pass lanes=%d to pmap. XLA says: %s",
@@ -173,11 +181,7 @@ class Dispatcher:
             at_once,
             str(error).partition("\n")[0],
         )
-        leaves, key = _key(call, abstract=False)
-        signature, options = signature_of(self.options, call, leaves), dataclasses.replace(self.options, lanes=at_once)
-        fewer: Any = build(options, call, signature, use_all_devices=_needs_all_devices(leaves))
-        fewer.may_not_fit = at_once > 1
-        self._programs[key] = fewer
+        return True
 
     def describe(self, fun: Function, args: Args, kwargs: Kwargs) -> tuple[Executable | Recorded, Call, Signature]:
         """The program for concrete or abstract arguments, with its call and signature."""

@@ -73,7 +73,10 @@ def fitting(program: Executable, again: Callable[[int], Executable], left: int |
         if needed <= MARGIN * left:
             break
         share = 0.5 if math.isinf(needed) else min(MARGIN * left / needed, (at_once - 1) / at_once)
-        program = again(_divisor(plan.lanes, max(1, int(at_once * share))))
+        smaller = again(_divisor(plan.lanes, max(1, int(at_once * share))))
+        if smaller.spec.lanes.at_once >= at_once:  # the program runs in one piece
+            return program
+        program = smaller
         program.may_not_fit = program.spec.lanes.at_once > 1
         logger.info(
             "%s: %d replicas at once need %s on a device, and %s are free. It runs %d at once.",

@@ -86,8 +86,8 @@ class Options:
         if chosen:
             raise NestedMapError(
                 f"Nested pmap with explicit {' and '.join(chosen)} argument. {name} is mapped inside another mapped "
-                f"function, and an inner map always runs on the devices of the outer map. Leave the argument out "
-                f"here, and pass it to the outermost pmap."
+                f"function. An inner map runs on the devices of the outer map, all of its replicas at once on each. "
+                f"Leave the argument out here, and pass it to the outermost pmap."
             )
 
 
@@ -99,12 +99,16 @@ def check_lanes(lanes: str | int) -> Lanes | Auto:
     """
     if isinstance(lanes, str) and lanes in _LANES:
         return _LANES[lanes]
-    if isinstance(lanes, bool) or not hasattr(lanes, "__index__") or operator.index(lanes) < 1:
+    try:
+        at_once = 0 if isinstance(lanes, bool) else operator.index(lanes)  # type: ignore[arg-type]
+    except TypeError:
+        at_once = 0
+    if at_once < 1:
         raise OptionTypeError(
             f"lanes says how a device runs its replicas: {', '.join(map(repr, _LANES))}, or how many at a time, at "
             f"least 1; got {lanes!r:.60}."
         )
-    return operator.index(lanes)
+    return at_once
 
 
 def check_deterministic(deterministic: bool, lanes: str | int) -> Lanes | Auto:
