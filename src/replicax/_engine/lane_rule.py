@@ -36,7 +36,7 @@ OWN_INDEX = 1000
 #: The assumed number of iterations of a ``while_loop``.
 TRIPS = 16
 
-_INDEXED = {"dynamic_slice", "dynamic_update_slice", "gather"} | {"scatter", "scatter-add", "scatter-mul"}
+_INDEXED = {"dynamic_slice", "dynamic_update_slice", "gather", "scatter", "scatter-add", "scatter-mul"}
 
 
 @dataclass
