@@ -201,7 +201,7 @@ def test_many_small_arrays_are_not_packed():
 # Several processes
 
 
-@pytest.mark.few(1)
+@pytest.mark.long
 @pytest.mark.parametrize("devices", [(2, 2), (4, 4), (2, 2, 2, 2)], ids=["2x2", "2x4", "4x2"])
 def test_over_processes(optimized, monkeypatch, devices):
     monkeypatch.setenv("XLA_FLAGS", "")
@@ -366,6 +366,18 @@ def test_random_numbers_of_the_device():
 
     with pytest.raises(UnsupportedCollectiveError, match=r"program is mapped .* calls lax\.rng_uniform"):
         replicax.pmap(program, "i", deterministic=True)(rows(4))
+
+
+def test_refs():
+    def program(x):
+        total = jax.new_ref(jnp.zeros(3))
+        total[...] += lax.psum(x, "i")
+        return total[...]
+
+    with pytest.raises(
+        UnsupportedCollectiveError, match=r"program is mapped with deterministic=True, and uses a jax\.Ref"
+    ):
+        replicax.pmap(program, "i", deterministic=True)(np.ones((4, 3)))
 
 
 def test_an_inner_map_that_vmap_cannot_run():
