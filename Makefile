@@ -2,7 +2,7 @@
 #
 #   make help     this page
 #   make demo     installs what it needs and does the main job on real data
-#   make test     a few cases of each kind of test (about four minutes on two idle cores)
+#   make test     a few cases of each kind of test (about six minutes on two idle cores)
 #   make test-all the whole test suite
 #   make test-long what test-all runs and test does not (PART=1/2: of large tables every other case; PART=2/2: the rest)
 #   make check    linter, formatter, strict types, and the workflow files against their schema
