@@ -121,8 +121,8 @@ def in_checkpoints(w, x):
 def with_refs(w, x):
     same, own = jax.new_ref(jnp.zeros(4)), jax.new_ref(x)
     same[...] = x.sum(1)
-    own[...] = own[...] * lax.psum(own[...], "i")
-    return same[...], own[...], lax.fori_loop(0, 2, lambda _, y: y + lax.psum(y, "i"), same[...])
+    own[...] = own[...] * lax.pmean(own[...], "i")
+    return same[...], own[...], lax.fori_loop(0, 2, lambda _, y: y + lax.pmean(y, "i"), same[...])
 
 
 def without_elements(w, x):
