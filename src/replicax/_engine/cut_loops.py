@@ -50,10 +50,12 @@ def cut_equation(eqn: Equation, mapped: Sequence[bool], cut: CutJaxpr, *, differ
             return _cut_while(eqn, mapped, cut)
         case "cond" if not mapped[0]:
             branches = [cut(sub, mapped[1:]) for sub in subs]
-            return CutEquation(eqn, branches, list(map(any, zip(*(each.stacked for each in branches), strict=True))))
+            return CutEquation(
+                eqn, mapped, branches, list(map(any, zip(*(each.stacked for each in branches), strict=True)))
+            )
         case name if name in _CALLS and len(subs) == 1 and len(_jax.body(subs[0]).invars) == len(mapped):
             part = cut(subs[0], mapped)
-            return CutEquation(eqn, [part], part.stacked)
+            return CutEquation(eqn, mapped, [part], part.stacked)
     return None
 
 
@@ -75,7 +77,7 @@ def _cut_scan(eqn: Equation, mapped: Sequence[bool], cut: CutJaxpr) -> CutEquati
         part = cut(step, operands)
         grown = [a or b for a, b in zip(operands[carry], part.stacked, strict=False)]
         if grown == operands[carry]:
-            return CutEquation(eqn, [part], [*grown, *part.stacked[len(grown) :]])
+            return CutEquation(eqn, mapped, [part], [*grown, *part.stacked[len(grown) :]])
         operands[carry] = grown
 
 
@@ -91,7 +93,7 @@ def _cut_while(eqn: Equation, mapped: Sequence[bool], cut: CutJaxpr) -> CutEquat
             break
         carry = grown
     condition = cut(cond, [*for_cond, *carry])
-    return None if condition.stacked[0] else CutEquation(eqn, [condition, part], carry)
+    return None if condition.stacked[0] else CutEquation(eqn, mapped, [condition, part], carry)
 
 
 def _while_operands(eqn: Equation, operands: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -121,7 +123,7 @@ def run_cut_equation(each: CutEquation, operands: Sequence[ArrayLike], lanes: in
             return _run_scan(each, operands, lanes, run)
         case "while":
             for_cond, for_body, carry = _while_operands(eqn, operands)
-            own = [x.ndim > var.aval.ndim for x, var in zip(map(jnp.asarray, carry), eqn.outvars, strict=True)]
+            own = _while_operands(eqn, each.mapped)[2]
             start = [_as_rows(x, a, b, lanes) for x, a, b in zip(carry, own, each.stacked, strict=True)]
             return list(
                 lax.while_loop(
@@ -145,8 +147,7 @@ def _run_scan(each: CutEquation, operands: Sequence[ArrayLike], lanes: int, run:
     count = carry.stop - carry.start
     arrays = list(map(jnp.asarray, operands))
     consts, start, rows = arrays[: carry.start], arrays[carry], arrays[carry.stop :]
-    own = [x.ndim > var.aval.ndim for x, var in zip(start, eqn.outvars, strict=False)]
-    start = [_as_rows(x, a, b, lanes) for x, a, b in zip(start, own, each.stacked, strict=False)]
+    start = [_as_rows(x, a, b, lanes) for x, a, b in zip(start, each.mapped[carry], each.stacked, strict=False)]
     rows = [jnp.moveaxis(x, 1, 0) if own else x for x, own in zip(rows, part.mapped[carry.stop :], strict=True)]
 
     def step(state: list[Array], row: list[Array]) -> tuple[list[Array], list[Array]]:

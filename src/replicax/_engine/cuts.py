@@ -127,10 +127,12 @@ class CutEquation:
 
     Attributes:
         eqn: The equation.
+        mapped: Whether each operand is stacked.
         parts: Its jaxprs.
         stacked: Whether each result is stacked.
     """
 
     eqn: Equation
+    mapped: Sequence[bool]
     parts: Sequence[Part]
     stacked: Sequence[bool]

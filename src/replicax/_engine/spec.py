@@ -69,16 +69,6 @@ class ProgramSpec:
     policy: OutputPolicy
     lanes: LanePlan
 
-    @property
-    def deterministic(self) -> bool:
-        """Whether the bits of the results must not depend on the devices."""
-        return self.layout.axis.ordered
-
-    @property
-    def compiler_options(self) -> dict[str, str] | None:
-        """The options with which XLA compiles the program; None for its defaults."""
-        return dict(_jax.SAME_BITS) if self.deterministic else None
-
     @cached_property
     def in_shardings(self) -> tuple[NamedSharding, ...]:
         """The sharding of each padded argument leaf, over all devices of the program."""

@@ -13,13 +13,14 @@ from replicax._jax.aliases import Equation, Jaxpr
 from replicax._typing import Array, PyTree
 
 VERSION: str = jax.__version__
+_JAXLIB = tuple(map(int, jaxlib_version.__version__.split(".")[:2]))
 
 #: Before jaxlib 0.12, XLA hangs if its thread pool is small for the number of CPU devices: see
 #: ``_runtime.cpu_threads``. The check is on jaxlib, which may be older than JAX. Workaround: few_cpu_threads.
-FEW_CPU_THREADS_HANG = tuple(map(int, jaxlib_version.__version__.split(".")[:2])) < (0, 12)
+FEW_CPU_THREADS_HANG = _JAXLIB < (0, 12)
 
 #: Before jaxlib 0.12, XLA gains little from several lanes in a loop on small arrays on CPUs: see ``_engine.lane_rule``.
-SMALL_LANES_GAIN = tuple(map(int, jaxlib_version.__version__.split(".")[:2])) >= (0, 12)
+SMALL_LANES_GAIN = _JAXLIB >= (0, 12)
 
 #: Before JAX 0.11.2, XLA crashes the process if a program gets a donated array: see ``_runtime.taken``.
 #: Workaround: taken_arrays.

@@ -99,7 +99,7 @@ class Dispatcher:
                         jax.block_until_ready(results)  # on CPUs, XLA says only here that memory did not suffice
                         program.may_not_fit = False
                 except jax.errors.JaxRuntimeError as error:
-                    if not (program.may_not_fit and memory.ran_out(error) and self._may_run_again(program, leaves)):
+                    if not (memory.ran_out(error) and memory.may_run_again(program, leaves)):
                         raise
                     if not self._use_fewer_lanes(program, error, split(fun, self.options.static, args, kwargs)):
                         raise
@@ -150,16 +150,6 @@ class Dispatcher:
                 turn.release()
             self._tracing.pop(key, None)
             self.switch.trace(bool(self._tracing))
-
-    @staticmethod
-    def _may_run_again(program: Executable, leaves: Sequence[ArrayLike]) -> bool:
-        """Whether a call that ran out of memory can run with fewer lanes at once."""
-        return (
-            program.spec.lanes.at_once > 1
-            and not program.spec.over_processes
-            and not jax.config.jax_disable_jit
-            and not any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves)  # donated
-        )
 
     def _use_fewer_lanes(self, program: Executable, error: BaseException, call: Call) -> bool:
         """Replaces a program that ran out of memory by one with fewer lanes at once. Returns whether there is one."""

@@ -30,6 +30,8 @@ class Executable:
 
     Attributes:
         spec: The program.
+        closed: The arrays that the function closes over. The program takes them after the arguments.
+        out_tree: The pytree structure of the result.
         known: The data that the C++ fast path needs to run the program; None before the first run, or if only Python
             can run it.
         pad: Adds padding rows to arguments that are on the devices of the layout.
@@ -39,22 +41,14 @@ class Executable:
 
     def __init__(self, spec: ProgramSpec) -> None:
         self.spec = spec
+        self.closed: tuple[Array, ...] = spec.closed
+        self.out_tree: PyTreeDef = spec.out_tree
         self.known: Known | None = None
         self.packings: dict[Hashable, Any] = {}
         self.may_not_fit = False
         self._has_run = False
         self._turn = threading.RLock()
         self.pad = Padding(spec)
-
-    @property
-    def closed(self) -> tuple[Array, ...]:
-        """The arrays that the function closes over. The program takes them after the arguments."""
-        return self.spec.closed
-
-    @property
-    def out_tree(self) -> PyTreeDef:
-        """The pytree structure of the result."""
-        return self.spec.out_tree
 
     @property
     def reusable(self) -> bool:
@@ -84,7 +78,7 @@ class Executable:
             in_shardings=spec.in_shardings,
             out_shardings=spec.out_shardings,
             donate_argnums=spec.donated_in_place,
-            compiler_options=spec.compiler_options,
+            compiler_options=dict(_jax.SAME_BITS) if spec.layout.axis.ordered else None,
         )
 
     @cached_property

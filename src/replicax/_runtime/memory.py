@@ -15,6 +15,7 @@ from replicax import _jax
 from replicax._engine.spec import ProgramSpec
 from replicax._jax import Jaxpr
 from replicax._runtime.executable import Executable
+from replicax._typing import ArrayLike
 
 logger = logging.getLogger("replicax")
 
@@ -94,6 +95,17 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
+def may_run_again(program: Executable, leaves: Sequence[ArrayLike]) -> bool:
+    """Whether a call that ran out of memory can run with fewer lanes at once: its arguments are still there."""
+    return (
+        program.may_not_fit
+        and program.spec.lanes.at_once > 1
+        and not program.spec.over_processes
+        and not jax.config.jax_disable_jit
+        and not any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves)
+    )
+
+
 def _needed(program: Executable) -> float:
     """The bytes that a device needs besides the arguments of a program; infinite if XLA cannot compile it for that."""
     try:
@@ -168,11 +180,7 @@ def _left_of_control_groups(groups: str, root: Path) -> Iterator[int]:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        top = root if controllers == "" else root / "memory"
-        most, used = ("memory.max", "memory.current")
-        cached = "inactive_file"
-        if controllers == "memory":
-            most, used, cached = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        top, (most, used, cached) = (root, _V2) if controllers == "" else (root / "memory", _V1)
         group = top / path.lstrip("/")
         # In a container, the path may be that of the host, where only the top of it is mounted.
         for where in dict.fromkeys((top, group, *(p for p in group.parents if p.is_relative_to(top)))):
@@ -180,6 +188,11 @@ def _left_of_control_groups(groups: str, root: Path) -> Iterator[int]:
             if limit.isdecimal() and usage.isdecimal():
                 files = re.search(rf"^{cached} (\d+)$", _text(where / "memory.stat"), re.MULTILINE)
                 yield int(limit) - int(usage) + (int(files[1]) if files else 0)
+
+
+#: The files of a control group with the limit and the memory in use, and the line of ``memory.stat`` for cached files.
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def _text(path: str | Path) -> str:

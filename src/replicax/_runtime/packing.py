@@ -184,7 +184,7 @@ def may_be_packed(executable: Executable, leaves: Sequence[ArrayLike]) -> bool:
 def _small(program: ProgramSpec, kinds: Sequence[type]) -> list[int]:
     """The indices of the small NumPy arrays; empty if the program is too large to compile twice."""
     if (
-        program.deterministic
+        program.layout.axis.ordered
         or kinds.count(np.ndarray) < MANY
         or _jax.equations(program.replica.jaxpr, EQUATIONS) == EQUATIONS
     ):

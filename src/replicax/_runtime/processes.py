@@ -310,5 +310,5 @@ def _digests(spec: ProgramSpec) -> dict[str, str]:
         "the values of closed-over arrays": agreement.digest(*filter(_has_value, spec.replica.consts)),
         "in_axes, out_axes or donated arguments": agreement.digest(options),
         "lanes": agreement.digest(spec.lanes),
-        "deterministic": agreement.digest(spec.deterministic),
+        "deterministic": agreement.digest(spec.layout.axis.ordered),
     }
