@@ -39,11 +39,12 @@ PROGRAMS = {
     "unicode": ("train.py", "é", "\N{GRINNING FACE}", "\x85\u2028\ufeff\x7f\t"),
 }
 
-# One text of less than 4,096 bytes, so mpirun cannot split it.
+# Each process writes a file of its own: mpirun may mix what processes print.
 FAKE = f"""#!{sys.executable} -S
-import json, os, sys
+import json, os, pathlib, sys
 names = "JAX_LOCAL_DEVICE_IDS", "SRUN_CPUS_PER_TASK", "OMPI_COMM_WORLD_RANK"
-print(json.dumps([sys.argv, {{name: os.environ[name] for name in names if name in os.environ}}]))
+text = json.dumps([sys.argv, {{name: os.environ[name] for name in names if name in os.environ}}])
+pathlib.Path(os.environ["FOUND"], str(os.getpid())).write_text(text)
 """
 
 program = pytest.mark.parametrize("words", PROGRAMS.values(), ids=PROGRAMS)
@@ -53,23 +54,25 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs a text with bash, where a command prints its arguments and its environment."""
+    """Runs a text with bash, where a command writes its arguments and its environment into a file."""
 
     def run_text(text, command, **variables):
         fake = tmp_path / command
         fake.write_text(FAKE)
         fake.chmod(0o755)
         path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        found = tmp_path / "found"
+        found.mkdir()
         done = subprocess.run(
             ["bash", "-c", text],
-            env=os.environ | {"PATH": path, **variables},
+            env=os.environ | {"PATH": path, "FOUND": str(found), **variables},
             capture_output=True,
             encoding="utf-8",
             timeout=60,
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        results = [json.loads(line) for line in done.stdout.splitlines()]
+        results = [json.loads(file.read_text()) for file in found.iterdir()]
         return [([command, *words[1:]], environment) for words, environment in results]
 
     return run_text
