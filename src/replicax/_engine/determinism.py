@@ -12,7 +12,7 @@ from replicax._engine import primitives
 from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._engine.replica import Replica
 from replicax._jax import Equation, Jaxpr
-from replicax._typing import Array, Atom
+from replicax._typing import Array, ArrayLike
 from replicax.errors import UnsupportedCallbackError, UnsupportedCollectiveError
 
 
@@ -37,7 +37,9 @@ def deterministic(replica: Replica, sizes: Mapping[Hashable, int], name: str) ->
         return replica
     try:
         with _jax.axis_env(sizes):
-            jaxpr = _jax.retrace(lambda *args: _run(replica.jaxpr, args), replica.jaxpr, hoist=False)[0]
+            jaxpr = _jax.retrace(
+                lambda *args: _jax.run_with(replica.jaxpr, args, INNER_MAPS), replica.jaxpr, hoist=False
+            )[0]
     except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
         raise UnsupportedCollectiveError(
             f"{name} is mapped with deterministic=True, where an inner map runs as jax.vmap, which raises "
@@ -76,43 +78,18 @@ def _refuse(eqn: Equation, name: str) -> None:
         )
 
 
-def _run(jaxpr: Jaxpr, args: Sequence[Array]) -> list[Array]:
-    """Runs a jaxpr, with each inner map as ``vmap``."""
-    body = _jax.body(jaxpr)
-    values = dict(zip([*body.constvars, *body.invars], [*_jax.constants(jaxpr), *args], strict=True))
-
-    def read(atom: Atom) -> Array:
-        return atom.val if _jax.is_literal(atom) else values[atom]
-
-    for eqn in body.eqns:
-        with _jax.equation_context(eqn):
-            results = _equation(eqn, list(map(read, eqn.invars)))
-        values.update(zip(eqn.outvars, results, strict=True))
-    return list(map(read, body.outvars))
-
-
-def _equation(eqn: Equation, args: list[Array]) -> list[Array]:
-    subs = list(_jax.sub_jaxprs(eqn))
-    if not any(primitives.NESTED_MAP in _jax.primitives(sub) for sub in subs) and not primitives.is_nested_map(eqn):
-        return _jax.bind(eqn, args)
-    if primitives.is_nested_map(eqn):
-        return _vectorized(eqn, subs[0], args)
-    hoist = _jax.bears_no_constants(eqn)
-
-    def rewritten(sub: Jaxpr) -> tuple[Jaxpr, list[Array]]:
-        return _jax.retrace(lambda *args: _run(sub, args), sub, hoist=hoist)
-
-    return _jax.bind_again(eqn, args, rewritten, lambda rule, _: rule)
-
-
-def _vectorized(eqn: Equation, jaxpr: Jaxpr, args: Sequence[Array]) -> list[Array]:
-    """Runs a nested map as ``vmap``. A result that is equal in all replicas is that of the first."""
-    axes = eqn.params["out_axes"]
+def _vectorized(eqn: Equation, args: Sequence[ArrayLike]) -> list[Array]:
+    """Runs an inner map as ``vmap``. A result that is equal in all replicas is that of the first."""
+    (jaxpr,), axes = _jax.sub_jaxprs(eqn), eqn.params["out_axes"]
     run = jax.vmap(
-        lambda *own: _run(jaxpr, own),
+        lambda *own: _jax.run_with(jaxpr, own, INNER_MAPS),
         eqn.params["in_axes"],
         [axis or 0 for axis in axes],
         axis_size=eqn.params["size"],
         axis_name=eqn.params["name"],
     )
     return [y[0] if axis is None else y for y, axis in zip(run(*args), axes, strict=True)]
+
+
+#: Inner maps become ``vmap``.
+INNER_MAPS = {primitives.NESTED_MAP: _vectorized}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from replicax import _jax
+from replicax._engine import convolutions
 from replicax._engine.blocks import real_rows, without_folding
 from replicax._engine.callbacks import guard, raise_after, refuse_ordered
 from replicax._engine.cuts import AUTO, VECTORIZED, Auto, LanePlan, Lanes
@@ -54,7 +55,8 @@ def lower(
     refuse_ordered(replica.jaxpr, name)
     _refuse_two_bits([x.dtype for x in (*inputs.types, *jax.tree.leaves(replica.out))], layout)
     out_axes, out_tree = match_out_axes(outputs.axes, replica.out, layout.size)
-    rewriter = Rewriter(layout.scope)
+    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+    rewriter = Rewriter(layout.scope, bind=convolutions.bind if on_cpu else _jax.bind)
     varying = [NOWHERE if a is None else frozenset({layout.axis}) for a in inputs.axes]
     if None in out_axes:
         where = rewriter.analysis.results(replica.jaxpr, varying)
@@ -66,7 +68,6 @@ def lower(
     ins, outs = list(map(layout.spec, taken.axes, in_splits)), list(map(layout.spec, out_axes, out_splits))
     source = _jax.described_source(replica.jaxpr, _advice(name, layout))
     if lanes is AUTO:
-        on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
         lanes = body.lanes_by_rule(rewriter) if on_cpu and {"while", "cond"} & replica.primitives else VECTORIZED
     one_device, plan = body.one_device(rewriter, taken.axes, lanes)
     function = _over_devices(one_device, layout, source, ins, outs, out_axes)
@@ -183,7 +184,7 @@ class _Body:
         jaxpr = cutter.inlined(self.replica.jaxpr)
         cut = cutter.cut(jaxpr, [a is not None for a in in_axes[: len(self.varying)]])
         on_lanes = functools.partial(functools.partial, rewriter.equation)
-        lanes = LanesInSegments(cut, axis, chunk, on_lanes, self.varying)
+        lanes = LanesInSegments(cut, axis, chunk, on_lanes, rewriter.bind, self.varying)
 
         stacked = [0 if lanes.is_stacked(atom) else None for atom in jaxpr.outvars]
         finish = over_lanes(lambda *values: self._results(axis, values), axis, stacked, self.out_axes)

@@ -101,28 +101,16 @@ def _with_dtype(x: Array, dtype: DType) -> Array:
     return jax.random.wrap_key_data(x, impl=dtype._impl) if _is_key(dtype) else x  # type: ignore[attr-defined]
 
 
-def in_a_loop(function: Callable[..., list[Array]], args: Sequence[Array]) -> list[Array]:
-    """Runs a function in a loop of one iteration, so that XLA does not fuse it with what is around it.
+def apart(function: Callable[..., list[Array]], args: Sequence[Array]) -> list[Array]:
+    """Runs a function in the branch of a ``cond``, so that XLA does not fuse it with what is around it.
 
     Its arguments come from sums between devices, or from loops over lanes, in other shapes for each number of devices.
     If XLA fuses these with the function, it contracts other products and sums.
     """
-    arrays, count = list(map(jnp.asarray, args)), _at_run_time(1)
-    data = list(map(_data, arrays))
-
-    def run(k: Array) -> list[Array]:
-        # XLA moves what depends on the arguments alone out of the loop. So they depend on the iteration.
-        own = (lax.select(jnp.broadcast_to(k < count, x.shape), x, jnp.zeros_like(x)) for x in data)
-        return function(*(_with_dtype(x, y.dtype) for x, y in zip(own, arrays, strict=True)))
-
-    types = jax.eval_shape(run, jnp.int32(0))
-    start = [_data(_jax.zeros(x)) for x in types]
-    _, made = lax.while_loop(
-        lambda state: state[0] < count,
-        lambda state: (state[0] + 1, list(map(_data, run(state[0])))),
-        (jnp.int32(0), start),
-    )
-    return [_with_dtype(x, y.dtype) for x, y in zip(made, types, strict=True)]
+    arrays = list(map(jnp.asarray, args))
+    types = jax.eval_shape(function, *arrays)
+    # XLA does not know the predicate, so it cannot put the branch in the place of the cond. The other one never runs.
+    return lax.cond(_at_run_time(1) > 0, function, lambda *_: list(map(_jax.zeros, types)), *arrays)
 
 
 def within_lanes(axis: LogicalAxis, function: Callable[[Array], Array], x: Array) -> Array:

@@ -21,7 +21,7 @@ from replicax._engine.communication import Communication
 from replicax._engine.nested import DeviceShard, collect_result
 from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._engine.rules import expanded, rewritten_rule
-from replicax._engine.segments import Cutter, LanesInSegments
+from replicax._engine.segments import Bind, Cutter, LanesInSegments
 from replicax._engine.sums import find_sums, inline_jits_with_products
 from replicax._engine.varying import NOWHERE, Analysis, Varying, mapped, union
 from replicax._jax import Equation, Jaxpr
@@ -76,12 +76,17 @@ class Rewriter:
         scope: The mapped axes in scope.
         analysis: The analysis of which values vary, if it exists already.
         communication: The analysis of the communication, if it exists already.
+        bind: Runs an equation of one lane that does not communicate, where lanes run one after the other.
     """
 
     def __init__(
-        self, scope: Scope, analysis: Analysis | None = None, communication: Communication | None = None
+        self,
+        scope: Scope,
+        analysis: Analysis | None = None,
+        communication: Communication | None = None,
+        bind: Bind = _jax.bind,
     ) -> None:
-        self.scope = scope
+        self.scope, self.bind = scope, bind
         self.analysis = analysis or Analysis(scope)
         self.communication = communication or Communication(scope)
         self.cutter = Cutter(scope, one_lane=True)
@@ -142,7 +147,7 @@ class Rewriter:
         """Runs a jaxpr, such as the body of a loop that communicates, on one lane after the other."""
         axis, inside = self.scope.axes[-1], self.cutter.inlined(jaxpr)
         cut = self.cutter.cut(inside, list(map(bool, varying)))
-        lanes = LanesInSegments(cut, axis, 1, partial(partial, self.equation), varying)
+        lanes = LanesInSegments(cut, axis, 1, partial(partial, self.equation), self.bind, varying)
         whole = [_jax.as_array(x, var.aval) for x, var in zip(args, inside.invars, strict=True)]
         rows = [all_lanes(axis, x) if where else as_unbatched(axis, x) for x, where in zip(whole, varying, strict=True)]
         results = zip(inside.outvars, lanes.run(inside, consts, rows), strict=True)
@@ -243,7 +248,7 @@ class Rewriter:
         key = eqn.params["name"], eqn.params["size"]
         if key not in self._inside:
             analysis = self.analysis.inside(eqn)
-            self._inside[key] = Rewriter(analysis.scope, analysis, self.communication.inside(eqn))
+            self._inside[key] = Rewriter(analysis.scope, analysis, self.communication.inside(eqn), self.bind)
         return self._inside[key]
 
     def _inlined(self, jaxpr: Jaxpr) -> Jaxpr:

@@ -40,6 +40,9 @@ RunOnLanes = Callable[[Equation, Sequence[ArrayLike]], Sequence[ArrayLike]]
 
 RunJaxprOnLanes = Callable[[Jaxpr, Sequence[Varying]], RunOnLanes]
 
+#: Runs an equation that does not communicate.
+Bind = Callable[[Equation, Sequence[ArrayLike]], list[Array]]
+
 #: Runs a segment on the values of one lane. Returns its results, and what it adds to each reduction.
 OneLane = Callable[..., tuple[list[Array], list[Array]]]
 
@@ -68,6 +71,9 @@ class Cutter:
     def cut(self, jaxpr: Jaxpr, mapped: Sequence[bool]) -> Cut:
         """Cuts an open jaxpr. Each equation is in the first segment in which its operands are known.
 
+        An equation with equal results in all lanes is in the first segment that reads them: so XLA can compile it
+        together with what reads them, and its results don't take memory before.
+
         Args:
             jaxpr: The program of one replica.
             mapped: Whether each argument has one value for each lane.
@@ -76,7 +82,7 @@ class Cutter:
         inside = dict.fromkeys((*jaxpr.constvars, *jaxpr.invars), 0)
         outside = dict(inside)
         stacked = {var for var, own in zip(jaxpr.invars, mapped, strict=True) if own}
-        segments, whole, reduced = [Segment()], list[Equation](), 0
+        segments, whole, equal, reduced = [Segment()], list[Equation](), list[Equation](), 0
         inside_of = dict[int, CutEquation]()
 
         def segment(index: int) -> Segment:
@@ -100,7 +106,9 @@ class Cutter:
             else:
                 known = read = max((outside[atom] for atom in operands), default=0)
                 segment(known).before.append(eqn)
-                if not local:
+                if local:
+                    equal.append(eqn)
+                else:
                     whole.append(eqn)
                     own = [True] * len(eqn.outvars)
                     if (found := self._cut_inside(eqn, stacked)) is not None:
@@ -111,6 +119,7 @@ class Cutter:
             segment(read)
             inside.update(dict.fromkeys(eqn.outvars, known))
             outside.update(dict.fromkeys(eqn.outvars, read))
+        _put_off(equal, segments, jaxpr)
         _find_results(segments, jaxpr.outvars)
         return Cut(segments, stacked, reduced, whole, inside_of)
 
@@ -215,6 +224,25 @@ def _combines_a_batch(eqn: Equation) -> bool:
     return eqn.primitive.name.startswith("unvmap_")
 
 
+def _put_off(equations: Sequence[Equation], segments: Sequence[Segment], jaxpr: Jaxpr) -> None:
+    """Moves equations that run before a segment to the first segment that reads their results."""
+    movable, first, moved = set(map(id, equations)), dict[Atom, int](), dict[int, int]()
+    for index, segment in reversed(list(enumerate(segments))):
+        first.update(dict.fromkeys(_read_by([*segment.eqns, *segment.sums]), index))
+        for eqn in reversed(segment.before):
+            at = index
+            if id(eqn) in movable:
+                at = moved[id(eqn)] = min((first.get(var, len(segments) - 1) for var in eqn.outvars), default=index)
+            for atom in _variables(eqn.invars):
+                first[atom] = min(at, first.get(atom, at))
+    where = {id(eqn): index for index, segment in enumerate(segments) for eqn in segment.before} | moved
+    for segment in segments:
+        segment.before = []
+    for eqn in jaxpr.eqns:
+        if id(eqn) in where:
+            segments[where[id(eqn)]].before.append(eqn)
+
+
 def _find_results(segments: Sequence[Segment], outvars: Sequence[Atom]) -> None:
     """Finds the values of each segment that are read outside of it."""
     made = {var: segment for segment in segments for eqn in segment.eqns for var in eqn.outvars}
@@ -237,13 +265,21 @@ class LanesInSegments:
         chunk: The number of lanes that a segment runs at once.
         on_lanes: Returns what runs the equations of a jaxpr that communicate, inside the ``vmap`` over lanes, given
             the mapped axes over which each argument of the jaxpr varies.
+        bind: Runs the other equations.
         varying: The mapped axes over which each argument of the program varies.
     """
 
     def __init__(
-        self, cut: Cut, axis: LogicalAxis, chunk: int, on_lanes: RunJaxprOnLanes, varying: Sequence[Varying]
+        self,
+        cut: Cut,
+        axis: LogicalAxis,
+        chunk: int,
+        on_lanes: RunJaxprOnLanes,
+        bind: Bind,
+        varying: Sequence[Varying],
     ) -> None:
-        self._cut, self._axis, self._chunk, self._on_lanes, self._varying = cut, axis, chunk, on_lanes, varying
+        self._cut, self._axis, self._chunk = cut, axis, chunk
+        self._on_lanes, self._bind, self._varying = on_lanes, bind, varying
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[ArrayLike], args: Sequence[Array]) -> list[ArrayLike]:
         """Runs the program.
@@ -277,7 +313,7 @@ class LanesInSegments:
     def _before(self, eqns: Sequence[Equation], values: dict[Atom, ArrayLike], jaxpr: Jaxpr) -> dict[Atom, ArrayLike]:
         """Runs equations whose results are equal in all lanes. Returns all values, or those that others read."""
         if not self._axis.ordered:
-            return _run_equations(eqns, values)
+            return self._run_equations(eqns, values)
         own = {var: None for eqn in eqns for var in eqn.outvars}
         read = list(dict.fromkeys(atom for atom in _read_by(eqns) if atom not in own))
         here = set(map(id, eqns))
@@ -285,10 +321,18 @@ class LanesInSegments:
         wanted = [atom for atom in own if atom in elsewhere]
 
         def run(*args: Array) -> list[Array]:
-            found = _run_equations(eqns, dict(zip(read, args, strict=True)))
+            found = self._run_equations(eqns, dict(zip(read, args, strict=True)))
             return [found[atom] for atom in wanted]
 
-        return dict(zip(wanted, ordered.in_a_loop(run, [values[atom] for atom in read]), strict=True))
+        return dict(zip(wanted, ordered.apart(run, [values[atom] for atom in read]), strict=True))
+
+    def _run_equations(self, eqns: Sequence[Equation], values: dict[Atom, ArrayLike]) -> dict[Atom, ArrayLike]:
+        """Runs equations that do not communicate. Returns all values."""
+        for eqn in eqns:
+            with _jax.equation_context(eqn):
+                results = self._bind(eqn, [_read(values, atom) for atom in eqn.invars])
+            values.update(zip(eqn.outvars, results, strict=True))
+        return values
 
     def is_stacked(self, atom: Atom) -> bool:
         """Whether a variable has one value for each lane."""
@@ -315,7 +359,7 @@ class LanesInSegments:
     def _run_part(self, part: Part, args: Sequence[ArrayLike]) -> list[ArrayLike]:
         """Runs a jaxpr inside of an equation."""
         varying = [frozenset({self._axis}) if own else NOWHERE for own in part.mapped]
-        inside = LanesInSegments(part.cut, self._axis, self._chunk, self._on_lanes, varying)
+        inside = LanesInSegments(part.cut, self._axis, self._chunk, self._on_lanes, self._bind, varying)
         return inside.run(part.jaxpr, part.consts, list(map(jnp.asarray, args)))
 
     def _scan(self, segment: Segment, values: Mapping[Atom, ArrayLike]) -> dict[Atom, Array]:
@@ -328,7 +372,7 @@ class LanesInSegments:
         sums = [_Accumulated.of(eqn, self._axis) for eqn in segment.sums]
 
         def one_lane(*own: Array) -> tuple[list[Array], list[Array]]:
-            found = _run_equations(segment.eqns, shared | dict(zip(stacked, own, strict=False)))
+            found = self._run_equations(segment.eqns, shared | dict(zip(stacked, own, strict=False)))
             # Of the values of padding lanes, which copy a replica, only sums must not see any.
             added = [each.operand(_read(found, each.eqn.invars[0]), *own[len(stacked) :]) for each in sums]
             return [found[atom] for atom in segment.results], added
@@ -441,24 +485,12 @@ class _Accumulated:
             return without_folding(self.which.between(without_folding(own), (axis.device_axis,)))
 
 
-def _run_equations(eqns: Sequence[Equation], values: dict[Atom, ArrayLike]) -> dict[Atom, ArrayLike]:
-    for eqn in eqns:
-        values.update(zip(eqn.outvars, _once(eqn, values), strict=True))
-    return values
-
-
 def _variables(atoms: Iterable[Atom]) -> Iterator[Atom]:
     return (atom for atom in atoms if not _jax.is_literal(atom))
 
 
 def _read_by(eqns: Iterable[Equation]) -> Iterator[Atom]:
     return (atom for eqn in eqns for atom in _variables(eqn.invars))
-
-
-def _once(eqn: Equation, values: Mapping[Atom, ArrayLike]) -> Sequence[Array]:
-    """Runs an equation that does not communicate."""
-    with _jax.equation_context(eqn):
-        return _jax.bind(eqn, [_read(values, atom) for atom in eqn.invars])
 
 
 def _read(values: Mapping[Atom, ArrayLike], atom: Atom) -> ArrayLike:

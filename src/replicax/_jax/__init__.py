@@ -17,6 +17,7 @@ from replicax._jax.errors import raised as raised
 from replicax._jax.errors import unbound_axis_name as unbound_axis_name
 from replicax._jax.jaxprs import bears_no_constants as bears_no_constants
 from replicax._jax.jaxprs import bind as bind
+from replicax._jax.jaxprs import bind_with as bind_with
 from replicax._jax.jaxprs import equation_name as equation_name
 from replicax._jax.jaxprs import equations as equations
 from replicax._jax.jaxprs import in_shard_map as in_shard_map
@@ -48,7 +49,9 @@ from replicax._jax.random import zeros as zeros
 from replicax._jax.rules import bind_again as bind_again
 from replicax._jax.rules import derivative_rules as derivative_rules
 from replicax._jax.rules import expansion as expansion
+from replicax._jax.rules import replace as replace
 from replicax._jax.rules import rule_jaxprs as rule_jaxprs
+from replicax._jax.rules import run_with as run_with
 from replicax._jax.rules import trace_rule as trace_rule
 from replicax._jax.stages import executable_parts as executable_parts
 from replicax._jax.stages import stage_parts as stage_parts

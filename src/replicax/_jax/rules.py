@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,11 +10,21 @@ from jax._src import ad_util, core
 from jax._src import linear_util as lu
 
 from replicax._jax.aliases import ArrayType, Equation, Jaxpr
-from replicax._jax.jaxprs import bind_with, trace_to_jaxpr
+from replicax._jax.jaxprs import (
+    bears_no_constants,
+    bind,
+    bind_with,
+    is_literal,
+    primitives,
+    retrace,
+    sub_jaxprs,
+    trace_to_jaxpr,
+)
+from replicax._jax.tracebacks import equation_context
 from replicax._jax.tracing import NO_MESH, replica_traced
 from replicax._jax.types import is_array_type, plain_type
-from replicax._jax.versions import body, close, is_jaxpr, wrapped_primitive
-from replicax._typing import Array, ArrayLike, PyTree
+from replicax._jax.versions import body, close, constants, is_jaxpr, wrapped_primitive
+from replicax._typing import Array, ArrayLike, Atom, PyTree
 
 
 def bind_again(
@@ -57,6 +67,45 @@ def bind_again(
     if hoisted and isinstance(params.get("prevent_cse"), tuple):
         params = {**params, "prevent_cse": (*[False] * len(hoisted), *params["prevent_cse"])}
     return bind_with(eqn, [*hoisted, *args], params)
+
+
+#: Runs an equation in another way.
+Replacement = Callable[[Equation, Sequence[ArrayLike]], list[Array]]
+
+
+def replace(eqn: Equation, args: Sequence[ArrayLike], replacements: Mapping[str, Replacement]) -> list[Array]:
+    """Binds an equation, but at any depth, runs those of some primitives in another way.
+
+    Args:
+        eqn: The equation.
+        args: Its operands.
+        replacements: By the name of the primitive, what runs its equations. Derivative rules are not looked at.
+    """
+    if eqn.primitive.name in replacements:
+        return replacements[eqn.primitive.name](eqn, args)
+    if not any(replacements.keys() & primitives(sub) for sub in sub_jaxprs(eqn)):
+        return bind(eqn, args)
+
+    def rewritten(sub: Jaxpr) -> tuple[Jaxpr, list[Array]]:
+        hoist = bears_no_constants(eqn)
+        return retrace(lambda *args: run_with(sub, args, replacements), sub, hoist=hoist)
+
+    return bind_again(eqn, args, rewritten, lambda rule, _: rule)
+
+
+def run_with(jaxpr: Jaxpr, args: Sequence[ArrayLike], replacements: Mapping[str, Replacement]) -> list[Array]:
+    """Runs a jaxpr, but at any depth, equations of some primitives in another way: see :func:`replace`."""
+    inside = body(jaxpr)
+    values = dict(zip([*inside.constvars, *inside.invars], [*constants(jaxpr), *args], strict=True))
+
+    def read(atom: Atom) -> ArrayLike:
+        return atom.val if is_literal(atom) else values[atom]
+
+    for eqn in inside.eqns:
+        with equation_context(eqn):
+            results = replace(eqn, list(map(read, eqn.invars)), replacements)
+        values.update(zip(eqn.outvars, results, strict=True))
+    return list(map(read, inside.outvars))
 
 
 _RULES: dict[str, tuple[str, ...]] = {"custom_jvp_call": ("jvp",), "custom_vjp_call": ("fwd", "bwd")}
