@@ -17,7 +17,7 @@ from jax import lax
 AXIS = "i"
 
 #: Examples of a replica in a step, and the number of classes.
-BATCH, CLASSES = 16, 10
+BATCH, CLASSES = 32, 10
 
 OPTIMIZER = optax.adam(3e-3)
 

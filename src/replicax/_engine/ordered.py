@@ -76,7 +76,7 @@ def each_lane(
         lane, carry, made = state
         carry, results = one_lane(carry, lane)
         made = [lax.dynamic_update_index_in_dim(x, _data(y), lane, 0) for x, y in zip(made, results, strict=True)]
-        return lane + 1, carry, made
+        return _next(lane), carry, made
 
     _, carry, made = lax.while_loop(lambda state: state[0] < count, body, (jnp.int32(0), carry, made))
     return carry, [_with_dtype(x[: axis.lanes], y.dtype) for x, y in zip(made, types, strict=True)]
@@ -85,6 +85,15 @@ def each_lane(
 def _at_run_time(number: int) -> Array:
     """Returns a number that XLA does not know when it compiles."""
     return lax.optimization_barrier(jnp.int32(number))
+
+
+def _next(lane: Array) -> Array:
+    """Returns ``lane + 1``, and prevents that XLA compiles the loop as one kernel, if a lane's values are small.
+
+    In one kernel, LLVM contracts products and sums of several operations. XLA asks how many bytes all lanes access, and
+    for the kinds of operations: it has no such kernels for loops with a sort.
+    """
+    return lax.sort(jnp.stack([lane + 1, lane]))[1]
 
 
 def _data(x: Array) -> Array:
@@ -187,22 +196,39 @@ def of_devices(axis: LogicalAxis, sums: Sequence[Array]) -> list[Array]:
     totals: dict[int, Array] = {}
     for dtype in dict.fromkeys(x.dtype for x in partials):
         which = [k for k, x in enumerate(partials) if x.dtype == dtype]
+        flat = _of_devices(axis, [partials[k].reshape(len(partials[k]), -1) for k in which])
         ends = np.cumsum([math.prod(partials[k].shape[1:]) for k in which])
-        flat = jnp.concatenate([partials[k].reshape(len(partials[k]), -1) for k in which], 1)
-        parts = jnp.split(_of_devices(axis, flat), ends[:-1])
+        parts = jnp.split(flat, ends[:-1])
         totals.update((k, part.reshape(partials[k].shape[1:])) for k, part in zip(which, parts, strict=True))
     return [totals[k] for k in range(len(partials))]
 
 
-def _of_devices(axis: LogicalAxis, partials: Array) -> Array:
-    """Returns the sum over all replicas, ``(elements,)``, from the partial sums ``(partials, elements)``."""
-    size = partials.shape[1]
+def _of_devices(axis: LogicalAxis, partials: Sequence[Array]) -> Array:
+    """Returns the sums over all replicas, one after the other, from the partial sums ``(partials, elements)``."""
+    size = sum(x.shape[1] for x in partials)
     if size < SMALL:
-        return _total(axis, lax.all_gather(partials, axis.device_axis, tiled=True))
-    part = -(-size // axis.devices)
-    filled = jnp.pad(partials, ((0, 0), (0, part * axis.devices - size)))
-    own = _exchanged(axis, filled.reshape(-1, axis.devices, part))
+        return _total(axis, lax.all_gather(jnp.concatenate(partials, 1), axis.device_axis, tiled=True))
+    own = _exchanged(axis, _parts(partials, axis.devices, -(-size // axis.devices)))
     return lax.all_gather(own, axis.device_axis, tiled=True)[:size]
+
+
+def _parts(rows: Sequence[Array], parts: int, length: int) -> Array:
+    """Returns the rows ``(rows, elements)`` of several arrays, side by side and padded, as ``(rows, parts, length)``.
+
+    Each part is put together by itself, so no array of all elements has to be copied.
+    """
+    ends = np.cumsum([x.shape[1] for x in rows])
+    padding = jnp.zeros((len(rows[0]), parts * length - ends[-1]), rows[0].dtype)
+    pieces = []
+    for start in range(0, parts * length, length):
+        inside = []
+        for x, end in zip((*rows, padding), (*ends, parts * length), strict=True):
+            before = end - x.shape[1]
+            first, last = max(start, before), min(start + length, end)
+            if first < last:
+                inside.append(x[:, first - before : last - before])
+        pieces.append(jnp.concatenate(inside, 1))
+    return jnp.stack(pieces, 1)
 
 
 #: Sums of fewer elements are computed on every device.
