@@ -1,19 +1,17 @@
 """What ``tests/test_deterministic.py`` runs, in processes that compile with XLA's own optimizations."""
 
-import functools
 import hashlib
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax import lax
 
 import replicax
 from process_programs import own
 from replicax import _jax
+from training_workloads import OPTIONS, training
 
 W = np.random.default_rng(0).normal(size=(6, 6)).astype(np.float32)
 
@@ -138,61 +136,27 @@ def results(names, n):
 # Training
 
 
-def dense(params, x, key):
-    del key
-    for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
-    w, b = params[-1]
-    return x @ w + b
+def trained(model, n, steps, devices=None):
+    """The bits of the parameters and of the state of the optimizer after some steps, and the last loss.
 
-
-def attention(params, x, key):
-    ((w, b), *_), heads = params, (len(x), 4, 4, 4)
-    q, k, v = (jnp.reshape(x, heads) * (j + 1 + b[0]) for j in range(3))
-    scores = jax.nn.softmax(jnp.einsum("bthc,bshc->bhts", q, k) / 2)
-    scores = jnp.where(jax.random.bernoulli(key, 0.9, scores.shape), scores / 0.9, 0)
-    y = jnp.einsum("bhts,bshc->bthc", scores, v).reshape(len(x), -1) + x
-    y = (y - y.mean(-1, keepdims=True)) / jnp.sqrt(y.var(-1, keepdims=True) + 1e-5)
-    return dense(params, y, key) + 0 * w.sum()
-
-
-MODELS = {"dense": dense, "attention": attention}
-OPTIMIZER = optax.adam(1e-2)
-
-
-def training(model, params, state, x, y, step):
-    """One step of data-parallel training."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), lax.axis_index("i"))
-
-    def loss(params):
-        found = jax.nn.log_softmax(MODELS[model](params, x, key))
-        return -jnp.mean(jnp.take_along_axis(found, y[:, None], 1))
-
-    value, gradient = jax.value_and_grad(loss)(params)
-    updates, state = OPTIMIZER.update(lax.pmean(gradient, "i"), state, params)
-    return optax.apply_updates(params, updates), state, lax.pmean(value, "i")
-
-
-def trained(model, n, devices, steps):
-    """The bits of the parameters and of the state of the optimizer after some steps, and the last loss."""
-    rng = np.random.default_rng(n)
-    params = [
-        (rng.normal(size=shape, scale=shape[0] ** -0.5).astype(np.float32), np.zeros(shape[1], np.float32))
-        for shape in itertools.pairwise((64, 48, 32, 5))
-    ]
-    x, y = rng.normal(size=(n, 8, 64)).astype(np.float32), rng.integers(0, 5, size=(n, 8)).astype(np.int32)
-    step = replicax.pmap(
-        functools.partial(training, model), "i", in_axes=(None, None, 0, 0, None), out_axes=None,
-        devices=jax.devices()[:devices], deterministic=True,
-    )  # fmt: skip
-    state, value = OPTIMIZER.init(params), 0.0
+    Args:
+        model: The model.
+        n: The number of replicas, of all processes together.
+        steps: The number of steps.
+        devices: The number of devices of this process; None for all.
+    """
+    run, (params, state, x, y, _) = training(model, n)
+    mine = replicax.distributed.replicas(n)
+    x, y = x[mine.start : mine.stop], y[mine.start : mine.stop]
+    some = None if devices is None else jax.devices()[:devices]
+    step, value = replicax.pmap(run, **OPTIONS, devices=some, deterministic=True), 0.0
     for k in range(steps):
         params, state, value = step(params, state, x, y, np.int32(k))
     return bits((params, state)), float(value)
 
 
-def trained_with(options, model, n, devices, steps):
+def trained_with(options, model, n, steps, devices):
     """The same, with other options of the compiler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_jax, "SAME_BITS", options)
-        return trained(model, n, devices, steps)
+        return trained(model, n, steps, devices)

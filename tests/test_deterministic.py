@@ -1,6 +1,8 @@
 """``deterministic=True``: the same bits on any number of devices, in one process or in several."""
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import deterministic_programs as programs
 import fuzz_deterministic
 import replicax
 from deterministic_programs import PROGRAMS, bits, rows
+from launching import EXAMPLE, environment
 from replicax._layout.placement import Placement, placement
 from replicax._layout.trees import tree
 from replicax.errors import (
@@ -24,6 +27,7 @@ from replicax.errors import (
     UnsupportedTransformationError,
 )
 from replicax.testing import processes
+from training_workloads import MODELS
 
 REPLICAS = (1, 2, 3, 5, 8, 12, 16, 23)
 DEVICES = (1, 2, 3, 4, 8)
@@ -123,14 +127,47 @@ def test_other_bits_without_it(optimized, lanes):
     assert len(set(found.values())) > 1
 
 
-@pytest.mark.few("dense-8")
-@pytest.mark.parametrize("n", [8, 12, 23])
-@pytest.mark.parametrize("model", programs.MODELS)
+@pytest.mark.few("recurrent-12")
+@pytest.mark.parametrize("n", [8, 12, 16, 23])
+@pytest.mark.parametrize("model", MODELS)
 def test_training(optimized, model, n):
-    found = {d: optimized.run(programs.trained, model, n, d, 20)[0] for d in ((1, 3, 8) if n == 8 else DEVICES)}
+    found = {d: optimized.run(programs.trained, model, n, 100, d)[0] for d in DEVICES}
     assert len(set(found.values())) == 1, found
-    (_, first), (_, last) = programs.trained(model, n, 1, 1), found[1]
+    (_, first), (_, last) = optimized.run(programs.trained, model, n, 1, 1)[0], found[1]
     assert last < 0.9 * first
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("devices", [(4, 4), (2, 2, 2, 2)], ids=["2x4", "4x2"])
+def test_training_over_processes(optimized, monkeypatch, devices):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    with processes(len(devices), devices=devices, timeout=300) as gang:
+        gang.run(programs.bits, ())
+        for model, n in zip(MODELS, (8, 12, 16, 23), strict=True):
+            found = gang.run(programs.trained, model, n, 100)
+            assert set(found) == set(optimized.run(programs.trained, model, n, 100, 8)), model
+
+
+@pytest.mark.long
+def test_a_killed_run_ends_in_the_same_bits(tmp_path):
+    """Killed after step 50 on 8 devices, and resumed on 3."""
+
+    def start(devices, folder):
+        words = [EXAMPLE, "--steps", "100", "--checkpoints", tmp_path / folder]
+        variables = environment(JAX_NUM_CPU_DEVICES=str(devices), XLA_FLAGS="")
+        return subprocess.Popen([sys.executable, *map(str, words)], env=variables, stdout=subprocess.PIPE, text=True)
+
+    with start(8, "killed") as killed:
+        assert killed.stdout is not None
+        assert any(line.startswith("step 50 ") for line in killed.stdout)
+        killed.kill()
+    with start(3, "killed") as resumed, start(8, "whole") as whole:
+        (*steps, end), (*every, expected) = (run.communicate(timeout=120)[0].splitlines() for run in (resumed, whole))
+    steps, every = ([line for line in lines if line.startswith("step ")] for lines in (steps, every))
+    assert 30 < int(steps[0].split()[1]) <= 51
+    assert steps == every[-len(steps) :]
+    assert end == expected
+    assert end.startswith("fingerprint ")
 
 
 @pytest.mark.long
@@ -143,7 +180,7 @@ def test_random_programs(optimized):
 @pytest.mark.long
 def test_the_options_of_the_compiler_are_needed(optimized):
     """One device against two. If the bits are the same, try to compile without the options."""
-    found = [optimized.run(programs.trained_with, {}, "attention", 8, d, 3)[0] for d in (1, 2)]
+    found = [optimized.run(programs.trained_with, {}, "attention", 8, 3, d)[0] for d in (1, 2)]
     assert found[0] != found[1]
 
 

@@ -1,6 +1,18 @@
 """The benchmark cases: one module per group, in the order of the table."""
 
-from cases import compile_time, dispatch, gpu, inputs, lanes, launch, peers, processes, results, throughput
+from cases import (
+    compile_time,
+    deterministic,
+    dispatch,
+    gpu,
+    inputs,
+    lanes,
+    launch,
+    peers,
+    processes,
+    results,
+    throughput,
+)
 
 #: Each module has a function ``cases(quick: bool) -> list[Case]``.
 GROUPS = {
@@ -12,6 +24,7 @@ GROUPS = {
     "peers": peers,
     "processes": processes,
     "lanes": lanes,
+    "deterministic": deterministic,
     "launch": launch,
     "gpu": gpu,
 }
