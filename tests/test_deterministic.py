@@ -297,6 +297,14 @@ def test_a_device_sends_a_part_of_a_large_sum():
     assert "f32[8,1200" not in text  # no device has the sums of all others
 
 
+def test_what_all_replicas_compute_alike_is_compiled_with_what_reads_it():
+    def step(x):
+        w = jnp.asarray(programs.W)
+        return 0.9 * w + lax.pmean(jnp.sin(x @ w), "i").sum()  # an update: 0.9 * w is known before the mean
+
+    assert len(re.findall(r" conditional\(", compiled(step))) == 1
+
+
 def test_temporaries_do_not_grow_with_the_replicas():
     program = lambda x: lax.psum(jnp.tile(jnp.sin(x), (100, 100)), "i")
     mapped = replicax.pmap(program, "i", out_axes=None, devices=jax.devices()[:2], deterministic=True)
