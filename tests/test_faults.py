@@ -34,7 +34,7 @@ def undisturbed(tmp_path_factory):
 
 def assert_losses(found, expected, steps):
     assert sorted(found) == list(range(1, steps + 1))
-    assert all(abs(found[k] - expected[k]) <= 1e-5 * expected[k] for k in found)
+    assert found == {k: expected[k] for k in found}  # to the last digit: the map of the example is deterministic
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.label.replace(" ", "_"))
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_is_half_written_is_not_used(tmp_path, undisturbed):
     run = train(tmp_path, steps=STEPS)
     assert run.wait() == 0
     assert steps_of(run.text) == list(range(11, STEPS + 1))
-    assert all(abs(run.losses()[k] - undisturbed[k]) <= 1e-5 for k in run.losses())
+    assert run.losses() == {k: undisturbed[k] for k in run.losses()}
 
 
 def test_a_checkpoint_of_another_number_of_replicas_is_refused(tmp_path):

@@ -210,4 +210,4 @@ def test_the_example_goes_on_after_a_kill(cluster, tmp_path):
     losses = [(int(words[2]), float(words[4])) for words in found]
     assert {step for step, _ in losses} == set(range(1, 15))
     assert len(losses) > 14
-    assert all(abs(a - b) < 1e-5 for step, a in losses for other, b in losses if step == other)
+    assert all(a == b for step, a in losses for other, b in losses if step == other)
