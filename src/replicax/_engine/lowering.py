@@ -12,17 +12,24 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from replicax import _jax
-from replicax._engine import convolutions
 from replicax._engine.blocks import real_rows, without_folding
 from replicax._engine.callbacks import guard, raise_after, refuse_ordered
-from replicax._engine.cuts import AUTO, VECTORIZED, Auto, LanePlan, Lanes
-from replicax._engine.lane_rule import LaneRule
+from replicax._engine.lanes import (
+    AUTO,
+    VECTORIZED,
+    Auto,
+    Cutter,
+    LanePlan,
+    LaneRule,
+    Lanes,
+    SegmentRunner,
+    convolutions,
+)
 from replicax._engine.levels import OneReplica, as_equal, as_per_device, lend_rows, over_lanes
 from replicax._engine.nested import DeviceShard, Split, as_shard, splits_made, splits_taken
 from replicax._engine.outputs import OutputPolicy, Outputs, check_outputs
 from replicax._engine.replica import Replica
 from replicax._engine.rewrite import Rewriter, one_value
-from replicax._engine.segments import Cutter, LanesInSegments
 from replicax._engine.spec import Inputs, ProgramSpec
 from replicax._engine.varying import NOWHERE, Varying
 from replicax._jax import Jaxpr
@@ -184,7 +191,7 @@ class _Body:
         jaxpr = cutter.inlined(self.replica.jaxpr)
         cut = cutter.cut(jaxpr, [a is not None for a in in_axes[: len(self.varying)]])
         on_lanes = functools.partial(functools.partial, rewriter.equation)
-        lanes = LanesInSegments(cut, axis, chunk, on_lanes, rewriter.bind, self.varying)
+        lanes = SegmentRunner(cut, axis, chunk, on_lanes, rewriter.bind, self.varying)
 
         stacked = [0 if lanes.is_stacked(atom) else None for atom in jaxpr.outvars]
         finish = over_lanes(lambda *values: self._results(axis, values), axis, stacked, self.out_axes)

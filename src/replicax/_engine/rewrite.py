@@ -18,10 +18,10 @@ from replicax._engine.blocks import all_lanes, as_batched, as_unbatched, of_lane
 from replicax._engine.callbacks import call_guarded, called_once
 from replicax._engine.collectives import AWAITING, REGISTRY, equal_value, unsupported
 from replicax._engine.communication import Communication
+from replicax._engine.lanes import Bind, Cutter, SegmentRunner
 from replicax._engine.nested import DeviceShard, collect_result
 from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._engine.rules import expanded, rewritten_rule
-from replicax._engine.segments import Bind, Cutter, LanesInSegments
 from replicax._engine.sums import find_sums, inline_jits_with_products
 from replicax._engine.varying import NOWHERE, Analysis, Varying, mapped, union
 from replicax._jax import Equation, Jaxpr
@@ -147,7 +147,7 @@ class Rewriter:
         """Runs a jaxpr, such as the body of a loop that communicates, on one lane after the other."""
         axis, inside = self.scope.axes[-1], self.cutter.inlined(jaxpr)
         cut = self.cutter.cut(inside, list(map(bool, varying)))
-        lanes = LanesInSegments(cut, axis, 1, partial(partial, self.equation), self.bind, varying)
+        lanes = SegmentRunner(cut, axis, 1, partial(partial, self.equation), self.bind, varying)
         whole = [_jax.as_array(x, var.aval) for x, var in zip(args, inside.invars, strict=True)]
         rows = [all_lanes(axis, x) if where else as_unbatched(axis, x) for x, where in zip(whole, varying, strict=True)]
         results = zip(inside.outvars, lanes.run(inside, consts, rows), strict=True)

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from replicax import _jax
-from replicax._engine.cuts import LanePlan
+from replicax._engine.lanes import LanePlan
 from replicax._engine.outputs import OutputPolicy
 from replicax._engine.replica import Replica
 from replicax._layout.layout import Layout, Splits

@@ -19,7 +19,7 @@ _JAXLIB = tuple(map(int, jaxlib_version.__version__.split(".")[:2]))
 #: ``_runtime.cpu_threads``. The check is on jaxlib, which may be older than JAX. Workaround: few_cpu_threads.
 FEW_CPU_THREADS_HANG = _JAXLIB < (0, 12)
 
-#: Before jaxlib 0.12, XLA gains little from several lanes in a loop on small arrays on CPUs: see ``_engine.lane_rule``.
+#: Before jaxlib 0.12, XLA gains little from several lanes in a loop on small arrays on CPUs: see ``_engine.lanes``.
 SMALL_LANES_GAIN = _JAXLIB >= (0, 12)
 
 #: Before JAX 0.11.2, XLA crashes the process if a program gets a donated array: see ``_runtime.taken``.

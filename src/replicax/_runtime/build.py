@@ -10,8 +10,8 @@ import jax
 
 from replicax import _jax
 from replicax._engine import primitives
-from replicax._engine.cuts import AUTO, Auto, Lanes
 from replicax._engine.determinism import deterministic
+from replicax._engine.lanes import AUTO, Auto, Lanes
 from replicax._engine.lowering import lower
 from replicax._engine.nested import Recorded, record
 from replicax._engine.replica import Replica, trace_replica

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import jax
 
-from replicax._engine.cuts import AUTO, VECTORIZED, Auto, Lanes
+from replicax._engine.lanes import AUTO, VECTORIZED, Auto, Lanes
 from replicax._engine.outputs import Outputs
 from replicax._layout.axes import Chosen, Spec
 from replicax._messages import report

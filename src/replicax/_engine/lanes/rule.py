@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from replicax import _jax
 from replicax._engine import primitives
-from replicax._engine.cuts import VECTORIZED, Lanes
+from replicax._engine.lanes.plan import VECTORIZED, Lanes
 from replicax._engine.varying import NOWHERE, Analysis, Varying
 from replicax._jax import Equation, Jaxpr
 from replicax._layout.layout import LogicalAxis

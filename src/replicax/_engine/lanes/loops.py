@@ -16,7 +16,7 @@ from jax import lax
 
 from replicax import _jax
 from replicax._engine import primitives
-from replicax._engine.cuts import CutEquation, Part
+from replicax._engine.lanes.segments import CutEquation, Part
 from replicax._engine.primitives import callbacks as callback_primitives
 from replicax._jax import Equation, Jaxpr
 from replicax._typing import Array, ArrayLike
