@@ -78,6 +78,21 @@ def short_floats(x):
     return lax.psum(y * y, "i"), lax.pmean(z, "i"), in_loop
 
 
+def grouped(x):
+    n = lax.axis_size("i")
+    groups = [list(range(n))] if n % 2 else [list(range(0, n, 2)), list(range(1, n, 2))]
+    unequal = [list(range(0, n, 2)), list(range(1, n, 2))] if n > 1 else [[0]]
+
+    def loss(w):
+        h = jnp.sin(x @ w)
+        mean = lax.all_gather(1.1 * h, "i", axis_index_groups=groups).sum(0)
+        return jnp.mean((h - mean / n) ** 2) + jnp.sum(lax.psum(h, "i", axis_index_groups=groups) * h)
+
+    every = jnp.stack([jnp.sin(k * x + 1) @ W for k in range(len(groups[0]))])
+    part = lax.psum_scatter(every, "i", axis_index_groups=groups)
+    return lax.psum(1.1 * x @ W, "i", axis_index_groups=unequal), part, jax.grad(loss)(jnp.asarray(W))
+
+
 def others(x):
     """Sums of complex numbers and of integers, extrema of zeros of both signs and of NaN, random numbers."""
     index, zeros = lax.axis_index("i"), jnp.where(x > 0, 0.0, -0.0)
@@ -102,7 +117,8 @@ def inside(x):
 
 
 PROGRAMS = {
-    f.__name__: f for f in (sums, scattered, large, loops, own_loops, branches, gradients, short_floats, others, inside)
+    f.__name__: f
+    for f in (sums, scattered, large, loops, own_loops, branches, gradients, grouped, short_floats, others, inside)
 }
 
 

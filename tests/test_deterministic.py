@@ -186,7 +186,7 @@ def test_the_options_of_the_compiler_are_needed(optimized):
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize("d", [1, 3, 8])
-@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in ("inside", "others")])
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in ("inside", "others", "grouped")])
 def test_values_are_those_of_vmap(name, d):
     x = rows(11)
     ours, theirs = programs.mapped(name, d, deterministic=True)(x), jax.vmap(PROGRAMS[name], axis_name="i")(x)
@@ -195,6 +195,17 @@ def test_values_are_those_of_vmap(name, d):
         a, b = (np.asarray(y.astype(jnp.float32)) for y in (a, b))
         tolerance = 0.02 if name == "short_floats" else 1e-4
         np.testing.assert_allclose(a, b, tolerance, tolerance * float(np.abs(b).max()) if b.size else 0.0)
+
+
+@pytest.mark.parametrize(("n", "d"), [(11, 3), (12, 8)])
+def test_sums_over_groups(n, d):
+    """JAX has no values of groups under ``vmap``."""
+    x, program = rows(n), PROGRAMS["grouped"]
+    ours = programs.mapped("grouped", d, deterministic=True)(x)
+    for a, b in zip(
+        jax.tree.leaves(ours), jax.tree.leaves(replicax.testing.lockstep(program, axis_name="i")(x)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, 1e-3, 1e-3 * float(np.abs(b).max()))
 
 
 def test_inner_maps_have_the_values_of_vmap():
@@ -356,25 +367,6 @@ def test_without_jit():
         pytest.raises(UnsupportedTransformationError, match=r"sin is mapped with .* called under jax\.disable_jit"),
     ):
         replicax.pmap(jnp.sin, deterministic=True)(rows(4))
-
-
-GROUPS = [[0, 1], [2, 3]]
-
-
-@pytest.mark.parametrize(
-    ("program", "called"),
-    [
-        (lambda x: lax.psum(x, "i", axis_index_groups=GROUPS), "psum"),
-        (lambda x: lax.psum_scatter(x, "i", axis_index_groups=GROUPS), "psum_scatter"),
-    ],
-)
-def test_sums_over_groups(program, called):
-    with pytest.raises(UnsupportedCollectiveError, match=f"{called} with axis_index_groups over the mapped axis 'i'"):
-        replicax.pmap(program, "i", deterministic=True)(rows(4))
-    whole = lambda x: program(x.astype(jnp.int32))
-    np.testing.assert_array_equal(
-        replicax.pmap(whole, "i", deterministic=True)(rows(4)), replicax.pmap(whole, "i")(rows(4))
-    )
 
 
 @pytest.mark.parametrize(

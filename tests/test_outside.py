@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import replicax
 from replicax import pmap
+from replicax.errors import UnsupportedTransformationError
 from transforms import AXIS, centered, rows
 
 SIZES = (3, 8, 13)
@@ -86,6 +87,11 @@ def test_export():
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("flatbuffers"), reason="JAX serializes with flatbuffers")
+def test_an_export_of_the_map_itself():
+    with pytest.raises(UnsupportedTransformationError, match=r"centered is a map, .* pass jax\.jit\(centered\)"):
+        export.export(pmap(centered, AXIS))(rows(4))
+
+
 def test_an_export_comes_back_from_bytes():
     raw = export.export(jax.jit(pmap(centered, AXIS)))(rows(13)).serialize(vjp_order=1)
     back = jax.jit(jax.value_and_grad(lambda x: (export.deserialize(raw).call(x) ** 2).sum()))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import io_callback
+from jax.sharding import NamedSharding, PartitionSpec
 
 from replicax import pmap
 from replicax.testing import check
@@ -84,6 +85,28 @@ def test_pure_callbacks_where_parts_of_a_result_lie_on_some_devices_each():
     out = pmap(fun, devices=jax.devices()[:4])(x)
     np.testing.assert_array_equal(out, 2 * x)
     np.testing.assert_array_equal(pmap(jnp.negative, devices=jax.devices()[:4])(out), -2 * x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4", "bool"])
+@pytest.mark.parametrize(
+    ("n", "d", "row"),
+    [(16, 6, (4,)), (16, 6, (2, 2, 2)), (22, 6, (8, 17)), (22, 7, (4, 4)), (21, 6, (3,)), (10, 4, (4,))],
+)
+def test_a_result_that_some_of_the_devices_split_is_an_argument_again(n, d, row, dtype):
+    """XLA ends the process in some of these cases, if it must move the rows and pad them at once."""
+    mapped = pmap(lambda x: x, devices=jax.devices()[:d])
+    x = np.random.default_rng(0).normal(size=(n, *row)).astype(dtype)
+    once = mapped(x)
+    assert 1 < len({str(shard.index) for shard in once.addressable_shards}) < d
+    np.testing.assert_array_equal(np.asarray(mapped(once)), x)
+
+
+@pytest.mark.parametrize("n", [16, 17])
+def test_an_argument_whose_columns_are_split(n):
+    mesh = jax.make_mesh((6,), ("columns",), devices=jax.devices()[:6], axis_types=(jax.sharding.AxisType.Auto,))
+    x = np.random.default_rng(0).normal(size=(n, 6)).astype(np.float32)
+    split = jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "columns")))
+    np.testing.assert_array_equal(pmap(lambda x: 2 * x, devices=jax.devices()[:6])(split), 2 * x)
 
 
 @pytest.mark.few("9-8", "5-3")

@@ -135,7 +135,7 @@ class UnsupportedCollectiveError(ProgramError, NotImplementedError):
 
 
 class UnsupportedTransformationError(ProgramError, NotImplementedError):
-    """A ``vmap`` over a map shards the batch axis over a mesh axis."""
+    """A map is called inside a transformation, or exported, in a way that it does not support."""
 
 
 class CollectiveArgumentError(ProgramError, ValueError):

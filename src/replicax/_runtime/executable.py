@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -131,20 +130,20 @@ class Padding:
 
     def __call__(self, which: tuple[int, ...], leaves: list[Array]) -> list[Array]:
         """Adds the padding rows to arguments that are on the devices of the layout."""
-        whole = all(x.sharding.is_fully_replicated and x.dtype in _WHOLE_BYTES for x in leaves)
-        if (which, whole) not in self._programs:
-            axes = [axis for i in which if (axis := self._spec.inputs.axes[i]) is not None]
-            self._programs[which, whole] = jax.jit(
-                _taking_rows(self._spec, axes) if whole else _adding_rows(self._spec, axes),
+        axes = [axis for i in which if (axis := self._spec.inputs.axes[i]) is not None]
+        only_rows = all(map(_splits_only_rows, leaves, axes))
+        if (which, only_rows) not in self._programs:
+            self._programs[which, only_rows] = jax.jit(
+                _taking_rows(self._spec, axes) if only_rows else _adding_rows(self._spec, axes),
                 out_shardings=[self._spec.own_in_shardings[i] for i in which],
             )
-        return list(self._programs[which, whole](leaves))
+        return list(self._programs[which, only_rows](leaves))
 
 
-#: The dtypes that XLA can slice and concatenate at any position. Workaround: two_bits_concatenated.
-_WHOLE_BYTES = frozenset(
-    map(np.dtype, ("bool", *np.typecodes["AllInteger"], "float16", "float32", "float64", "F", "D"))
-)
+def _splits_only_rows(x: Array, axis: int) -> bool:
+    """Whether no dimension but the mapped axis is split."""
+    sizes = enumerate(zip(x.shape, x.sharding.shard_shape(x.shape), strict=True))
+    return all(k == axis or whole == part for k, (whole, part) in sizes)
 
 
 def _adding_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Array]], list[Array]]:
@@ -154,7 +153,11 @@ def _adding_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Array
 
 
 def _taking_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Array]], list[Array]]:
-    """Each device selects its rows from a replicated array. Without shard_map, XLA would communicate here."""
+    """Each device selects its rows from a replicated array.
+
+    Without shard_map, XLA would also communicate where the arrays are replicated already. And from other parts of the
+    rows than a device needs, it aborts. Workaround: rows_split_unevenly.
+    """
     where = spec.layout.local
     name = where.mesh.axis_names[0]
 
@@ -163,7 +166,9 @@ def _taking_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Array
         return [own_rows(x, axis, first, where.axis.placement) for x, axis in zip(xs, axes, strict=True)]
 
     outs = list(map(where.spec, axes))
-    return jax.shard_map(rows, mesh=where.mesh, in_specs=PartitionSpec(), out_specs=outs, check_vma=False)
+    taken = jax.shard_map(rows, mesh=where.mesh, in_specs=PartitionSpec(), out_specs=outs, check_vma=False)
+    everywhere = where.sharding(None)
+    return lambda xs: taken([primitives.pin(primitives.retype(x, None), everywhere) for x in xs])
 
 
 def _padding_by_itself(spec: ProgramSpec) -> Callable[..., tuple[Array, ...]]:

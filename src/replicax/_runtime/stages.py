@@ -19,7 +19,7 @@ from replicax._runtime.executable import Executable
 from replicax._runtime.run import run
 from replicax._runtime.signature import Signature, structure_differences, type_name
 from replicax._typing import Args, ArrayLike, Function, Kwargs, PyTree
-from replicax.errors import AheadOfTimeError
+from replicax.errors import AheadOfTimeError, UnsupportedTransformationError
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,9 @@ class Traced:
         """The indices of the donated arrays among the leaves of the arguments."""
         return self._plan.executable.spec.inputs.donated
 
-    def lower(self, *, lowering_platforms: tuple[str, ...] | None = None) -> Lowered:
+    def lower(
+        self, *, lowering_platforms: tuple[str, ...] | None = None, _private_parameters: object = None
+    ) -> Lowered:
         """Lowers the program to StableHLO.
 
         Args:
@@ -206,7 +208,16 @@ class Traced:
 
         Returns:
             The lowered program.
+
+        Raises:
+            UnsupportedTransformationError: ``jax.export.export``, which passes ``_private_parameters``, got the map
+                itself.
         """
+        if _private_parameters is not None:
+            name = self._plan.executable.spec.name
+            raise UnsupportedTransformationError(
+                f"{name} is a map, and jax.export.export takes functions of jax.jit: pass jax.jit({name})."
+            )
         with _jax.own_mesh():
             return Lowered(self._traced.lower(lowering_platforms=lowering_platforms), self._plan)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from replicax._typing import PyTree
 from replicax.errors import MismatchError
@@ -42,9 +44,9 @@ def first_divergence(run_a: Any, run_b: Any, axis: int | None = 0) -> Divergence
     """Finds the first step and array in which two runs differ in their bits.
 
     Args:
-        run_a: The steps of a run, in order: an iterable, or a mapping from the step to its state. Each state is a
-            pytree of arrays, or the result of :func:`fingerprint`, which may have been written to JSON and read
-            again. A generator is read only as far as needed.
+        run_a: The steps of a run, in order: an iterable, or a mapping from the number of the step to its state. Each
+            state is a pytree of arrays, or the result of :func:`fingerprint`, which may have been written to JSON and
+            read again. A generator is read only as far as needed.
         run_b: The steps of the other run: a mapping if ``run_a`` is a mapping. Of mappings, the steps in both are
             compared first, in the order of ``run_a``.
         axis: The axis of the replicas in pytrees of arrays, as in :func:`fingerprint`.
@@ -54,8 +56,8 @@ def first_divergence(run_a: Any, run_b: Any, axis: int | None = 0) -> Divergence
         or types, an array in one of the runs only, or a step in one of the runs only. None if the runs are equal.
 
     Raises:
-        MismatchError: a run is one fingerprint instead of a sequence, or only one of the runs is a mapping, or neither
-            run has a step.
+        MismatchError: a run is one state or fingerprint instead of a sequence, or only one of the runs is a mapping,
+            or neither run has a step.
         ReplicaxError: any error of :func:`fingerprint`.
 
     Example:
@@ -87,10 +89,18 @@ def _steps(run_a: Any, run_b: Any) -> Iterator[tuple[Hashable, Any, Any]]:
         MismatchError: the runs cannot be compared step by step.
     """
     for name, run in (("run_a", run_a), ("run_b", run_b)):
-        if run and _is_fingerprint(run):
-            raise MismatchError(
-                f"first_divergence: {name} is one fingerprint. Pass the fingerprints of all steps, such as [{name}]."
-            )
+        if isinstance(run, Mapping):
+            if run and _is_fingerprint(run):
+                raise _no_run(name, "is one fingerprint", f"Pass the fingerprints of all steps, such as [{name}].")
+            if strange := [key for key in run if not isinstance(key, int | np.integer)]:
+                raise _no_run(
+                    name,
+                    f"is a mapping with the key {strange[0]!r:.60}",
+                    f"The keys must be the numbers of the steps (JSON makes strings of them). For one state, pass "
+                    f"[{name}].",
+                )
+        elif not isinstance(run, Iterable) or hasattr(run, "dtype"):
+            raise _no_run(name, f"is {run!r:.60}", f"Pass the states of all steps, such as [{name}].")
     if isinstance(run_a, Mapping) != isinstance(run_b, Mapping):
         raise MismatchError(
             "first_divergence: one run is a mapping from steps to states, the other is not. Pass two mappings, or two "
@@ -103,6 +113,10 @@ def _steps(run_a: Any, run_b: Any) -> Iterator[tuple[Hashable, Any, Any]]:
     both = [step for step in run_a if step in run_b]
     for step in dict.fromkeys([*both, *run_a, *run_b]):
         yield step, run_a.get(step, _MISSING), run_b.get(step, _MISSING)
+
+
+def _no_run(name: str, what: str, advice: str) -> MismatchError:
+    return MismatchError(f"first_divergence: {name} {what}, and not the states of a run. {advice}")
 
 
 def _is_fingerprint(tree: PyTree) -> bool:

@@ -13,7 +13,7 @@ from replicax._engine import ordered, primitives
 from replicax._engine.blocks import block, exchanged, fetch, gather, only_axis, own_lane, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
 from replicax._engine.collectives.definitions import in_each_group
-from replicax._engine.collectives.reductions import no_groups_in_order, over_segments, sums_in_order
+from replicax._engine.collectives.reductions import over_segments, sum_in_order, sums_in_order
 from replicax._engine.collectives.registry import collective, equal, keeps_constants, moves_data, per_replica
 from replicax._engine.collectives.replicas import where_replica
 from replicax._engine.collectives.wire import fetched, gathered, sent, size_in_bytes
@@ -171,9 +171,9 @@ def psum_scatter(
     names, scatter_dimension = as_names(axis_name), scatter_dimension % x.ndim
     split = groups_of("psum_scatter", axis_index_groups, size_of(logical, names), of_one_size=True)
     if (tree := sums_in_order(logical, names, x)) is not None:
-        if split is not None or len(names) > 1:
-            raise no_groups_in_order("psum_scatter", tree)
         x = chunks(x, scatter_dimension, axis_size) if tiled else jnp.moveaxis(x, scatter_dimension, 0)
+        if split is not None or len(names) > 1:
+            return sum_in_order(logical, tree, x, names, _wanted_of_group(axis_size, split))
         rows = block(tree, x).astype(ordered.dtype_of_sum(x.dtype))
         return own_lane(tree, ordered.rows_of_devices(tree, ordered.of_rows(tree, rows))).astype(x.dtype)
     axis = only_axis(logical, names)
@@ -192,8 +192,14 @@ def psum_scatter(
         return scatter_sum_over_segments(axis, x, split)
     if split is None:
         return scatter_sum_over(logical, names, x)
-    items = split.members * axis_size + split.rank[:, None]
-    return SUM.local(fetch(logical, names, x, items), 0)
+    return SUM.local(fetch(logical, names, x, _wanted_of_group(axis_size, split)), 0)
+
+
+def _wanted_of_group(size: int, split: Groups | None) -> Table:
+    """The items that each replica needs from its group of that size, of which each member has one for each member."""
+    if split is None:
+        return np.arange(size) * size + np.arange(size)[:, None]
+    return split.members * size + split.rank[:, None]
 
 
 def scatter_sum(axis: LogicalAxis, x: Array, whole: DeviceGroups | None) -> Array:

@@ -20,7 +20,6 @@ from replicax._engine.reductions import MAX, MIN, SUM, Reduction, without_deriva
 from replicax._layout.exchange import NOTHING, Groups, Table, segments
 from replicax._layout.layout import LaneAxis, LogicalAxes, LogicalAxis
 from replicax._typing import Array, IndexGroups, ShapeAndDtype
-from replicax.errors import UnsupportedCollectiveError
 
 
 def _of_rows(reduce: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -76,7 +75,7 @@ def psum(logical: LogicalAxes, x: Array, *, axes: Names, axis_index_groups: Inde
     """Returns the sum over the replicas. Padding lanes contribute zero."""
     axis = sums_in_order(logical, axes, x)
     if axis is not None:
-        return _psum_in_order(axis, x, axes, axis_index_groups)
+        return _psum_in_order(logical, axis, x, axes, axis_index_groups)
     if axis_index_groups is not None:
         return reduce_groups(logical, x, axes, axis_index_groups, SUM)
     ours, positional, foreign = split_axes(logical, axes)
@@ -92,9 +91,13 @@ def sums_in_order(logical: LogicalAxes, names: Names, x: Array) -> LogicalAxis |
     return next((logical[name] for name in names if name in logical and logical[name].ordered), None)
 
 
-def _psum_in_order(axis: LogicalAxis, x: Array, names: Names, axis_index_groups: IndexGroups) -> Array:
+def _psum_in_order(
+    logical: LogicalAxes, axis: LogicalAxis, x: Array, names: Names, axis_index_groups: IndexGroups
+) -> Array:
     if axis_index_groups is not None:
-        raise no_groups_in_order("psum", axis)
+        split = groups_of("psum", axis_index_groups, size_of(logical, names), of_one_size=False)
+        assert split is not None
+        return sum_in_order(logical, axis, x[None], names, _members(split, SUM))
     dimensions = tuple(name for name in names if isinstance(name, int))
     if dimensions:
         x = ordered.within_lanes(axis, lambda x: SUM.local(x, dimensions), x)
@@ -102,13 +105,14 @@ def _psum_in_order(axis: LogicalAxis, x: Array, names: Names, axis_index_groups:
     return ordered.of_devices(axis, [ordered.of_rows(axis, rows)])[0].astype(x.dtype)
 
 
-def no_groups_in_order(called: str, axis: LogicalAxis) -> UnsupportedCollectiveError:
-    """Returns the error for a sum over groups of replicas in a deterministic map."""
-    return UnsupportedCollectiveError(
-        f"{called} with axis_index_groups over the mapped axis {axis.name!r}: with deterministic=True, sums are over "
-        f"all replicas. Gather the group and add it, as in lax.all_gather(x, {axis.name!r}, axis_index_groups=groups)"
-        f".sum(0), or leave deterministic out."
-    )
+def sum_in_order(logical: LogicalAxes, axis: LogicalAxis, items: Array, names: Names, wants: Table) -> Array:
+    """Returns the sum of the items that this replica needs, one added after the other: see :func:`fetch`."""
+    found = fetch(logical, names, items.astype(ordered.dtype_of_sum(items.dtype)), wants)
+
+    def add(rows: Array) -> Array:
+        return lax.scan(lambda total, row: (total + row, None), rows[0], rows[1:])[0]
+
+    return ordered.within_lanes(axis, add, found).astype(items.dtype)
 
 
 @collective("pmax", result=equal, definition=_of_rows(jnp.max), wire=_wire_of_extremum, by_groups=True)
