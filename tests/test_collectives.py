@@ -143,6 +143,17 @@ def test_the_greatest_and_the_least_of_floats(pair, groups):
             np.testing.assert_array_equal(got, want, dtype)
 
 
+@pytest.mark.parametrize("n", [7, 8, 12])
+def test_broadcasts_of_complex_constants(n):
+    """XLA ends the process if it knows that all devices send complex zeros."""
+
+    def fun(x):
+        zeros = lax.ppermute(lax.complex(x, jnp.cos(x)), AXIS, [])
+        return zeros, lax.pbroadcast(zeros, AXIS, 4)
+
+    check(fun, rows(n), **on(8))
+
+
 @pytest.mark.parametrize("reduce", [lax.pmax, lax.pmin])
 @pytest.mark.parametrize("groups", [None, [[0, 1], [2, 3]], [[0, 1, 2], [3]]])
 @pytest.mark.parametrize("d", [1, 2, 4])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from replicax._engine.blocks import as_unbatched, block, fetch, gather, only_axis, size_of
+from replicax._engine.blocks import as_unbatched, block, fetch, gather, only_axis, size_of, without_folding
 from replicax._engine.collectives.arguments import Names, as_names, direct, shown
 from replicax._engine.collectives.registry import Result, collective, equal, moves_data, refuse
 from replicax._engine.collectives.wire import fetched, reduced, size_in_bytes
@@ -132,7 +132,7 @@ def pbroadcast(logical: LogicalAxes, x: Array, *, axis_name: Names | Hashable, s
         return x
     here = lax.axis_index(axis.device_axis) == device
     sent = lax.select(jnp.broadcast_to(here, x.shape), x, jnp.zeros_like(x))
-    return lax.psum(sent, axis.device_axis).astype(x.dtype)
+    return without_folding(lax.psum(without_folding(sent), axis.device_axis)).astype(x.dtype)
 
 
 refuse(
