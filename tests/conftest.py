@@ -86,7 +86,7 @@ def pytest_collection_modifyitems(items, config):
                     item.add_marker("long")
     part, parts = map(int, config.getoption("part").split("/"))
     dropped = set()
-    for _, group in itertools.groupby(items, lambda item: (item.parent, getattr(item, "originalname", item.name))):
+    for _, group in itertools.groupby(items, _table):
         cases = [item for item in group if item.get_closest_marker("long") is not None]
         if len(cases) >= TABLE:
             dropped |= {item for k, item in enumerate(cases) if k % parts != part - 1}
@@ -97,6 +97,12 @@ def pytest_collection_modifyitems(items, config):
 
 #: A test with so many long cases is a table, of which ``--part`` runs a part.
 TABLE = 2
+
+
+def _table(item):
+    """The table of a test: the test itself, or its file if all tests of the file are about one program."""
+    whole = item.get_closest_marker("one_table") is not None
+    return item.parent, None if whole else getattr(item, "originalname", item.name)
 
 
 def named(few):

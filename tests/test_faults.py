@@ -14,6 +14,7 @@ from faults import EVERY, HEARTBEAT, STEPS, measure, steps_of, train
 from launching import EXAMPLE, environment
 
 pytestmark = [
+    pytest.mark.one_table,
     pytest.mark.long,
     pytest.mark.xdist_group("timed"),  # one after the other: each starts several processes, and has limits in seconds
     pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc"),

@@ -16,7 +16,7 @@ import pytest
 
 from launching import EXAMPLE, environment, with_variable
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("timed")]
+pytestmark = [pytest.mark.long, pytest.mark.one_table, pytest.mark.xdist_group("timed")]
 
 #: Ray's processes find each other where loopback is the only network interface.
 ALONE = ["unshare", "-n", "sh", "-c", 'ip link set lo up; exec "$@"', "sh"]
