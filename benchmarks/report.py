@@ -81,7 +81,11 @@ def console() -> Console:
 
 def other_machines(rows: Sequence[Row]) -> list[str]:
     """A sentence for each machine with a GPU on which some of the rows were measured."""
-    return [f"On the GPU: {line}" for line in dict.fromkeys(row["machine"] for row in rows if "machine" in row)]
+    found: dict[tuple[str, str], None] = {}
+    for row in rows:
+        if "machine" in row:
+            found[row["machine"], "On the GPU" if row["devices"] == 0 else f"Of {row['line'].split(':')[0]!r}"] = None
+    return [f"{which}: {line}" for line, which in found]
 
 
 def show(results: Mapping[str, Any], console: Console) -> None:

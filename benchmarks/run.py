@@ -166,9 +166,10 @@ def main() -> int:
     earlier = json.loads(options.json.read_text()) if options.json.exists() else {"rows": []}
     new = run_in_processes(cases, options)
     results = {"machine": machine(), "quick": options.quick, "rows": with_rows_of_a_gpu(earlier["rows"], new)}
-    if options.keep:
-        others_alone = all(row["devices"] == 0 for row in new)  # rows of a GPU have their own machine
-        results = (earlier if others_alone else results) | {"rows": merged(earlier["rows"], new)}
+    if options.keep and earlier["rows"]:  # rows of another machine say so
+        here, there = report.machine_line(machine()), report.machine_line(earlier["machine"])
+        new = [row if here == there or "ratio" not in row else {"machine": here} | row for row in new]
+        results = earlier | {"rows": merged(earlier["rows"], new)}
     options.json.write_text(json.dumps(results, indent=1) + "\n")
     report.show(results, console)
     if options.page is not None:

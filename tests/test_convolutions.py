@@ -82,3 +82,12 @@ def test_derivatives_from_outside():
     mapped = replicax.pmap(program, "i", devices=jax.devices()[:2], lanes="sequential")
     theirs = jax.grad(scalar(jax.vmap(program, axis_name="i")))(x)
     np.testing.assert_allclose(jax.grad(scalar(mapped))(x), theirs, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize(("size", "gradients", "at_once"), [(4, True, 32), (16, False, 32), (16, True, 1)])
+def test_by_default_gradients_of_large_convolutions_run_one_after_the_other(size, gradients, at_once):
+    w = np.ones((8, 3, 3, 3), np.float32)
+    loss = lambda w, x: jnp.mean(lax.conv(x, w, (1, 1), "SAME") ** 2)
+    program = lambda x: lax.pmean(jax.grad(loss)(w, x) if gradients else loss(w, x), "i")
+    mapped = replicax.pmap(program, "i", devices=jax.devices()[:2], out_axes=None)
+    assert mapped.trace(rows(64, (8, 3, size, size))).lanes.at_once == at_once

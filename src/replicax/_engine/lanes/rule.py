@@ -4,6 +4,9 @@ The rule is about loops and branches whose predicate differs between lanes. Vect
 lane is done, such a branch runs both sides, and both select between whole values. But each operation also has a fixed
 cost, which vectorized lanes share. So one lane after the other is the fastest if the time goes into large values, and a
 few lanes at once if two thirds of it go into small ones. docs/lanes.md has the measurements behind the numbers below.
+
+Convolutions of which each lane has its own inputs and its own kernel, as in gradients, count like such loops: XLA has
+no fast kernels for those of all lanes at once.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from replicax import _jax
 from replicax._engine import primitives
@@ -29,6 +33,10 @@ OPERATION = 64
 
 #: The number of multiplications and additions of a product that cost as much as one element of other operations.
 PER_ELEMENT = 16
+
+#: Convolutions with two operands of each lane, of at least so many multiplications, cost so many times as much if they
+#: are vectorized.
+LARGE_CONVOLUTION, VECTORIZED_CONVOLUTION = 2**15, 4
 
 #: The cost of a read or write of many lanes, each at its own index, in elements.
 OWN_INDEX = 1000
@@ -78,6 +86,9 @@ class LaneRule:
     axis: LogicalAxis
     is_local: Callable[[Equation], bool]
     _known: dict[tuple[int, tuple[Varying, ...], bool], tuple[Jaxpr, _Cost]] = field(default_factory=dict)
+
+    #: Without these, all lanes run at once.
+    ASKS: ClassVar = frozenset({"while", "cond", "conv_general_dilated"})
 
     def lanes(self, jaxpr: Jaxpr, varying: Sequence[Varying]) -> Lanes:
         """Returns how many lanes a CPU runs at once.
@@ -136,7 +147,11 @@ class LaneRule:
                 width = alone[0] if len(alone) == 1 else size
                 return _priced(2 * size * summed / PER_ELEMENT, differs=differs, width=width)
             case "conv_general_dilated":
-                return _priced(2 * size * _elements(eqn.invars[1]) / PER_ELEMENT, differs=differs)
+                kernel, numbers = eqn.invars[1], eqn.params["dimension_numbers"]
+                products = size * _elements(kernel) / max(1, kernel.aval.shape[numbers.rhs_spec[0]])
+                if products >= LARGE_CONVOLUTION and all(self.axis in where for where in varying):
+                    return _priced(VECTORIZED_CONVOLUTION * 2 * products / PER_ELEMENT, differs=True)
+                return _priced(2 * products / PER_ELEMENT, differs=differs)
             case name if name in _INDEXED and any(self.axis in where for where in varying[1:]):
                 return _priced(OWN_INDEX + size, differs=differs)
         return _priced(max(size, *map(_elements, eqn.invars), 1), differs=differs)
