@@ -167,8 +167,10 @@ def test_the_page_says_on_which_gpu():
     found = results()
     line = report.machine_line(found["machine"] | {"gpu": "NVIDIA X"})
     assert line.startswith("2026-01-01, NVIDIA X, 2 cores of abacus")
-    found["rows"][0]["machine"] = line
-    assert f"jax 1.2. On the GPU: {line}. In all: " in report.markdown(found).splitlines()[0]
+    found["rows"][0] |= {"machine": line, "devices": 0}
+    found["rows"][1]["machine"] = "another machine"
+    says = f"jax 1.2. On the GPU: {line}. Of 'speed | promised': another machine. In all: "
+    assert says in report.markdown(found).splitlines()[0]
 
 
 def every_case():
