@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jsonschema  # type: ignore[import-untyped]
@@ -61,8 +62,7 @@ def run(tmp_path):
         fake.write_text(FAKE)
         fake.chmod(0o755)
         path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-        found = tmp_path / "found"
-        found.mkdir()
+        found = Path(tempfile.mkdtemp(dir=tmp_path))
         done = subprocess.run(
             ["bash", "-c", text],
             env=os.environ | {"PATH": path, "FOUND": str(found), **variables},
