@@ -80,7 +80,7 @@ def console() -> Console:
 
 
 def other_machines(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each machine with a GPU on which some of the rows were measured."""
+    """A sentence for each other machine on which some of the rows were measured."""
     found: dict[tuple[str, str], None] = {}
     for row in rows:
         if "machine" in row:

@@ -86,12 +86,12 @@ def test_export():
         close(jax.jit(made.call)(everywhere(rows(n))), vmapped(centered)(rows(n)))
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("flatbuffers"), reason="JAX serializes with flatbuffers")
 def test_an_export_of_the_map_itself():
     with pytest.raises(UnsupportedTransformationError, match=r"centered is a map, .* pass jax\.jit\(centered\)"):
         export.export(pmap(centered, AXIS))(rows(4))
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("flatbuffers"), reason="JAX serializes with flatbuffers")
 def test_an_export_comes_back_from_bytes():
     raw = export.export(jax.jit(pmap(centered, AXIS)))(rows(13)).serialize(vjp_order=1)
     back = jax.jit(jax.value_and_grad(lambda x: (export.deserialize(raw).call(x) ** 2).sum()))

@@ -75,7 +75,7 @@ def lower(
     ins, outs = list(map(layout.spec, taken.axes, in_splits)), list(map(layout.spec, out_axes, out_splits))
     source = _jax.described_source(replica.jaxpr, _advice(name, layout))
     if lanes is AUTO:
-        lanes = body.lanes_by_rule(rewriter) if on_cpu and LaneRule.ASKS & replica.primitives else VECTORIZED
+        lanes = body.lanes_by_rule(rewriter) if on_cpu and LaneRule.RELEVANT & replica.primitives else VECTORIZED
     one_device, plan = body.one_device(rewriter, taken.axes, lanes)
     function = _over_devices(one_device, layout, source, ins, outs, out_axes)
     function.__name__ = function.__qualname__ = name

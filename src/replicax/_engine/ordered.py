@@ -88,10 +88,10 @@ def _at_run_time(number: int) -> Array:
 
 
 def _next(lane: Array) -> Array:
-    """Returns ``lane + 1``, and prevents that XLA compiles the loop as one kernel, if a lane's values are small.
+    """Returns ``lane + 1``. The sort prevents XLA from compiling the whole loop as one kernel.
 
-    In one kernel, LLVM contracts products and sums of several operations. XLA asks how many bytes all lanes access, and
-    for the kinds of operations: it has no such kernels for loops with a sort.
+    In one kernel, LLVM contracts products and sums of several operations. XLA compiles loops that access few bytes in
+    this way (its pass ``small-while-loop-hoisting``), but not loops that contain a sort.
     """
     return lax.sort(jnp.stack([lane + 1, lane]))[1]
 
@@ -110,7 +110,7 @@ def _with_dtype(x: Array, dtype: DType) -> Array:
     return jax.random.wrap_key_data(x, impl=dtype._impl) if _is_key(dtype) else x  # type: ignore[attr-defined]
 
 
-def apart(function: Callable[..., list[Array]], args: Sequence[Array]) -> list[Array]:
+def without_fusion(function: Callable[..., list[Array]], args: Sequence[Array]) -> list[Array]:
     """Runs a function in the branch of a ``cond``, so that XLA does not fuse it with what is around it.
 
     Its arguments come from sums between devices, or from loops over lanes, in other shapes for each number of devices.
@@ -118,7 +118,7 @@ def apart(function: Callable[..., list[Array]], args: Sequence[Array]) -> list[A
     """
     arrays = list(map(jnp.asarray, args))
     types = jax.eval_shape(function, *arrays)
-    # XLA does not know the predicate, so it cannot put the branch in the place of the cond. The other one never runs.
+    # XLA does not know that the predicate is true, so it cannot inline the branch. The other branch never runs.
     return lax.cond(_at_run_time(1) > 0, function, lambda *_: list(map(_jax.zeros, types)), *arrays)
 
 

@@ -155,8 +155,8 @@ def _adding_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Array
 def _taking_rows(spec: ProgramSpec, axes: Sequence[int]) -> Callable[[list[Array]], list[Array]]:
     """Each device selects its rows from a replicated array.
 
-    Without shard_map, XLA would also communicate where the arrays are replicated already. And from other parts of the
-    rows than a device needs, it aborts. Workaround: rows_split_unevenly.
+    Without shard_map, XLA communicates even if the arrays are replicated already. Without replication, XLA (JAX 0.12)
+    may abort the process if a device holds other rows than it needs. Workaround: rows_split_unevenly.
     """
     where = spec.layout.local
     name = where.mesh.axis_names[0]

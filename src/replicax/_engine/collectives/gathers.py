@@ -13,7 +13,7 @@ from replicax._engine import ordered, primitives
 from replicax._engine.blocks import block, exchanged, fetch, gather, only_axis, own_lane, size_of
 from replicax._engine.collectives.arguments import Names, as_names, direct, groups_of
 from replicax._engine.collectives.definitions import in_each_group
-from replicax._engine.collectives.reductions import over_segments, sum_in_order, sums_in_order
+from replicax._engine.collectives.reductions import ordered_axis, over_segments, sum_in_order
 from replicax._engine.collectives.registry import collective, equal, keeps_constants, moves_data, per_replica
 from replicax._engine.collectives.replicas import where_replica
 from replicax._engine.collectives.wire import fetched, gathered, sent, size_in_bytes
@@ -170,7 +170,7 @@ def psum_scatter(
         raise CollectiveArgumentError("psum_scatter does not support bool in JAX. Convert the operand to int32 first.")
     names, scatter_dimension = as_names(axis_name), scatter_dimension % x.ndim
     split = groups_of("psum_scatter", axis_index_groups, size_of(logical, names), of_one_size=True)
-    if (tree := sums_in_order(logical, names, x)) is not None:
+    if (tree := ordered_axis(logical, names, x)) is not None:
         x = chunks(x, scatter_dimension, axis_size) if tiled else jnp.moveaxis(x, scatter_dimension, 0)
         if split is not None or len(names) > 1:
             return sum_in_order(logical, tree, x, names, _wanted_of_group(axis_size, split))
@@ -196,7 +196,7 @@ def psum_scatter(
 
 
 def _wanted_of_group(size: int, split: Groups | None) -> Table:
-    """The items that each replica needs from its group of that size, of which each member has one for each member."""
+    """Numbers the items as for :func:`fetch`: each replica has one item for each replica of its group of ``size``."""
     if split is None:
         return np.arange(size) * size + np.arange(size)[:, None]
     return split.members * size + split.rank[:, None]

@@ -73,7 +73,7 @@ def _wire_of_extremum(
 @keeps_constants
 def psum(logical: LogicalAxes, x: Array, *, axes: Names, axis_index_groups: IndexGroups = None) -> Array:
     """Returns the sum over the replicas. Padding lanes contribute zero."""
-    axis = sums_in_order(logical, axes, x)
+    axis = ordered_axis(logical, axes, x)
     if axis is not None:
         return _psum_in_order(logical, axis, x, axes, axis_index_groups)
     if axis_index_groups is not None:
@@ -84,7 +84,7 @@ def psum(logical: LogicalAxes, x: Array, *, axes: Names, axis_index_groups: Inde
     return lax.psum(where_replica(ours, x), names) if names else x
 
 
-def sums_in_order(logical: LogicalAxes, names: Names, x: Array) -> LogicalAxis | None:
+def ordered_axis(logical: LogicalAxes, names: Names, x: Array) -> LogicalAxis | None:
     """Returns the mapped axis over which ``x`` must be added in an order that depends on N alone, else None."""
     if not ordered.depends_on_order(x.dtype):
         return None
@@ -106,7 +106,7 @@ def _psum_in_order(
 
 
 def sum_in_order(logical: LogicalAxes, axis: LogicalAxis, items: Array, names: Names, wants: Table) -> Array:
-    """Returns the sum of the items that this replica needs, one added after the other: see :func:`fetch`."""
+    """Adds the items that this replica needs, in the order of ``wants``: see :func:`fetch`."""
     found = fetch(logical, names, items.astype(ordered.dtype_of_sum(items.dtype)), wants)
 
     def add(rows: Array) -> Array:

@@ -34,8 +34,8 @@ OPERATION = 64
 #: The number of multiplications and additions of a product that cost as much as one element of other operations.
 PER_ELEMENT = 16
 
-#: Convolutions with two operands of each lane, of at least so many multiplications, cost so many times as much if they
-#: are vectorized.
+#: A convolution whose inputs and kernel both differ between lanes is slow if it is vectorized: it counts so many times
+#: if it has at least so many multiplications.
 LARGE_CONVOLUTION, VECTORIZED_CONVOLUTION = 2**15, 4
 
 #: The cost of a read or write of many lanes, each at its own index, in elements.
@@ -87,8 +87,8 @@ class LaneRule:
     is_local: Callable[[Equation], bool]
     _known: dict[tuple[int, tuple[Varying, ...], bool], tuple[Jaxpr, _Cost]] = field(default_factory=dict)
 
-    #: Without these, all lanes run at once.
-    ASKS: ClassVar = frozenset({"while", "cond", "conv_general_dilated"})
+    #: The primitives that the rule looks for. In programs without them, all lanes run at once.
+    RELEVANT: ClassVar = frozenset({"while", "cond", "conv_general_dilated"})
 
     def lanes(self, jaxpr: Jaxpr, varying: Sequence[Varying]) -> Lanes:
         """Returns how many lanes a CPU runs at once.

@@ -111,7 +111,7 @@ class SegmentRunner:
             found = self._run_equations(eqns, dict(zip(read, args, strict=True)))
             return [found[atom] for atom in wanted]
 
-        return dict(zip(wanted, ordered.apart(run, [values[atom] for atom in read]), strict=True))
+        return dict(zip(wanted, ordered.without_fusion(run, [values[atom] for atom in read]), strict=True))
 
     def _run_equations(self, eqns: Sequence[Equation], values: dict[Atom, ArrayLike]) -> dict[Atom, ArrayLike]:
         """Runs equations that do not communicate. Returns all values."""

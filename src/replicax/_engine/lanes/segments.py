@@ -92,7 +92,7 @@ class CutEquation:
 
 
 def variables(atoms: Iterable[Atom]) -> Iterator[Atom]:
-    """Those that are not literals."""
+    """The atoms that are not literals."""
     return (atom for atom in atoms if not _jax.is_literal(atom))
 
 
